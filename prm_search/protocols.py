@@ -1,0 +1,225 @@
+"""Policy and Scorer: all that the driver knows of models, and the records that pass between them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from .rng import child_lineage
+from .tree import Node, Prompt, SearchTree
+
+if TYPE_CHECKING:
+    from .steps import StepRule
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a policy draws tokens. Filters apply in HF's order: temperature, top-k, top-p, min-p.
+
+    Args:
+        steps: where a step ends.
+        temperature: > 0 divides the logits; 0 takes the most probable token.
+        top_p: in (0, 1]; 1 keeps all.
+        top_k: 0 keeps all.
+        min_p: in [0, 1]; 0 keeps all.
+        max_new_tokens: response tokens of a path, all steps together.
+        seed: 64-bit seed of every draw.
+
+    Raises:
+        ValueError: a number is out of range or not finite.
+    """
+
+    steps: StepRule
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_new_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature={self.temperature!r}: a finite number >= 0 is needed")
+        if not (0 < self.top_p <= 1):
+            raise ValueError(f"top_p={self.top_p!r}: it must be in (0, 1]")
+        if not (0 <= self.min_p <= 1):
+            raise ValueError(f"min_p={self.min_p!r}: it must be in [0, 1]")
+        if self.top_k < 0 or int(self.top_k) != self.top_k:
+            raise ValueError(f"top_k={self.top_k!r}: an integer >= 0 is needed (0 keeps all)")
+        if self.max_new_tokens < 1 or int(self.max_new_tokens) != self.max_new_tokens:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens!r}: an integer >= 1 is needed")
+
+
+@dataclass(eq=False)
+class Request:
+    """Children to draw for one node.
+
+    Attributes:
+        node: an unfinished node.
+        sampling: how to draw.
+        lineages: the random stream of each child; their number is the number of children.
+        caps: tokens each child may add at most, all >= 1.
+        cap_reasons: the finish ("length" or "budget") of a child that its cap cuts.
+        until: "step" or "end" (see strategies.Expand).
+        rollout: mark the children.
+        merge: count identical children on one node.
+        expand_id: set by the driver.
+    """
+
+    node: Node
+    sampling: Sampling
+    lineages: tuple[int, ...]
+    caps: tuple[int, ...]
+    cap_reasons: tuple[str, ...]
+    until: Literal["step", "end"] = "step"
+    rollout: bool = False
+    merge: bool = True
+    expand_id: int = -1
+
+    @classmethod
+    def draw(
+        cls,
+        node: Node,
+        n: int,
+        sampling: Sampling,
+        *,
+        until: Literal["step", "end"] = "step",
+        copies: int | None = None,
+        caps: Sequence[int] | None = None,
+        cap_reason: str = "length",
+        rollout: bool = False,
+        merge: bool = True,
+    ) -> Request:
+        """The next n children of each lineage of a node, lineage by lineage; advances node.drawn.
+
+        Args:
+            copies: lineages to continue (the first ones); None for all.
+            caps: one a child; None for what sampling.max_new_tokens leaves.
+        """
+        lineages = tuple(
+            child_lineage(lineage, node.end, node.drawn + i)
+            for lineage in node.lineages[: node.count if copies is None else copies]
+            for i in range(n)
+        )
+        node.drawn += n
+        room = sampling.max_new_tokens - node.end
+        if caps is None:
+            caps = [room] * len(lineages)
+        reasons = tuple("length" if cap >= room else cap_reason for cap in caps)
+        caps = tuple(min(cap, room) for cap in caps)
+        if any(cap < 1 for cap in caps):
+            raise ValueError(f"no room for children: caps {caps} after {node.end} of {sampling.max_new_tokens} tokens")
+        return cls(node, sampling, lineages, caps, reasons, until, rollout, merge)
+
+
+@dataclass
+class Segment:
+    """A step a policy drew: one node of a chain, before it is in the tree. Fields as in Node."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish: str = "step"
+
+
+def commit(request: Request, chains: Sequence[Sequence[Segment]], sampler: Hashable | None) -> list[list[Node]]:
+    """Put the chains drawn for a request into its tree, in child order, merging twins where it asks for that.
+
+    Args:
+        request: the request they answer.
+        chains: one a child, each at least one segment.
+        sampler: id of the model that drew them, for Node.sampler.
+
+    Returns:
+        One list of nodes a child, first to last; twins share nodes.
+    """
+    made: list[list[Node]] = []
+    for lineage, chain in zip(request.lineages, chains, strict=True):
+        node, nodes = request.node, []
+        for segment in chain:
+            node = request.node.tree.add(
+                node,
+                segment.token_ids,
+                text=segment.text,
+                logprobs=None if not segment.logprobs else np.asarray(segment.logprobs, np.float32),
+                sampler=sampler,
+                finish=segment.finish,
+                lineage=lineage,
+                rollout=request.rollout,
+                merge=request.merge,
+            )
+            nodes.append(node)
+        made.append(nodes)
+    for nodes in made:  # only now: a twin takes lineages as long as nothing was drawn from it
+        for node in nodes[:-1]:
+            node.drawn = max(node.drawn, 1)
+    return made
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Samples steps.
+
+    The driver calls submit and advance until its requests are answered; expand is the same for people who
+    drive a search by hand. A policy counts what it did on `node.tree.meter`.
+    """
+
+    @property
+    def id(self) -> Hashable:
+        """Id of the model whose raw log-probabilities the nodes carry."""
+        ...
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt. Raises ValueError where it is empty or leaves no room in the context."""
+        ...
+
+    def expand(
+        self, nodes: Sequence[Node], n: int, *, sampling: Sampling, until: Literal["step", "end"] = "step"
+    ) -> list[list[Node]]:
+        """Draw n children of each lineage of each node and return them, one list a node."""
+        ...
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Take requests on; nothing is computed yet."""
+        ...
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        """One forward (or one blocking round). Returns the requests that ended in it, each with the last node of
+        every child's chain (twins repeated); empty where none did."""
+        ...
+
+    def interrupt(self, request: Request) -> list[Node]:
+        """End a request now: what its children have drawn so far becomes nodes with finish "budget"; a child
+        that has drawn nothing gives none."""
+        ...
+
+    def release(self, tree: SearchTree) -> None:
+        """Forget a tree: drop its unanswered requests and free its KV."""
+        ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Fills nodes' rewards."""
+
+    @property
+    def name(self) -> str:
+        """Key of its rewards in Node.rewards."""
+        ...
+
+    @property
+    def models(self) -> Mapping[str, Hashable]:
+        """Its models' ids by role ("prm", "reference"), for usage."""
+        ...
+
+    def score_nodes(self, nodes: Sequence[Node]) -> None:
+        """Score these nodes and their unscored ancestors, through Node.set_rewards. Nodes may belong to
+        different trees; nodes it has scored already cost nothing."""
+        ...
+
+    def release(self, tree: SearchTree) -> None:
+        """Forget a tree and free its KV."""
+        ...

@@ -1,0 +1,362 @@
+"""Prompt, Node, SearchTree: the plain records of one search. No torch, no model.
+
+A node is one step. The root is the prompt and holds no tokens of its own; a path is root to node. Token ids
+are the truth and text is a rendering of them, so what was sampled is what is scored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .rng import stream
+from .usage import Meter
+
+FINISHES = ("step", "stop", "length", "budget")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a search answers: plain text, chat messages, or token ids.
+
+    Args:
+        text: plain text, tokenised as it is by the policy.
+        messages: chat messages (`{"role": ..., "content": ...}`), rendered by the policy's chat template.
+        token_ids: the policy's token ids; given alone, or filled in beside text or messages once tokenised.
+
+    Raises:
+        ValueError: nothing was given, text and messages both were, or what was given is empty.
+    """
+
+    text: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    token_ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.messages is not None:
+            raise ValueError("Prompt takes text or messages, not both")
+        if self.text is None and self.messages is None and self.token_ids is None:
+            raise ValueError("Prompt needs one of text, messages or token_ids")
+        for name in ("text", "messages", "token_ids"):
+            given = getattr(self, name)
+            if given is not None and len(given) == 0:
+                raise ValueError(f"empty prompt: {name} is {given!r}; at least one token is needed")
+        if self.messages is not None:
+            object.__setattr__(self, "messages", tuple(self.messages))
+        if self.token_ids is not None:
+            object.__setattr__(self, "token_ids", tuple(int(i) for i in self.token_ids))
+
+    @classmethod
+    def of(cls, given: Prompt | str | Sequence[int] | Sequence[Mapping[str, Any]]) -> Prompt:
+        """A Prompt from what users pass: a Prompt, a string, chat messages, or token ids."""
+        if isinstance(given, Prompt):
+            return given
+        if isinstance(given, str):
+            return cls(text=given)
+        if isinstance(given, Sequence) or hasattr(given, "__iter__"):
+            items = list(given)
+            if items and all(isinstance(item, Mapping) for item in items):
+                return cls(messages=tuple(items))
+            if all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items):
+                return cls(token_ids=tuple(int(item) for item in items))
+        raise TypeError(
+            f"prompt must be a str, a list of token ids, a list of chat messages or a Prompt, got {type(given).__name__}"
+        )
+
+    def with_ids(self, token_ids: Sequence[int]) -> Prompt:
+        """The same prompt with its token ids filled in."""
+        return replace(self, token_ids=tuple(int(i) for i in token_ids))
+
+
+class Node:
+    """One step of a search tree.
+
+    Attributes:
+        parent, children: the tree; the root's parent is None.
+        token_ids: the step's tokens, in the policy's vocabulary; empty for the root.
+        text: their decoding, without special tokens.
+        logprobs: [T] fp32, nats: raw (before temperature and every processor) log-probabilities of the tokens
+            under the policy that sampled them; None for nodes built by hand.
+        sampler: id of the model that sampled the tokens; a scorer whose model has this id reads logprobs.
+        rewards: pair name -> [T] fp32 token rewards, in beta * nats (see set_rewards).
+        value: the number a strategy ranks the node by; None until scored.
+        finish: "step" (a StepRule ended it), "stop" (end of sequence or a stop condition), "length" (the
+            response or the context is full), "budget" (the search's budget ended it), None for the root.
+        depth: steps from the root.
+        lineages: the random streams that reached this node, one per merged duplicate.
+        drawn: children already drawn from each lineage; the next draw goes on from there.
+        rollout: drawn to look ahead and not (yet) taken into the search.
+        index: place in `tree.nodes`.
+    """
+
+    __slots__ = (
+        "__weakref__", "_q", "_reward", "children", "depth", "drawn", "end", "finish", "index", "lineages",
+        "logprobs", "parent", "rewards", "rollout", "sampler", "start", "text", "token_ids", "tree", "value",
+    )  # fmt: skip
+
+    def __init__(self, tree: SearchTree, parent: Node | None, token_ids: Sequence[int]) -> None:
+        self.tree = tree
+        self.parent = parent
+        self.children: list[Node] = []
+        self.token_ids: tuple[int, ...] = tuple(token_ids)
+        self.text = ""
+        self.logprobs: np.ndarray | None = None
+        self.sampler: Hashable | None = None
+        self.rewards: dict[str, np.ndarray] = {}
+        self.value: float | None = None
+        self.finish: str | None = None
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.start: int = 0 if parent is None else parent.end  # response tokens before this node
+        self.end: int = self.start + len(self.token_ids)  # ... and up to its end
+        self.lineages: tuple[int, ...] = (0,)
+        self.drawn = 0
+        self.rollout = False
+        self.index = -1
+        self._reward: dict[str, float] = {}
+        self._q: dict[str, float] = {}
+
+    @property
+    def count(self) -> int:
+        """Merged duplicates this node stands for, at least 1."""
+        return len(self.lineages)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing may follow: the response ended, is full, or the budget is spent."""
+        return self.finish in ("stop", "length", "budget")
+
+    def set_rewards(self, name: str, token_rewards: np.ndarray, reward: float | None = None) -> None:
+        """Record a pair's token rewards of this step; the parent must have been scored by it before.
+
+        Args:
+            name: the pair's name.
+            token_rewards: [T] fp32, beta * nats. T differs from len(token_ids) only for a pair with another
+                tokenizer, which reports its own tokens.
+            reward: the step's reward where it is not the sum of token_rewards (that same case).
+
+        Raises:
+            ValueError: the parent has no rewards of this pair yet.
+        """
+        parent_q = 0.0
+        if self.parent is not None and self.parent.parent is not None:
+            if name not in self.parent._q:
+                raise ValueError(f"score a node's parent before the node: {name!r} has not scored the parent")
+            parent_q = self.parent._q[name]
+        rewards = np.asarray(token_rewards, dtype=np.float32)
+        self.rewards[name] = rewards
+        self._reward[name] = float(rewards.sum(dtype=np.float64)) if reward is None else float(reward)
+        self._q[name] = parent_q + self._reward[name]
+
+    def reward_of(self, name: str) -> float:
+        """Step reward under the named pair, beta * nats. Raises KeyError where it has not scored the node."""
+        return 0.0 if self.parent is None else self._reward[name]
+
+    def q_of(self, name: str) -> float:
+        """Sum of token rewards from the first response token to this node's end, under the named pair."""
+        return 0.0 if self.parent is None else self._q[name]
+
+    def scored_by(self, name: str) -> bool:
+        """Whether the named pair has scored this node (the root needs no scoring)."""
+        return self.parent is None or name in self._q
+
+    @property
+    def token_rewards(self) -> np.ndarray:
+        """[T] fp32 token rewards of the primary pair, beta * nats."""
+        if self.parent is None:
+            return np.zeros(0, np.float32)
+        return self.rewards[self.tree.primary]
+
+    @property
+    def reward(self) -> float:
+        """Step reward of the primary pair: q here minus q at the parent."""
+        return self.reward_of(self.tree.primary)
+
+    @property
+    def q(self) -> float:
+        """Value of the prefix that ends here under the primary pair (arXiv 2412.01981, eq. 2)."""
+        return self.q_of(self.tree.primary)
+
+    def path(self) -> list[Node]:
+        """The nodes from below the root to this one, in order; empty for the root."""
+        nodes: list[Node] = []
+        node: Node = self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        nodes.reverse()
+        return nodes
+
+    def path_ids(self) -> list[int]:
+        """Response token ids from the root to this node's end."""
+        return [i for node in self.path() for i in node.token_ids]
+
+    def path_text(self) -> str:
+        """Response text from the root to this node's end."""
+        return "".join(node.text for node in self.path())
+
+    def __repr__(self) -> str:
+        value = "" if self.value is None else f" value={self.value:.4g}"
+        return f"<Node {self.index} depth={self.depth} tokens={len(self.token_ids)} finish={self.finish}{value}>"
+
+
+class SearchTree:
+    """A prompt and the steps tried after it.
+
+    Args:
+        prompt: see Prompt.
+        occurrence: how many equal prompts came before in the same call, so that equal prompts draw differently.
+
+    Attributes:
+        root, nodes: the root and every node in order of creation (nodes[0] is the root).
+        primary: the pair that Node.reward, .q and .token_rewards speak of.
+        meter: token counts by model, read out as Result.usage.
+    """
+
+    def __init__(self, prompt: Prompt | str, *, occurrence: int = 0) -> None:
+        self.prompt = Prompt.of(prompt)
+        self.occurrence = occurrence
+        self.primary = "prm"
+        self.meter = Meter()
+        self.nodes: list[Node] = []
+        self._stream: int | None = None
+        self.root = self._append(Node(self, None, ()))
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The prompt's token ids. Raises ValueError before a policy or a pair has tokenised it."""
+        if self.prompt.token_ids is None:
+            raise ValueError("the prompt has no token ids yet: let the policy encode it, or build Prompt(token_ids=...)")
+        return self.prompt.token_ids
+
+    @property
+    def stream(self) -> int:
+        """64-bit id of this prompt's random stream, from its token ids and occurrence alone."""
+        if self._stream is None:
+            self._stream = stream(self.prompt_ids, self.occurrence)
+        return self._stream
+
+    def _append(self, node: Node) -> Node:
+        node.index = len(self.nodes)
+        self.nodes.append(node)
+        if node.parent is not None:
+            node.parent.children.append(node)
+        return node
+
+    def add(
+        self,
+        parent: Node,
+        token_ids: Sequence[int],
+        *,
+        text: str = "",
+        logprobs: np.ndarray | None = None,
+        sampler: Hashable | None = None,
+        finish: str = "step",
+        lineage: int = 0,
+        rollout: bool = False,
+        merge: bool = False,
+    ) -> Node:
+        """Append a step below parent, or, with merge, count it on the twin that already stands there.
+
+        Args:
+            parent: a node of this tree that is not finished.
+            token_ids: [T >= 1] the step's tokens.
+            text, logprobs, sampler, finish, rollout: see Node.
+            lineage: the random stream that drew the step.
+            merge: a child with the same tokens and finish, from which nothing was drawn yet, takes this lineage
+                and is returned instead.
+
+        Raises:
+            ValueError: parent is of another tree or finished, token_ids is empty, logprobs has another length,
+                or finish is unknown.
+        """
+        if parent.tree is not self:
+            raise ValueError("parent belongs to another tree")
+        if parent.finished:
+            raise ValueError(f"parent is finished ({parent.finish!r}); nothing can follow it")
+        if len(token_ids) == 0:
+            raise ValueError("a node needs at least one token")
+        if finish not in FINISHES:
+            raise ValueError(f"finish={finish!r} is unknown; it is one of {FINISHES}")
+        if logprobs is not None and len(logprobs) != len(token_ids):
+            raise ValueError(f"logprobs has {len(logprobs)} entries for {len(token_ids)} tokens")
+        ids = tuple(int(i) for i in token_ids)
+        if merge:
+            for twin in parent.children:
+                if twin.token_ids == ids and twin.finish == finish and twin.drawn == 0:
+                    twin.lineages += (lineage,)
+                    twin.rollout &= rollout
+                    return twin
+        node = Node(self, parent, ids)
+        node.text, node.sampler, node.finish, node.rollout = text, sampler, finish, rollout
+        node.logprobs = None if logprobs is None else np.asarray(logprobs, np.float32)
+        node.lineages = (lineage,)
+        return self._append(node)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The whole tree as JSON: prompt, and for each node its tokens, text, rewards, value and finish."""
+        prompt = self.prompt
+        record = {
+            "version": 1,
+            "prompt": {
+                "text": prompt.text,
+                "messages": None if prompt.messages is None else [dict(m) for m in prompt.messages],
+                "token_ids": None if prompt.token_ids is None else list(prompt.token_ids),
+            },
+            "occurrence": self.occurrence,
+            "primary": self.primary,
+            "nodes": [_node_record(node) for node in self.nodes],
+        }
+        return json.dumps(record, ensure_ascii=False, indent=indent)
+
+    @classmethod
+    def from_json(cls, source: str) -> SearchTree:
+        """The tree that to_json wrote. Raises ValueError where the text is not one."""
+        try:
+            record = json.loads(source)
+            version, nodes = record["version"], record["nodes"]
+            given = {k: v for k, v in record["prompt"].items() if v is not None}
+            if version != 1 or not nodes or nodes[0]["parent"] is not None:
+                raise ValueError(f"version {version!r} with {len(nodes)} nodes")
+            tree = cls(Prompt(**given), occurrence=record["occurrence"])
+            tree.primary = record["primary"]
+            _restore(tree.root, nodes[0])
+            for item in nodes[1:]:
+                node = Node(tree, tree.nodes[item["parent"]], item["token_ids"])
+                _restore(tree._append(node), item)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"not a search tree in JSON: {error}") from error
+        return tree
+
+
+def _node_record(node: Node) -> dict[str, Any]:
+    return {
+        "parent": None if node.parent is None else node.parent.index,
+        "token_ids": list(node.token_ids),
+        "text": node.text,
+        "logprobs": None if node.logprobs is None else node.logprobs.tolist(),
+        "sampler": None if node.sampler is None else str(node.sampler),
+        "rewards": {name: values.tolist() for name, values in node.rewards.items()},
+        "reward": dict(node._reward),
+        "q": dict(node._q),
+        "value": node.value,
+        "finish": node.finish,
+        "lineages": list(node.lineages),
+        "drawn": node.drawn,
+        "rollout": node.rollout,
+    }
+
+
+def _restore(node: Node, item: Mapping[str, Any]) -> None:
+    node.text, node.value, node.finish = item["text"], item["value"], item["finish"]
+    node.logprobs = None if item["logprobs"] is None else np.asarray(item["logprobs"], np.float32)
+    node.sampler = item["sampler"]
+    node.rewards = {name: np.asarray(values, np.float32) for name, values in item["rewards"].items()}
+    node._reward, node._q = dict(item["reward"]), dict(item["q"])
+    node.lineages, node.drawn, node.rollout = tuple(item["lineages"]), item["drawn"], item["rollout"]

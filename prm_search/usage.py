@@ -1,0 +1,60 @@
+"""What a search cost: tokens by model, forward calls and seconds by phase."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["sampled", "encoded", "cached", "reencoded"]
+
+
+class Meter:
+    """Token counts of one tree, by kind and model id. Engines write, the driver reads it out as Usage.
+
+    Kinds: "sampled" (drawn by a policy, cut or not), "encoded" (first forward of a token through a model),
+    "reencoded" (a further one, after its KV was evicted), "cached" (prefix tokens that a forward found encoded).
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[Kind, Hashable]] = Counter()
+
+    def add(self, kind: Kind, model: Hashable, tokens: int) -> None:
+        """Count tokens of a kind for the model with this id."""
+        self.counts[kind, model] += tokens
+
+
+@dataclass
+class Usage:
+    """The price of a result.
+
+    The token counts are the result's own, each a dict keyed "policy", "prm", "reference" (and "<pair>.prm",
+    "<pair>.reference" for further pairs); a model that plays two parts counts once, under the first of them.
+    forward_calls and seconds (by phase: "policy", "scorer") belong to the whole batch the result was made in.
+    """
+
+    sampled_tokens: dict[str, int] = field(default_factory=dict)
+    encoded_tokens: dict[str, int] = field(default_factory=dict)
+    cached_tokens: dict[str, int] = field(default_factory=dict)
+    reencoded_tokens: dict[str, int] = field(default_factory=dict)
+    forward_calls: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, meter: Meter, roles: Mapping[str, Hashable]) -> Usage:
+        """Token counts of a meter by role; roles maps names to model ids, most important first."""
+        names: dict[Hashable, str] = {}
+        for role, model in roles.items():
+            names.setdefault(model, role)
+        usage = cls()
+        tables = {
+            "sampled": usage.sampled_tokens,
+            "encoded": usage.encoded_tokens,
+            "cached": usage.cached_tokens,
+            "reencoded": usage.reencoded_tokens,
+        }
+        for (kind, model), tokens in meter.counts.items():
+            role = names.get(model, str(model))
+            tables[kind][role] = tables[kind].get(role, 0) + tokens
+        return usage
