@@ -1,0 +1,98 @@
+"""Which weights a module stands for: its plain base weights, or those with PEFT adapters switched on.
+
+A LoRA pair is one module in two adapter states. The state is switched for the time of one forward, under the
+module's lock, and put back; it is never part of a model's own state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+AUTO = "auto"
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The transformers model inside torch.compile, PEFT and DDP wrappers.
+
+    Raises:
+        ValueError: a PEFT method that adds virtual tokens (prompt learning), which changes positions.
+    """
+    while True:
+        if hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        elif hasattr(module, "get_base_model") and hasattr(module, "peft_config"):
+            for name, config in module.peft_config.items():
+                if getattr(config, "is_prompt_learning", False):
+                    raise ValueError(f"adapter {name!r} adds virtual tokens ({config.peft_type}); only weight adapters are supported")
+            module = module.get_base_model()
+        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        else:
+            return module
+
+
+def tuner_layers(module: nn.Module) -> list[Any]:
+    """The adapter layers injected into a module."""
+    return [m for m in module.modules() if hasattr(m, "_disable_adapters") and hasattr(m, "_active_adapter")]
+
+
+def adapter_state(given: nn.Module, adapter: str | None) -> tuple[str, ...] | None:
+    """The adapters a model part runs with: None for the base weights.
+
+    Args:
+        given: the module as the user passed it, wrappers and all.
+        adapter: "auto", an adapter's name, or None for the base weights.
+
+    Raises:
+        ValueError: the adapter does not exist, or a bare module carries injected adapters and it is not said
+            whether they are meant.
+    """
+    layers = tuner_layers(unwrap(given))
+    if adapter is None or not layers:
+        if adapter not in (None, AUTO):
+            raise ValueError(f"adapter={adapter!r}: the model has no adapters")
+        return None
+    names = sorted({name for layer in layers for name in _names(layer)})
+    if adapter != AUTO:
+        if adapter not in names:
+            raise ValueError(f"adapter={adapter!r} is not loaded; the model has {names}")
+        return (adapter,)
+    inner = given
+    while hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod
+    if not hasattr(inner, "peft_config") or not hasattr(inner, "get_base_model"):
+        raise ValueError(
+            f"the model carries injected adapters {names}: pass the PeftModel, or say which weights are meant "
+            "(adapter=None for the base weights, adapter='name' for an adapter's)"
+        )
+    active = inner.active_adapters
+    return tuple(active() if callable(active) else active)
+
+
+def _names(layer: Any) -> list[str]:
+    return [name for attribute in layer.adapter_layer_names for name in getattr(layer, attribute, {})]
+
+
+@contextmanager
+def switched(layers: list[Any], state: tuple[str, ...] | None) -> Iterator[None]:
+    """Run with these adapters, or none. Plain attributes are set, so gradients' requires_grad stays as it is."""
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = state is None
+            if state is not None:
+                layer._active_adapter = list(state)
+        yield
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a model takes its input ids."""
+    return module.get_input_embeddings().weight.device

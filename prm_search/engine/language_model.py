@@ -1,0 +1,457 @@
+"""LanguageModel: a causal LM that encodes each token of a tree of branches once.
+
+`extend` appends tokens to branches and encodes them, with whatever of their paths is missing, in as few packed
+forwards as the KV capacity allows. It knows branches, not searches: `memo.py` ties it to those.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import adapters, admission
+from .attention import Packed, Unit, group_units, packed
+from .head import Head
+from .kv_tree import Branch, KVTree
+from .pool import KVPool
+
+if TYPE_CHECKING:
+    from ..tree import SearchTree
+    from .memo import Memo
+
+Want = Literal["target", "hidden", "log_softmax"]
+
+DEFAULT_BYTES = 4 << 30  # of KV a model, where the machine has it
+
+_ids = itertools.count(1)
+_interned: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, weakref.ref[LanguageModel]]] = (
+    weakref.WeakKeyDictionary()
+)
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_interning = threading.RLock()
+
+
+@dataclass
+class Piece:
+    """Own tokens [begin, end) of a branch, to be encoded."""
+
+    branch: Branch
+    begin: int
+    end: int
+
+
+class LanguageModel:
+    """Use `LanguageModel.of`, which returns the same object for the same weights.
+
+    Args:
+        module: a transformers causal LM, unwrapped and in eval mode.
+        state: adapters to run with; None for the base weights.
+        capacity: tokens whose KV is held at once; None: what DEFAULT_BYTES hold.
+        forward_tokens: tokens of one forward at most; longer work is cut into several.
+
+    Attributes:
+        id: says which weights these are; equal ids mean equal log-probabilities.
+        tree: the branches.
+        forwards: forward calls so far.
+
+    Raises:
+        ValueError: the model's family is not served exactly (see admission).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        state: tuple[str, ...] | None = None,
+        *,
+        capacity: int | None = None,
+        forward_tokens: int = 4096,
+    ) -> None:
+        self.module = module
+        self.state = state
+        self.config = module.config.get_text_config()
+        self.head = Head(module)
+        self.pool_bytes = 0
+        self.forward_tokens = forward_tokens
+        self.forwards = 0
+        self._layers = adapters.tuner_layers(module)
+        self._configs = _configs_of(module)
+        self._lock = _locks.setdefault(module, threading.RLock())
+        self._memos: weakref.WeakKeyDictionary[SearchTree, Memo] = weakref.WeakKeyDictionary()
+        name = getattr(module.config, "_name_or_path", "") or type(module).__name__
+        self.id: Hashable = f"{name}{'' if state is None else '+' + '+'.join(state)}#{next(_ids)}"
+        admission.check(module)
+        self.capacity_given = capacity
+        self.tree = KVTree(capacity or _default_capacity(module))
+        self.pool = KVPool(self.tree.capacity)
+
+    @classmethod
+    def of(
+        cls, module: nn.Module | LanguageModel, *, adapter: str | None = adapters.AUTO, capacity: int | None = None
+    ) -> LanguageModel:
+        """The LanguageModel of these weights: the same module in the same adapter state gives the same object.
+
+        Args:
+            module: a causal LM, also wrapped by PEFT or torch.compile, or a LanguageModel (returned as it is).
+            adapter: "auto" (a PeftModel's active adapter, otherwise the base weights), an adapter's name, or None
+                for the base weights.
+            capacity: tokens of KV; must agree with an earlier request for the same weights.
+
+        Raises:
+            TypeError: not a causal LM of transformers.
+            ValueError: see LanguageModel and adapters; or capacity differs from the one in use.
+        """
+        if isinstance(module, LanguageModel):
+            return module
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"a causal LM (nn.Module) is needed, got {type(module).__name__}")
+        base = adapters.unwrap(module)
+        if not hasattr(base, "config") or not hasattr(base, "get_output_embeddings"):
+            raise TypeError(f"{type(base).__name__} is not a transformers causal LM")
+        state = adapters.adapter_state(module, adapter)
+        with _interning:
+            known = _interned.setdefault(base, {})
+            found = known[state]() if state in known else None
+            if found is None:
+                found = cls(base, state, capacity=capacity)
+                known[state] = weakref.ref(found)
+            elif capacity is not None and capacity != found.tree.capacity:
+                raise ValueError(
+                    f"capacity={capacity}: this model is in use with {found.tree.capacity} tokens of KV already"
+                )
+            return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids go."""
+        return adapters.device_of(self.module)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of the longest path the model takes, where its config says so."""
+        limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+        return int(limit) if limit and limit > 0 else None
+
+    def memo(self, tree: SearchTree) -> Memo:
+        """What is known of a search tree's nodes under these weights; made on first use."""
+        from .memo import Memo
+
+        memo = self._memos.get(tree)
+        if memo is None:
+            memo = self._memos[tree] = Memo(self, tree)
+        return memo
+
+    def release(self, tree: SearchTree) -> None:
+        """Forget a search tree and free its KV."""
+        memo = self._memos.pop(tree, None)
+        if memo is not None:
+            memo.free()
+
+    def extend(
+        self, branches: Sequence[Branch], ids: Sequence[Sequence[int]], want: Want | None = "target"
+    ) -> list[np.ndarray] | torch.Tensor | None:
+        """Append ids[i] to branches[i] and encode everything on their paths that has no KV.
+
+        A branch's ancestors may stand in the same call; they are encoded in the same forward.
+
+        Args:
+            branches: B different branches of this model's tree.
+            ids: new tokens of each, possibly none.
+            want: "target": log-probability of each new token; "hidden": the last hidden row of each branch;
+                "log_softmax": the next-token distribution after each branch; None: only encode.
+
+        Returns:
+            "target": B arrays [len(ids[i])] fp32, nats, NaN for a token with nothing before it;
+            "hidden": [B, D]; "log_softmax": [B, V] fp32 (fp64 for an fp64 model), nats.
+
+        Raises:
+            ValueError: a path with its new tokens exceeds the KV capacity or the context, or a token id lies
+                outside the vocabulary.
+        """
+        self._validate(branches, ids)
+        heads = [len(branch.token_ids) for branch in branches]
+        for branch, new in zip(branches, ids, strict=True):
+            branch.token_ids.extend(int(i) for i in new)
+        with self._lock, torch.no_grad():
+            try:
+                found = self._encode(branches, heads if want == "target" else None)
+            except BaseException:
+                for branch, head in zip(branches, heads, strict=True):
+                    del branch.token_ids[max(head, branch.encoded) :]
+                raise
+            if want == "target":
+                return found
+            if want is None:
+                return None
+            rows = torch.stack([branch.row() for branch in branches])
+            return rows if want == "hidden" else self.head.log_softmax(rows)
+
+    def score(self, branches: Sequence[Branch]) -> list[np.ndarray]:
+        """Encode branches that were never encoded and return the log-probabilities of their own tokens.
+
+        Args:
+            branches: B different branches, each after its ancestors where those are in the call too.
+
+        Returns:
+            As extend(want="target").
+
+        Raises:
+            ValueError: as extend; or a branch has been encoded before.
+        """
+        self._validate(branches, [()] * len(branches))
+        if any(branch.encoded or branch.hidden is not None for branch in branches):
+            raise ValueError("a branch has been encoded before: its rows are gone, score a fork of its parent")
+        with self._lock, torch.no_grad():
+            return self._encode(branches, [0] * len(branches))
+
+    def _validate(self, branches: Sequence[Branch], ids: Sequence[Sequence[int]]) -> None:
+        if len(branches) != len(ids):
+            raise ValueError(f"{len(branches)} branches but {len(ids)} lists of ids")
+        if len({id(b) for b in branches}) != len(branches):
+            raise ValueError("a branch stands twice in one call")
+        for branch, new in zip(branches, ids, strict=True):
+            if branch.released:
+                raise ValueError("a released branch cannot be extended")
+            if len(new) and not (min(new) >= 0 and max(new) < self.head.vocab):
+                raise ValueError(f"token ids {min(new)}..{max(new)} lie outside the vocabulary of {self.head.vocab}")
+            length = branch.length + len(new)
+            if length > self.tree.capacity:
+                raise ValueError(f"a path of {length} tokens exceeds the KV capacity of {self.tree.capacity} tokens")
+            if self.context is not None and length > self.context:
+                raise ValueError(f"a path of {length} tokens exceeds the model's context of {self.context} tokens")
+            if length == 0:
+                raise ValueError("an empty path cannot be encoded: a prompt needs at least one token")
+
+    # --- planning --------------------------------------------------------------------------------------------------
+
+    def _encode(self, branches: Sequence[Branch], score_from: Sequence[int] | None) -> list[np.ndarray]:
+        """Encode what is missing, cut into forwards that fit the capacity and forward_tokens; pins while one runs.
+
+        Returns:
+            log-probs of each branch's own tokens from score_from[i] on; empty arrays where that is None.
+        """
+        targets: dict[int, tuple[int, int]] = {}
+        found: dict[int, list[np.ndarray]] = {id(branch): [] for branch in branches}
+        if score_from is not None:
+            targets = {id(b): (low, len(b.token_ids)) for b, low in zip(branches, score_from, strict=True)}
+        pending = [branch for branch in branches if self._missing(branch)]
+        while pending:
+            pieces: dict[int, Piece] = {}
+            pinned: dict[int, Branch] = {}
+            tokens = held = taken = 0
+            for branch in pending:
+                parts = self._missing(branch)
+                cost = sum(
+                    p.end - max(p.begin, pieces[id(p.branch)].end if id(p.branch) in pieces else p.begin) for p in parts
+                )
+                hold = sum(b.encoded for b in branch.lineage() if id(b) not in pinned)
+                if taken and (held + hold + tokens + cost > self.tree.capacity or tokens + cost > self.forward_tokens):
+                    break
+                for part in parts:
+                    have = pieces.get(id(part.branch))
+                    pieces[id(part.branch)] = Piece(part.branch, part.begin, max(part.end, have.end if have else 0))
+                pinned.update((id(b), b) for b in branch.lineage())
+                tokens, held, taken = tokens + cost, held + hold, taken + 1
+            for branch in pinned.values():
+                branch.pins += 1
+                self.tree.touch(branch)
+            try:
+                for wave in _split(list(pieces.values()), self.forward_tokens):
+                    self.tree.reserve(sum(p.end - p.begin for p in wave))
+                    self._forward(wave, targets, found)
+            finally:
+                for branch in pinned.values():
+                    branch.pins -= 1
+            pending = pending[taken:]
+        return [np.concatenate(found[id(b)]) if found[id(b)] else np.zeros(0, np.float32) for b in branches]
+
+    def _missing(self, branch: Branch) -> list[Piece]:
+        """What has to be encoded so that the whole path is resident and its last hidden row known, root first."""
+        if branch.row() is not None:
+            return []
+        pieces: list[Piece] = []
+        need = len(branch.token_ids)
+        tip: Branch | None = branch
+        while tip is not None:
+            if tip.encoded < need:
+                pieces.append(Piece(tip, tip.encoded, need))
+            need = tip.start - (tip.parent.start if tip.parent is not None else 0)
+            tip = tip.parent
+        pieces.reverse()
+        return pieces
+
+    # --- one forward -----------------------------------------------------------------------------------------------
+
+    def _forward(
+        self, wave: Sequence[Piece], targets: dict[int, tuple[int, int]], found: dict[int, list[np.ndarray]]
+    ) -> None:
+        """Encode the pieces, keep each branch's last hidden row, and score the target tokens among them."""
+        slots = [self.tree.take(piece.branch, piece.end - piece.begin) for piece in wave]
+        chains = _chains(wave)
+        units = [Unit(wave[chain[-1]].branch.path_slots(), sum(len(slots[i]) for i in chain)) for chain in chains]
+        groups, order = group_units(units)
+        packing = [i for unit in order for i in chains[unit]]  # pieces in packed order
+        ids = [t for i in packing for t in wave[i].branch.token_ids[wave[i].begin : wave[i].end]]
+        starts = [wave[i].branch.start + wave[i].begin for i in packing]
+        positions = np.concatenate([np.arange(s, s + len(slots[i])) for s, i in zip(starts, packing, strict=True)])
+        forward = Packed(self.pool, np.concatenate([slots[i] for i in packing]), groups)
+        try:
+            hidden = self._hidden(ids, positions, forward)
+        except BaseException:
+            for piece in reversed(wave):
+                self.tree.give_back(piece.branch, piece.end - piece.begin)
+            raise
+        self.forwards += 1
+        first, offset = {}, 0  # piece -> its first row of `hidden`
+        for i in packing:
+            first[i] = offset
+            offset += len(slots[i])
+        self._bound(wave, first, hidden)
+        self._score(wave, first, hidden, targets, found)
+        self._keep(wave, first, hidden)
+
+    def _hidden(self, ids: list[int], positions: np.ndarray, forward: Packed) -> torch.Tensor:
+        """[T, D] last hidden rows of the packed tokens."""
+        if self.module.training:
+            raise ValueError("the model is in training mode, where dropout makes its probabilities random: call .eval()")
+        device = self.device
+        switch = adapters.switched(self._layers, self.state) if self._layers else nullcontext()
+        with switch, packed(self._configs, forward):
+            out = self.module.base_model(
+                input_ids=torch.tensor([ids], dtype=torch.long, device=device),
+                position_ids=torch.from_numpy(positions).to(device)[None],
+                use_cache=False,
+            )
+        return out[0][0]
+
+    def _bound(self, wave: Sequence[Piece], first: dict[int, int], hidden: torch.Tensor) -> None:
+        """Fill in the boundary rows of branches whose parents end in this very forward."""
+        rows = {id(p.branch): (first[i] - p.begin, p) for i, p in enumerate(wave)}
+        for piece in wave:
+            branch = piece.branch
+            if piece.begin or branch.parent is None or branch.before() is not None:
+                continue
+            at = branch.start - branch.parent.start  # own tokens of the parent before the fork
+            offset, above = rows.get(id(branch.parent), (0, None))
+            if above is not None and above.begin < at <= above.end:
+                branch.boundary = hidden[offset + at - 1].clone()
+
+    def _keep(self, wave: Sequence[Piece], first: dict[int, int], hidden: torch.Tensor) -> None:
+        """Keep each branch's newest hidden row (never an older one again) and count the tokens."""
+        grown = [i for i, piece in enumerate(wave) if piece.end > piece.branch.hidden_at]
+        ends = [first[i] + wave[i].end - wave[i].begin - 1 for i in grown]
+        for row, i in zip(hidden[torch.tensor(ends, dtype=torch.long, device=hidden.device)], grown, strict=True):
+            wave[i].branch.hidden, wave[i].branch.hidden_at = row, wave[i].end
+        for piece in wave:
+            branch = piece.branch
+            if branch.meter is not None:
+                again = max(0, min(piece.end, branch.seen) - piece.begin)
+                branch.meter.add("reencoded", self.id, again)
+                branch.meter.add("encoded", self.id, piece.end - piece.begin - again)
+            branch.seen = max(branch.seen, piece.end)
+
+    def _score(
+        self,
+        wave: Sequence[Piece],
+        first: dict[int, int],
+        hidden: torch.Tensor,
+        targets: dict[int, tuple[int, int]],
+        found: dict[int, list[np.ndarray]],
+    ) -> None:
+        rows: list[torch.Tensor] = []
+        wanted: list[int] = []
+        parts: list[tuple[int, int, bool]] = []
+        for i, piece in enumerate(wave):
+            low, high = targets.get(id(piece.branch), (0, 0))
+            low, high = max(low, piece.begin), min(high, piece.end)
+            if low >= high:
+                continue
+            branch, at = piece.branch, first[i] - piece.begin  # own token t has its hidden row at `at + t`
+            if low == 0:
+                before = branch.before()
+            elif branch.hidden_at == low:
+                before = branch.hidden  # kept, so that evictions change no log-prob
+            else:
+                before = hidden[at + low - 1] if low > piece.begin else None
+            if before is None and branch.start + low:
+                raise RuntimeError(f"the hidden row before token {low} of {branch!r} is lost")
+            if before is not None:
+                rows.append(before[None])
+            rows.append(hidden[at + low : at + high - 1])
+            wanted += branch.token_ids[low + (before is None) : high]
+            parts.append((id(branch), high - low, before is None))
+        if not parts:
+            return
+        goal = torch.tensor(wanted, dtype=torch.long, device=hidden.device)
+        flat = self.head.logprobs(torch.cat(rows), goal).cpu().numpy()
+        position = 0
+        for key, count, blind in parts:
+            values = flat[position : position + count - blind]
+            position += count - blind
+            found[key].append(np.concatenate(([np.nan], values)).astype(flat.dtype) if blind else values)
+
+
+def _split(pieces: list[Piece], limit: int) -> list[list[Piece]]:
+    """Cut pieces into runs of at most `limit` tokens, in order."""
+    waves: list[list[Piece]] = [[]]
+    room = limit
+    for piece in pieces:
+        begin = piece.begin
+        while begin < piece.end:
+            if room == 0:
+                waves.append([])
+                room = limit
+            end = min(piece.end, begin + room)
+            waves[-1].append(Piece(piece.branch, begin, end))
+            room -= end - begin
+            begin = end
+    return waves
+
+
+def _chains(wave: Sequence[Piece]) -> list[list[int]]:
+    """Pieces that follow one another on one path, joined into runs of new tokens without a gap."""
+    tips: dict[int, list[int]] = {}  # id of the branch at a run's end -> the run
+    chains: list[list[int]] = []
+    for i, piece in enumerate(wave):
+        parent = piece.branch.parent
+        run = tips.pop(id(parent), None) if parent is not None and piece.begin == 0 else None
+        if run is not None and wave[run[-1]].branch.start + wave[run[-1]].end == piece.branch.start:
+            run.append(i)
+        else:
+            if run is not None:
+                tips[id(parent)] = run
+            run = [i]
+            chains.append(run)
+        tips[id(piece.branch)] = run
+    return chains
+
+
+def _configs_of(module: nn.Module) -> list[Any]:
+    configs = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
+    return [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
+
+
+def _default_capacity(module: nn.Module) -> int:
+    """Tokens that DEFAULT_BYTES (or half of a GPU's free memory, if less) hold, by the config's head sizes."""
+    config = module.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1) or 1
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers = getattr(config, "num_hidden_layers", 1)
+    dtype = next(module.parameters()).dtype
+    width = 2 * layers * kv_heads * size * (dtype.itemsize if dtype.is_floating_point else 2)
+    budget = DEFAULT_BYTES
+    device = adapters.device_of(module)
+    if device.type == "cuda":
+        budget = torch.cuda.mem_get_info(device)[0] // 2
+    return max(1024, min(budget // max(1, width), 1 << 20))
+
+

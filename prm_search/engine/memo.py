@@ -1,0 +1,102 @@
+"""What one LanguageModel knows of one search tree: nodes -> branches, and their log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .kv_tree import Branch
+
+if TYPE_CHECKING:
+    from ..tree import Node, SearchTree
+    from .language_model import LanguageModel
+
+
+class Memo:
+    """Made by LanguageModel.memo and freed by LanguageModel.release.
+
+    A node's log-probs are computed once and never again, whatever happens to its KV; sampler and scorer that run
+    the same weights share one memo.
+
+    Args:
+        lm: whose branches these are.
+        tree: whose nodes.
+    """
+
+    def __init__(self, lm: LanguageModel, tree: SearchTree) -> None:
+        self.lm = lm
+        self.logprobs: dict[Node, np.ndarray] = {}
+        self._branches: dict[Node, Branch] = {tree.root: lm.tree.root(tree.prompt_ids, tree.meter)}
+
+    def branch(self, node: Node) -> Branch:
+        """The branch whose path ends with the node; made (unencoded) where there is none yet."""
+        chain = []
+        above: Node = node
+        while above not in self._branches:
+            chain.append(above)
+            above = above.parent  # type: ignore[assignment]  # the root always has a branch
+        branch = self._branches[above]
+        for below in reversed(chain):
+            branch = self._branches[below] = self.lm.tree.fork(branch, below.token_ids)
+        return branch
+
+    def adopt(self, node: Node, branch: Branch, logprobs: np.ndarray | None = None) -> None:
+        """Take over a branch that already holds the node's tokens (some encoded), and its log-probs if known."""
+        if node in self._branches:
+            if self._branches[node] is not branch:
+                self.lm.tree.release(branch)
+        else:
+            self._branches[node] = branch
+        if logprobs is not None and node not in self.logprobs:
+            self.logprobs[node] = logprobs
+
+    def knows(self, node: Node) -> bool:
+        """Whether the node's log-probs are known here."""
+        return node in self.logprobs
+
+    def free(self) -> None:
+        """Release every branch."""
+        for branch in self._branches.values():
+            self.lm.tree.release(branch)
+        self._branches.clear()
+        self.logprobs.clear()
+
+
+def node_logprobs(lm: LanguageModel, nodes: Sequence[Node]) -> list[np.ndarray]:
+    """Log-probabilities of nodes' tokens under a model, encoding what is new in one packed forward.
+
+    Args:
+        lm: the model.
+        nodes: nodes of any trees; their ancestors are scored with them.
+
+    Returns:
+        [T] fp32 (fp64 for an fp64 model) a node, nats.
+    """
+    wanted: dict[Node, None] = {}
+    for node in nodes:
+        memo = lm.memo(node.tree)
+        for part in node.path():
+            if memo.knows(part):
+                continue
+            if part.sampler == lm.id and part.logprobs is not None:
+                memo.logprobs[part] = part.logprobs  # the sampler's own: computed when the token was drawn
+            else:
+                wanted.setdefault(part)
+    todo, spare = [], []
+    for node in wanted:
+        memo = lm.memo(node.tree)
+        branch = memo.branch(node)
+        if branch.seen:  # encoded as context, unscored: its rows are gone, so a copy is scored and dropped
+            branch = lm.tree.fork(memo.branch(node.parent), node.token_ids)  # type: ignore[arg-type]
+            branch.seen = len(node.token_ids)
+            spare.append(branch)
+        todo.append(branch)
+        above = branch.parent
+        node.tree.meter.add("cached", lm.id, branch.start if above is not None and above.encoded else 0)
+    for node, values in zip(wanted, lm.score(todo) if todo else (), strict=True):
+        lm.memo(node.tree).logprobs[node] = values
+    for branch in spare:
+        lm.tree.release(branch)
+    return [lm.memo(node.tree).logprobs[node] if node.parent is not None else np.zeros(0, np.float32) for node in nodes]

@@ -1,0 +1,46 @@
+"""The tensors behind the slots: one K and one V pool a layer, allocated once and never moved."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVPool:
+    """K `[slots, kv_heads, k_dim]` and V `[slots, kv_heads, v_dim]` for each layer.
+
+    Shapes, dtype and device are read off the first keys and values a layer writes, so layers may differ in them
+    and K may differ from V (multi-head latent attention).
+
+    Args:
+        slots: rows of every pool.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def write(
+        self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the K and V of T tokens and return the layer's pools.
+
+        Args:
+            layer: layer index.
+            slots: [T] int64.
+            keys: [T, kv_heads, k_dim].
+            values: [T, kv_heads, v_dim].
+        """
+        pools = self.layers.get(layer)
+        if pools is None:
+            pools = (
+                torch.empty((self.slots, *keys.shape[1:]), dtype=keys.dtype, device=keys.device),
+                torch.empty((self.slots, *values.shape[1:]), dtype=values.dtype, device=values.device),
+            )
+            self.layers[layer] = pools
+        pools[0].index_copy_(0, slots, keys)
+        pools[1].index_copy_(0, slots, values)
+        return pools
+
+    def bytes(self) -> int:
+        """Bytes of all pools, used or not."""
+        return sum(t.numel() * t.element_size() for pair in self.layers.values() for t in pair)
