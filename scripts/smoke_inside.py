@@ -1,4 +1,4 @@
-"""The checks that `smoke_wheel.py` runs where the wheel and its core dependencies are: ``python -I smoke_inside.py SITE``."""
+"""What `smoke_wheel.py` checks where the wheel and its core dependencies are: ``python -I smoke_inside.py SITE``."""
 
 from __future__ import annotations
 

