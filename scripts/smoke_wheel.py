@@ -1,6 +1,6 @@
 """Prove the built distributions from outside the checkout: ``python scripts/smoke_wheel.py DIST``, after `make test`.
 
-1. The wheel, which was built from the sdist, equals one built from the checkout and has every file of the package folders.
+1. The wheel, which was built from the sdist, equals one built from the checkout and has every file of the packages.
 2. It is installed into an environment that has its core dependencies, linked from the running one, and nothing else: no
    extra, no checkout, no bare ``triton_kernels``. `smoke_inside.py` does its checks there.
 """
@@ -25,7 +25,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def run(*command: object, cwd: Path) -> None:
-    subprocess.run([str(part) for part in command], cwd=cwd, check=True, stdin=subprocess.DEVNULL)
+    if subprocess.run([str(part) for part in command], cwd=cwd, stdin=subprocess.DEVNULL).returncode:
+        sys.exit(f"smoke: failed: {' '.join(map(str, command))}")
 
 
 def wheel_files(wheel: Path) -> dict[str, bytes]:
