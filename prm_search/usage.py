@@ -22,7 +22,8 @@ class Meter:
 
     def add(self, kind: Kind, model: Hashable, tokens: int) -> None:
         """Count tokens of a kind for the model with this id."""
-        self.counts[kind, model] += tokens
+        if tokens:
+            self.counts[kind, model] += tokens
 
 
 @dataclass

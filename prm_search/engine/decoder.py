@@ -1,0 +1,311 @@
+"""Continuous decoding of many rows over one or several LanguageModels: a row that ends makes room for a waiting one.
+
+A row draws one child. It holds a branch in each model: the policy's, and those of models that steer it. Rows of one
+node share its KV and its next-token distribution; each token is encoded once a model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from ..protocols import Request, Segment, commit
+from ..steps import StepMatcher
+from ..tree import Node, SearchTree
+from .kv_tree import Branch
+from .language_model import LanguageModel
+from .memo import node_logprobs
+from .sampler import Sampler
+
+# Combines the rows' log-softmax under each model, [R, V] each, into the scores to draw from, [R, V].
+Combine = Callable[[Sequence[torch.Tensor], Sequence["Row"]], torch.Tensor]
+
+
+@dataclass(eq=False)
+class Row:
+    """One child being drawn.
+
+    Attributes:
+        request, index: the child's place in what was asked for.
+        lineage: its random stream.
+        matcher: where its steps end.
+        chain: the steps drawn, the last one under way; closed where `fresh`.
+        branches: for each step, its branch in each model.
+        scored: for each step and model beside the first, the drawn tokens' log-probs.
+        left: tokens it may still draw.
+        fresh: the next token starts a new step.
+        token: drawn, not encoded yet; None before the first.
+    """
+
+    request: Request
+    index: int
+    lineage: int
+    matcher: StepMatcher
+    left: int
+    chain: list[Segment] = field(default_factory=list)
+    branches: list[list[Branch]] = field(default_factory=list)
+    scored: list[list[list[float]]] = field(default_factory=list)
+    fresh: bool = True
+    token: int | None = None
+    drawn: int = 0
+    done: bool = False
+
+    @property
+    def position(self) -> int:
+        """Response position of the next token."""
+        return self.request.node.end + self.drawn
+
+    def ids(self) -> list[int]:
+        """Prompt and response so far."""
+        node = self.request.node
+        own = [i for segment in self.chain for i in segment.token_ids]
+        return [*node.tree.prompt_ids, *node.path_ids(), *own]
+
+
+class Decoder:
+    """The decode loop behind HFPolicy.
+
+    Args:
+        lms: the policy's model first, then models whose distributions `combine` needs.
+        combine: how scores come from their distributions; None: the policy's own.
+        sampler: draws tokens.
+        stop_ids: tokens that end a response.
+        piece: bytes of a token id.
+        text: text of token ids.
+        max_rows: rows decoded at once.
+        stop: further stop condition, asked of each row after each token.
+    """
+
+    def __init__(
+        self,
+        lms: Sequence[LanguageModel],
+        *,
+        combine: Combine | None,
+        sampler: Sampler,
+        stop_ids: frozenset[int],
+        piece: Callable[[int], bytes],
+        text: Callable[[Sequence[int]], str],
+        max_rows: int,
+        stop: Callable[[Row], bool] | None = None,
+    ) -> None:
+        self.lms = lms
+        self.combine = combine
+        self.sampler = sampler
+        self.stop_ids = stop_ids
+        self.piece = piece
+        self.text = text
+        self.max_rows = max_rows
+        self.stop = stop
+        self._jobs: dict[Request, list[Row]] = {}
+        self._waiting: deque[Row] = deque()
+        self._active: list[Row] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether any row is waiting or under way."""
+        return bool(self._waiting or self._active)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue the rows of these requests."""
+        for request in requests:
+            matcher = request.sampling.steps.matcher(self.piece, request.node)
+            rows = [
+                Row(request, i, lineage, matcher.copy(), cap)
+                for i, (lineage, cap) in enumerate(zip(request.lineages, request.caps, strict=True))
+            ]
+            self._jobs[request] = rows
+            self._waiting.extend(rows)
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        """One forward a model: encode each row's last token (and the nodes of new rows), draw the next.
+
+        Returns:
+            requests whose last row ended, with the last node of each child's chain.
+        """
+        self._admit()
+        rows = self._active
+        if not rows:
+            return []
+        logprobs, index = self._distributions()
+        rows = self._cut_uncertain(rows, logprobs[0], index)
+        if rows:
+            at = torch.tensor([index[id(row)] for row in rows], device=logprobs[0].device)
+            spread = [table[at.to(table.device)] for table in logprobs]
+            tokens = self.sampler.draw(self.combine(spread, rows) if self.combine else spread[0], rows)
+            chosen = torch.tensor(tokens, device=at.device)[:, None]
+            values = [table.gather(1, chosen.to(table.device)).squeeze(1).tolist() for table in spread]
+            for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+                self._take(row, token, [column[i] for column in values])
+        self._active = [row for row in self._active if not row.done]
+        ended = [request for request, job in self._jobs.items() if all(row.done for row in job)]
+        return [(request, self._finish(request, self._jobs.pop(request))) for request in ended]
+
+    def interrupt(self, request: Request) -> list[Node]:
+        """End a request now; see Policy.interrupt."""
+        job = self._jobs.pop(request)
+        self._forget(job)
+        kept = []
+        for row in job:
+            if not row.done and row.chain:
+                row.chain[-1].finish = "budget"
+                self._close(row)
+            if row.chain:
+                kept.append(row)
+            else:
+                self._drop(row)
+        if not kept:
+            return []
+        request = replace(request, lineages=tuple(row.lineage for row in kept))
+        return self._finish(request, kept)
+
+    def release(self, tree: SearchTree) -> None:
+        """Drop a tree's requests and free its KV in every model."""
+        for request in [r for r in self._jobs if r.node.tree is tree]:
+            job = self._jobs.pop(request)
+            self._forget(job)
+            for row in job:
+                self._drop(row)
+        for lm in self.lms:
+            lm.release(tree)
+
+    # --- one round -------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Let waiting rows in while there is room for them and for the KV they may come to need."""
+        room = min(lm.tree.capacity for lm in self.lms)
+        load = sum(self._weight(row) for row in self._active)
+        nodes = {row.request.node for row in self._active}
+        load += sum(len(node.tree.prompt_ids) + node.end for node in nodes)
+        while self._waiting and len(self._active) < self.max_rows:
+            row = self._waiting[0]
+            node = row.request.node
+            load += self._weight(row) + (0 if node in nodes else len(node.tree.prompt_ids) + node.end)
+            if self._active and load > room:
+                break
+            if node not in nodes:
+                nodes.add(node)
+                self._read(node)
+            self._active.append(self._waiting.popleft())
+
+    def _read(self, node: Node) -> None:
+        """Score a path that was built by hand while it is encoded: a scorer on the same model may want it later."""
+        for lm in self.lms:
+            memo = lm.memo(node.tree)
+            if not all(memo.knows(part) for part in node.path()):
+                node_logprobs(lm, [node])
+
+    @staticmethod
+    def _weight(row: Row) -> int:
+        longest = row.request.sampling.steps.max_tokens
+        if row.request.until == "step" and longest is not None:
+            return min(row.left, longest)
+        return row.left
+
+    def _distributions(self) -> tuple[list[torch.Tensor], dict[int, int]]:
+        """Next-token log-softmax under each model, and which line of it each active row reads."""
+        index: dict[int, int] = {}
+        nodes: dict[Node, int] = {}
+        ids: list[Sequence[int]] = []
+        continued: list[Row] = []
+        for row in self._active:
+            if row.token is not None:
+                index[id(row)] = len(ids)
+                ids.append([row.token])
+                continued.append(row)
+        for row in self._active:
+            if row.token is None:
+                node = row.request.node
+                if node not in nodes:
+                    nodes[node] = len(ids)
+                    ids.append(())
+                index[id(row)] = nodes[node]
+        tables = []
+        for k, lm in enumerate(self.lms):
+            branches = [row.branches[-1][k] for row in continued] + [lm.memo(node.tree).branch(node) for node in nodes]
+            table = lm.extend(branches, ids, want="log_softmax")
+            assert isinstance(table, torch.Tensor)
+            tables.append(table)
+        return tables, index
+
+    def _cut_uncertain(self, rows: Sequence[Row], logprobs: torch.Tensor, index: dict[int, int]) -> list[Row]:
+        """End steps before a token the policy is unsure of; returns the rows that still draw in this round."""
+        if not any(row.request.sampling.steps.confidence is not None for row in rows):
+            return list(rows)
+        top = logprobs.max(dim=-1).values.exp().tolist()
+        drawing = []
+        for row in rows:
+            if not row.fresh and row.matcher.uncertain(top[index[id(row)]]):
+                row.matcher.cut()
+                self._close(row)
+                if row.request.until == "step":
+                    row.done = True
+                    continue
+            drawing.append(row)
+        return drawing
+
+    def _take(self, row: Row, token: int, values: Sequence[float]) -> None:
+        """Record a drawn token and see whether it ends the step or the row."""
+        if row.fresh:
+            self._open(row)
+        segment = row.chain[-1]
+        segment.token_ids.append(token)
+        segment.logprobs.append(values[0])
+        for k, value in enumerate(values):
+            row.scored[-1][k].append(value)
+        row.token = token
+        row.drawn += 1
+        row.left -= 1
+        step = row.matcher.feed(token)
+        if token in self.stop_ids or (self.stop is not None and self.stop(row)):
+            segment.finish, row.done = "stop", True
+        elif row.left == 0:
+            segment.finish, row.done = row.request.cap_reasons[row.index], True
+        elif step:
+            segment.finish, row.done = "step", row.request.until == "step"
+        if row.done or step:
+            self._close(row)
+
+    def _open(self, row: Row) -> None:
+        """Start a step: an empty fork, in each model, of what the row has read so far."""
+        if row.branches:
+            above = row.branches[-1]
+        else:
+            node = row.request.node
+            above = [lm.memo(node.tree).branch(node) for lm in self.lms]
+        row.branches.append([lm.tree.fork(branch) for lm, branch in zip(self.lms, above, strict=True)])
+        row.scored.append([[] for _ in self.lms])
+        row.chain.append(Segment())
+        row.fresh = False
+
+    def _close(self, row: Row) -> None:
+        row.fresh = True
+        row.chain[-1].text = self.text(row.chain[-1].token_ids)
+
+    # --- the end of a request --------------------------------------------------------------------------------------
+
+    def _finish(self, request: Request, job: Sequence[Row]) -> list[Node]:
+        """Put what was drawn into the tree, and its branches into the memos."""
+        meter = request.node.tree.meter
+        meter.add("sampled", self.lms[0].id, sum(row.drawn for row in job))
+        made = commit(request, [row.chain for row in job], self.lms[0].id)
+        for row, nodes in zip(job, made, strict=True):
+            for node, branches, scored in zip(nodes, row.branches, row.scored, strict=True):
+                for lm, branch, values in zip(self.lms, branches, scored, strict=True):
+                    # The last token of a row has not been encoded: it is, should the node be expanded.
+                    branch.token_ids.extend(node.token_ids[len(branch.token_ids) :])
+                    lm.memo(node.tree).adopt(node, branch, np.asarray(values, np.float32))
+        return [nodes[-1] for nodes in made]
+
+    def _forget(self, job: Sequence[Row]) -> None:
+        gone = {id(row) for row in job}
+        self._active = [row for row in self._active if id(row) not in gone]
+        self._waiting = deque(row for row in self._waiting if id(row) not in gone)
+
+    def _drop(self, row: Row) -> None:
+        for branches in row.branches:
+            for lm, branch in zip(self.lms, branches, strict=True):
+                lm.tree.release(branch)
