@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
@@ -66,7 +67,6 @@ class Request:
         until: "step" or "end" (see strategies.Expand).
         rollout: mark the children.
         merge: count identical children on one node.
-        expand_id: set by the driver.
     """
 
     node: Node
@@ -77,42 +77,44 @@ class Request:
     until: Literal["step", "end"] = "step"
     rollout: bool = False
     merge: bool = True
-    expand_id: int = -1
 
     @classmethod
     def draw(
         cls,
         node: Node,
-        n: int,
+        n: int | Sequence[int],
         sampling: Sampling,
         *,
         until: Literal["step", "end"] = "step",
-        copies: int | None = None,
         caps: Sequence[int] | None = None,
         cap_reason: str = "length",
         rollout: bool = False,
         merge: bool = True,
     ) -> Request:
-        """The next n children of each lineage of a node, lineage by lineage; advances node.drawn.
+        """The next children of a node, lineage by lineage; advances node.drawn.
 
         Args:
-            copies: lineages to continue (the first ones); None for all.
+            n: children of each lineage, or one number a lineage (lineages beyond the last number get none).
             caps: one a child; None for what sampling.max_new_tokens leaves.
+            cap_reason: the finish of a child that its cap cuts before sampling.max_new_tokens does.
         """
+        counts = [n] * node.count if isinstance(n, int) else list(n)
+        if len(counts) > node.count:
+            raise ValueError(f"n has {len(counts)} numbers for {node.count} lineages")
         lineages = tuple(
             child_lineage(lineage, node.end, node.drawn + i)
-            for lineage in node.lineages[: node.count if copies is None else copies]
-            for i in range(n)
+            for lineage, count in zip(node.lineages, counts, strict=False)
+            for i in range(count)
         )
-        node.drawn += n
         room = sampling.max_new_tokens - node.end
-        if caps is None:
-            caps = [room] * len(lineages)
-        reasons = tuple("length" if cap >= room else cap_reason for cap in caps)
-        caps = tuple(min(cap, room) for cap in caps)
-        if any(cap < 1 for cap in caps):
-            raise ValueError(f"no room for children: caps {caps} after {node.end} of {sampling.max_new_tokens} tokens")
-        return cls(node, sampling, lineages, caps, reasons, until, rollout, merge)
+        given = [room] * len(lineages) if caps is None else list(caps)
+        if len(given) != len(lineages):
+            raise ValueError(f"caps has {len(given)} numbers for {len(lineages)} children")
+        if any(min(cap, room) < 1 for cap in given):
+            raise ValueError(f"no room for children: caps {given} after {node.end} of {sampling.max_new_tokens} tokens")
+        node.drawn += max(counts, default=0)
+        reasons = tuple("length" if cap >= room else cap_reason for cap in given)
+        return cls(node, sampling, lineages, tuple(min(cap, room) for cap in given), reasons, until, rollout, merge)
 
 
 @dataclass
@@ -128,6 +130,9 @@ class Segment:
 def commit(request: Request, chains: Sequence[Sequence[Segment]], sampler: Hashable | None) -> list[list[Node]]:
     """Put the chains drawn for a request into its tree, in child order, merging twins where it asks for that.
 
+    Twins are steps with equal tokens and finish below one node. Only twins of one request are merged, so that what is
+    merged never depends on which of two requests was answered first.
+
     Args:
         request: the request they answer.
         chains: one a child, each at least one segment.
@@ -137,25 +142,30 @@ def commit(request: Request, chains: Sequence[Sequence[Segment]], sampler: Hasha
         One list of nodes a child, first to last; twins share nodes.
     """
     made: list[list[Node]] = []
+    twins: dict[tuple[Node, tuple[int, ...], str], Node] = {}
     for lineage, chain in zip(request.lineages, chains, strict=True):
         node, nodes = request.node, []
         for segment in chain:
-            node = request.node.tree.add(
-                node,
-                segment.token_ids,
-                text=segment.text,
-                logprobs=None if not segment.logprobs else np.asarray(segment.logprobs, np.float32),
-                sampler=sampler,
-                finish=segment.finish,
-                lineage=lineage,
-                rollout=request.rollout,
-                merge=request.merge,
-            )
+            key = (node, tuple(segment.token_ids), segment.finish)
+            twin = twins.get(key) if request.merge else None
+            if twin is not None:
+                twin.lineages += (lineage,)
+                node = twin
+            else:
+                node = twins[key] = request.node.tree.add(
+                    node,
+                    segment.token_ids,
+                    text=segment.text,
+                    logprobs=None if not segment.logprobs else np.asarray(segment.logprobs, np.float32),
+                    sampler=sampler,
+                    finish=segment.finish,
+                    lineage=lineage,
+                    rollout=request.rollout,
+                )
             nodes.append(node)
+        for inner in nodes[:-1]:  # the chain went on from here in its own lineage: child 0 is drawn
+            inner.drawn = 1
         made.append(nodes)
-    for nodes in made:  # only now: a twin takes lineages as long as nothing was drawn from it
-        for node in nodes[:-1]:
-            node.drawn = max(node.drawn, 1)
     return made
 
 
@@ -165,6 +175,10 @@ class Policy(Protocol):
 
     The driver calls submit and advance until its requests are answered; expand is the same for people who
     drive a search by hand. A policy counts what it did on `node.tree.meter`.
+
+    Two attributes are optional: `context`, the tokens that prompt and response may have together (a search then stops
+    there as it does at max_new_tokens), and `forward_calls`, forwards run so far (otherwise calls of advance are
+    counted). A scorer may have `forward_calls` too.
     """
 
     @property
@@ -222,4 +236,68 @@ class Scorer(Protocol):
 
     def release(self, tree: SearchTree) -> None:
         """Forget a tree and free its KV."""
+        ...
+
+
+class BlockingPolicy(ABC):
+    """Base of policies that answer a whole batch of requests in one call: derive, call super().__init__(), write `run`.
+
+    It supplies submit, advance, interrupt, expand and release of Policy; id and encode remain the subclass's.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[Request] = []
+
+    @abstractmethod
+    def run(self, requests: Sequence[Request]) -> list[list[Node]]:
+        """Answer requests: for each, the last node of every child's chain (twins repeated), in child order."""
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Take requests on; the next advance answers them."""
+        self._waiting.extend(requests)
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        """Answer everything that waits, in one round."""
+        requests, self._waiting = self._waiting, []
+        return list(zip(requests, self.run(requests), strict=True)) if requests else []
+
+    def interrupt(self, request: Request) -> list[Node]:
+        """Drop a request; between two rounds none has drawn anything."""
+        self._waiting.remove(request)
+        return []
+
+    def expand(
+        self, nodes: Sequence[Node], n: int, *, sampling: Sampling, until: Literal["step", "end"] = "step"
+    ) -> list[list[Node]]:
+        """Draw n children of each lineage of each node and return them, one list a node (twins repeated)."""
+        return self.run([Request.draw(node, n, sampling, until=until) for node in nodes])
+
+    def release(self, tree: SearchTree) -> None:
+        """Drop a tree's waiting requests. A policy that caches anything for a tree frees it here too."""
+        self._waiting = [request for request in self._waiting if request.node.tree is not tree]
+
+
+@runtime_checkable
+class AsyncPolicy(Protocol):
+    """Samples steps on an event loop (vLLM's AsyncLLM, an HTTP server): one task a request.
+
+    `interrupt(request)` is optional: it asks a running request to end soon with what it has drawn (finish "budget");
+    without it the task is cancelled and what it has drawn is lost.
+    """
+
+    @property
+    def id(self) -> Hashable:
+        """Id of the model whose raw log-probabilities the nodes carry."""
+        ...
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """As in Policy."""
+        ...
+
+    async def run(self, request: Request) -> list[Node]:
+        """The last node of every child's chain (twins repeated)."""
+        ...
+
+    def release(self, tree: SearchTree) -> None:
+        """As in Policy."""
         ...

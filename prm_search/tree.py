@@ -58,13 +58,13 @@ class Prompt:
         if isinstance(given, str):
             return cls(text=given)
         if isinstance(given, Sequence) or hasattr(given, "__iter__"):
-            items = list(given)
+            items: list[Any] = list(given)
             if items and all(isinstance(item, Mapping) for item in items):
                 return cls(messages=tuple(items))
             if all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items):
                 return cls(token_ids=tuple(int(item) for item in items))
         raise TypeError(
-            f"prompt must be a str, a list of token ids, a list of chat messages or a Prompt, got {type(given).__name__}"
+            f"prompt must be a str, a list of token ids or chat messages, or a Prompt, got {type(given).__name__}"
         )
 
     def with_ids(self, token_ids: Sequence[int]) -> Prompt:
@@ -229,7 +229,7 @@ class SearchTree:
     def prompt_ids(self) -> tuple[int, ...]:
         """The prompt's token ids. Raises ValueError before a policy or a pair has tokenised it."""
         if self.prompt.token_ids is None:
-            raise ValueError("the prompt has no token ids yet: let the policy encode it, or build Prompt(token_ids=...)")
+            raise ValueError("the prompt has no token ids yet: a policy encodes it, or build Prompt(token_ids=...)")
         return self.prompt.token_ids
 
     @property
@@ -257,17 +257,14 @@ class SearchTree:
         finish: str = "step",
         lineage: int = 0,
         rollout: bool = False,
-        merge: bool = False,
     ) -> Node:
-        """Append a step below parent, or, with merge, count it on the twin that already stands there.
+        """Append a step below parent.
 
         Args:
             parent: a node of this tree that is not finished.
             token_ids: [T >= 1] the step's tokens.
             text, logprobs, sampler, finish, rollout: see Node.
             lineage: the random stream that drew the step.
-            merge: a child with the same tokens and finish, from which nothing was drawn yet, takes this lineage
-                and is returned instead.
 
         Raises:
             ValueError: parent is of another tree or finished, token_ids is empty, logprobs has another length,
@@ -284,12 +281,6 @@ class SearchTree:
         if logprobs is not None and len(logprobs) != len(token_ids):
             raise ValueError(f"logprobs has {len(logprobs)} entries for {len(token_ids)} tokens")
         ids = tuple(int(i) for i in token_ids)
-        if merge:
-            for twin in parent.children:
-                if twin.token_ids == ids and twin.finish == finish and twin.drawn == 0:
-                    twin.lineages += (lineage,)
-                    twin.rollout &= rollout
-                    return twin
         node = Node(self, parent, ids)
         node.text, node.sampler, node.finish, node.rollout = text, sampler, finish, rollout
         node.logprobs = None if logprobs is None else np.asarray(logprobs, np.float32)

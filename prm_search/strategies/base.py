@@ -12,26 +12,34 @@ from ..tree import Node
 
 @dataclass(frozen=True)
 class Expand:
-    """Draw children for each of these nodes; the driver sends back the flat list of scored children, by node.
+    """Draw children for each of these slots; the driver sends back the flat list of scored children, slot by slot.
 
-    A node that the budget or the length lets no more children have is finished by the driver and sent back in
-    its own place, so a strategy meets budgets only as finished nodes. Merged duplicates appear once.
+    Lists of nodes are lists of draws: a node that was drawn twice (merged duplicates) stands in them twice, and each
+    place it is given here continues one of its lineages, in their order. So a strategy that just sorts and cuts such
+    lists does the same whether duplicates are merged or not; a cut that keeps some of a node's places continues that
+    many of its lineages.
+
+    A node that the budget or the length lets have no child is finished by the driver and sent back in its own
+    place, so a strategy meets budgets only as finished nodes. One that has children already, and the root, send back
+    nothing instead.
 
     Args:
-        nodes: unfinished nodes of one tree.
-        n: children for each lineage of a node (one number, or one a node).
+        nodes: unfinished nodes of one tree, none more often than its count.
+        n: children for each place (one number, or one a place).
         until: "step" draws one step; "end" goes on to the end of the response, still cut into steps, and sends
             back the last node of each chain.
-        copies: how many of each node's lineages to continue (default: all, `node.count`); a selection that has
-            room for only some of a merged node's duplicates says so here.
         rollout: mark the children as rollouts (see Node.rollout).
+        merge: count equal children of a node on one node.
+        alive: the nodes that any unfinished candidate of this run will descend from; what they share is settled and
+            can be streamed. None says nothing, and nothing is streamed before the end.
     """
 
     nodes: Sequence[Node]
     n: int | Sequence[int] = 1
     until: Literal["step", "end"] = "step"
-    copies: Sequence[int] | None = None
     rollout: bool = False
+    merge: bool = True
+    alive: Sequence[Node] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ class Parallel:
     """Independent sub-searches of one tree; the driver sends back the list of their results, in order.
 
     What is left of a token or node budget is split evenly between them (remainders to the first), so that none
-    depends on how fast another runs; what a run leaves over goes back when all have ended.
+    depends on how fast another runs; what a run leaves over goes back when all have ended. For the same reason runs
+    may share only nodes that each of them expands in its first request.
     """
 
     runs: Sequence[Run]
@@ -50,9 +59,25 @@ Run = Generator[Expand | Parallel, Any, list[Node]]
 
 @runtime_checkable
 class Strategy(Protocol):
-    """The object is config; the caller owns all state."""
+    """The object is config; the caller owns all state.
+
+    An attribute `value` (a Value or None) is optional: what the driver sets Node.value to where `search(value=)` does
+    not say.
+    """
 
     def run(self, root: Node) -> Run:
         """Search below root. Yields Expand (gets list[Node]) or Parallel (gets list[list[Node]]) and returns the
-        candidates: finished nodes, in an order that depends on the draws alone."""
+        candidates, in an order that depends on the draws alone: every finished node it was sent, or at least all
+        that could be chosen."""
         ...
+
+
+def at_least(name: str, value: object, least: int = 1) -> None:
+    """Check a strategy's number. Raises ValueError naming it unless it is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: an integer >= {least} is needed")
+
+
+def distinct(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes without repetitions, in order of first appearance."""
+    return list(dict.fromkeys(nodes))

@@ -1,0 +1,106 @@
+"""Beam search that ranks a step by where it leads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..tree import Node
+from ..values import Value, resolve_value
+from .base import Expand, Run, at_least, distinct
+from .beam import Slots, value_of
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """Beam whose steps are ranked by the values at the ends of short rollouts beyond them (arXiv 2408.03314, sec. 5).
+
+    Each unfinished child gets `rollouts` continuations of `steps` steps; the mean or the maximum of the values
+    at their ends becomes its value (its q stays what it is). Rollouts are drawn once: when a child is kept, the first
+    steps of all its rollouts are its first children and join the next selection, further steps serve the rollouts of
+    those, and only the children that are still missing are drawn. An answer that a rollout completes is a candidate.
+
+    Duplicates share a node and pool their rollouts.
+
+    Args:
+        width, expansions, per_parent, merge, value: as in Beam.
+        steps: how far a rollout goes, in steps.
+        rollouts: rollouts of each child.
+        reduce: "mean" or "max" of the values at their ends.
+
+    Raises:
+        ValueError: a number is below 1, reduce is unknown, or no value has this name.
+    """
+
+    width: int = 4
+    expansions: int = 4
+    steps: int = 1
+    rollouts: int = 1
+    reduce: Literal["mean", "max"] = "mean"
+    per_parent: int | None = None
+    merge: bool = True
+    value: Value | str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("width", "expansions", "steps", "rollouts"):
+            at_least(name, getattr(self, name))
+        if self.per_parent is not None:
+            at_least("per_parent", self.per_parent)
+        if self.reduce not in ("mean", "max"):
+            raise ValueError(f"reduce={self.reduce!r}: it is 'mean' or 'max'")
+        if self.value is not None:
+            resolve_value(self.value)
+
+    def run(self, root: Node) -> Run:
+        slots = Slots(self.width, self.per_parent)
+        drawn = yield Expand([root], self.width * self.expansions, merge=self.merge, alive=[root])
+        while True:
+            slots.finished += yield from self._look(drawn)
+            live = slots.select(drawn)
+            if not live:
+                return distinct(slots.finished)
+            cached = [child for node in distinct(live) for child in node.children]
+            for child in cached:
+                child.rollout = False
+            missing = [max(0, self.expansions - node.drawn) for node in live]
+            fresh = yield Expand(live, missing, merge=self.merge, alive=live)
+            drawn = [*places(cached), *fresh]
+
+    def _look(self, drawn: Sequence[Node]) -> Run:
+        """Roll out every unfinished node, set its value, and return the answers that rollouts completed."""
+        nodes = [node for node in distinct(drawn) if not node.finished]
+        tips = nodes
+        for depth in range(self.steps):
+            wanted = self.rollouts if depth == 0 else 1
+            need = places([tip for tip in tips if not tip.finished and tip.drawn < wanted])
+            missing = [wanted - tip.drawn for tip in need]
+            yield Expand(need, missing, rollout=True, merge=self.merge, alive=nodes)
+            tips = [child for tip in tips for child in tip.children]
+        completed: list[Node] = []
+        for node in nodes:
+            ends = _ends(node, self.steps)
+            if not ends:
+                continue  # the budget let it have no rollout: its own value stands
+            values = [value_of(end) for end in places(ends)]
+            node.value = max(values) if self.reduce == "max" else sum(values) / len(values)
+            completed += [end for end in ends if end.finish == "stop"]
+        for end in completed:
+            for step in end.path():
+                step.rollout = False
+        return completed
+
+
+def _ends(node: Node, steps: int) -> list[Node]:
+    """The last nodes of the rollouts below a node, at most `steps` steps away; none where there are no rollouts."""
+    ends: list[Node] = []
+    level = node.children
+    for depth in range(1, steps + 1):
+        ends += [tip for tip in level if depth == steps or not tip.children]
+        level = [child for tip in level for child in tip.children]
+    return ends
+
+
+def places(nodes: Sequence[Node]) -> list[Node]:
+    """Every node as often as it was drawn."""
+    return [node for node in nodes for _ in range(node.count)]

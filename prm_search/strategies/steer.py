@@ -1,0 +1,51 @@
+"""Steering every token by the reward."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..tree import Node
+from ..values import Value, resolve_value
+from .base import Run, at_least
+from .best_of_n import BestOfN
+
+if TYPE_CHECKING:
+    from ..implicit_prm import ImplicitPRM
+    from ..policy import HFPolicy, Steered
+
+
+@dataclass(frozen=True)
+class Steer:
+    """One answer (or n) sampled from policy logits + alpha * (log pi_phi - log pi_ref): sugar for BestOfN(n) over
+    `Steered(policy, pair, alpha)`. Wrap the policy yourself to use another strategy with it.
+
+    Args:
+        alpha: strength; 0 leaves the policy as it is.
+        n: answers to sample.
+        value: what to rank them by; None for q.
+
+    Raises:
+        ValueError: alpha is not finite, or n < 1.
+    """
+
+    alpha: float = 1.0
+    n: int = 1
+    value: Value | str | None = None
+
+    def __post_init__(self) -> None:
+        at_least("n", self.n)
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha={self.alpha!r}: a finite number is needed")
+        if self.value is not None:
+            resolve_value(self.value)
+
+    def wrap(self, policy: HFPolicy, pair: ImplicitPRM) -> Steered:
+        """The steered policy. Torch is imported here, not before."""
+        from ..policy import Steered
+
+        return Steered(policy, pair, self.alpha)
+
+    def run(self, root: Node) -> Run:
+        return BestOfN(self.n, self.value).run(root)
