@@ -1,0 +1,23 @@
+"""The kernels of prm_search: fused, with an eager oracle each, usable on their own.
+
+Every op takes `backend="auto" | "torch" | "triton"`; `choice(op, *args)` says what "auto" would run and why. Importing
+this package does not import Triton.
+"""
+
+from prm_search.triton_kernels.guide_logits import guide_logits
+from prm_search.triton_kernels.launch import Choice, choice
+from prm_search.triton_kernels.linear_logprob import linear_log_ratio, linear_logprob
+from prm_search.triton_kernels.step_rewards import step_rewards
+from prm_search.triton_kernels.tree_attention import SharedPrefix, tree_attention, write_kv
+
+__all__ = [
+    "Choice",
+    "SharedPrefix",
+    "choice",
+    "guide_logits",
+    "linear_log_ratio",
+    "linear_logprob",
+    "step_rewards",
+    "tree_attention",
+    "write_kv",
+]

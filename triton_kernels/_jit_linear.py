@@ -1,0 +1,247 @@
+"""Triton kernels of `linear_logprob` and `linear_log_ratio`. Import only where a launch is certain.
+
+    z = cap(scale * (x @ w.T + bias));   logsumexp = log sum_v exp(z_v);   logprob = z_target - logsumexp
+
+Forward: program (row tile, split) walks its share of the vocabulary tiles, keeps each row's running (maximum, sum of
+exp, target logit) in registers and writes them, fp32, to partials [3, splits, N]; a merge kernel combines the splits
+in a fixed order. No lock, no atomic, no host sync: the same call gives the same bits.
+Backward: one tile kernel writes the gradient of a vocabulary chunk's logits; the two matrix products that follow are
+plain GEMMs (linear_logprob.py).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _products(
+    x_ptr, w_ptr, x_desc, w_desc, N, V, D, stride_x, stride_w, row0, col0,
+    TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """x @ w.T for rows from row0 and vocabulary entries from col0: fp32 [BM, BV], nothing masked."""
+    acc = tl.zeros([BM, BV], dtype=tl.float32)
+    if TMA:
+        for k in range(0, D, BK):  # descriptors read 0 past the edges, in every direction
+            acc = tl.dot(x_desc.load([row0, k]), w_desc.load([col0, k]).T, acc)
+    else:
+        # Rows past the end are clamped instead of masked: their results are dropped by the caller.
+        rows = tl.minimum(row0 + tl.arange(0, BM), N - 1).to(tl.int64)
+        cols = tl.minimum(col0 + tl.arange(0, BV), V - 1).to(tl.int64)
+        depth = tl.arange(0, BK)
+        x_ptrs = x_ptr + rows[:, None] * stride_x + depth[None, :]
+        w_ptrs = w_ptr + cols[None, :] * stride_w + depth[:, None]
+        for k in range(0, D, BK):
+            if EVEN_D:
+                x = tl.load(x_ptrs)
+                w = tl.load(w_ptrs)
+            else:
+                x = tl.load(x_ptrs, mask=depth[None, :] < D - k, other=0.0)
+                w = tl.load(w_ptrs, mask=depth[:, None] < D - k, other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            x_ptrs += BK
+            w_ptrs += BK
+    return acc
+
+
+@triton.jit
+def _logits(acc, bias_ptr, cols, V, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """Bias, scale and cap on products [BM, BC] of the vocabulary entries `cols` [BC]."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    acc = acc * scale
+    if HAS_CAP:
+        # tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2|y|): neither overflows nor needs libdevice.
+        y = acc / softcap
+        e = tl.exp(-2.0 * tl.abs(y))
+        t = (1.0 - e) / (1.0 + e)
+        acc = softcap * tl.where(y < 0, -t, t)
+    return acc
+
+
+@triton.jit
+def _update(
+    top, total, hit, acc, bias_ptr, cols, target, V, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr
+):
+    """Fold the products of the vocabulary entries `cols` into each row's running maximum, sum and target logit."""
+    z = _logits(acc, bias_ptr, cols, V, scale, softcap, HAS_BIAS, HAS_CAP)
+    # -inf before the maximum and the sum: a padded column counted as a logit of 0 is a wrong logsumexp.
+    z = tl.where(cols[None, :] < V, z, -float("inf"))
+    new_top = tl.maximum(top, tl.max(z, 1))
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+    hit += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
+    return new_top, total, hit
+
+
+@triton.jit
+def _split(
+    x_ptr, w_ptr, bias_ptr, target_ptr, part_ptr, N, V, D, stride_x, stride_w, scale, softcap, pid, splits,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One program's share: partials of rows `pid % row_tiles` over the vocabulary split `pid // row_tiles`."""
+    # Row tiles are the fast axis: programs that run together read the same weight tiles, so L2 serves all but one.
+    row_tiles = tl.cdiv(N, BM)
+    row0 = (pid % row_tiles) * BM
+    split = pid // row_tiles
+    tiles = tl.cdiv(V, BV)
+    rows = row0 + tl.arange(0, BM)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=-1).to(tl.int32)
+    if TMA:
+        x_desc = tl.make_tensor_descriptor(x_ptr, shape=[N, D], strides=[stride_x, 1], block_shape=[BM, BK])
+        w_desc = tl.make_tensor_descriptor(w_ptr, shape=[V, D], strides=[stride_w, 1], block_shape=[BV, BK])
+    else:
+        x_desc = x_ptr
+        w_desc = w_ptr
+
+    top = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    hit = tl.zeros([BM], tl.float32)
+    for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
+        col0 = tile * BV
+        acc = _products(
+            x_ptr, w_ptr, x_desc, w_desc, N, V, D, stride_x, stride_w, row0, col0,
+            TMA, EVEN_D, PRECISION, BM, BV, BK,
+        )  # fmt: skip
+        if BV > 128:  # in halves: the temporaries of 256 columns at once would spill
+            left, right = tl.reshape(acc, [BM, 2, BV // 2]).permute(0, 2, 1).split()
+            cols = col0 + tl.arange(0, BV // 2)
+            top, total, hit = _update(
+                top, total, hit, left, bias_ptr, cols, target, V, scale, softcap, HAS_BIAS, HAS_CAP
+            )
+            top, total, hit = _update(
+                top, total, hit, right, bias_ptr, cols + BV // 2, target, V, scale, softcap, HAS_BIAS, HAS_CAP
+            )
+        else:
+            cols = col0 + tl.arange(0, BV)
+            top, total, hit = _update(
+                top, total, hit, acc, bias_ptr, cols, target, V, scale, softcap, HAS_BIAS, HAS_CAP
+            )
+    plane = splits * N
+    out = part_ptr + split * N + rows
+    tl.store(out, top, mask=rows < N)
+    tl.store(out + plane, total, mask=rows < N)
+    tl.store(out + 2 * plane, hit, mask=rows < N)
+
+
+@triton.jit
+def split_kernel(
+    x_ptr, w_ptr, bias_ptr, target_ptr, part_ptr, N, V, D, stride_x, stride_w, scale, softcap, splits,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles * splits,): partials [3, splits, N] of one model."""
+    _split(
+        x_ptr, w_ptr, bias_ptr, target_ptr, part_ptr, N, V, D, stride_x, stride_w, scale, softcap,
+        tl.program_id(0), splits, HAS_BIAS, HAS_CAP, TMA, EVEN_D, PRECISION, BM, BV, BK,
+    )  # fmt: skip
+
+
+@triton.jit
+def split_pair_kernel(
+    x_ptr, w_ptr, bias_ptr, part_ptr, V, D, stride_x, stride_w, scale, softcap,
+    ref_x_ptr, ref_w_ptr, ref_bias_ptr, ref_part_ptr, ref_V, ref_D, ref_stride_x, ref_stride_w, ref_scale,
+    ref_softcap, target_ptr, N, splits,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, EVEN_D: tl.constexpr,
+    REF_HAS_BIAS: tl.constexpr, REF_HAS_CAP: tl.constexpr, REF_EVEN_D: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles * splits, 2): both models of a pair in one launch; the second axis picks the model."""
+    if tl.program_id(1) == 0:
+        _split(
+            x_ptr, w_ptr, bias_ptr, target_ptr, part_ptr, N, V, D, stride_x, stride_w, scale, softcap,
+            tl.program_id(0), splits, HAS_BIAS, HAS_CAP, TMA, EVEN_D, PRECISION, BM, BV, BK,
+        )  # fmt: skip
+    else:
+        _split(
+            ref_x_ptr, ref_w_ptr, ref_bias_ptr, target_ptr, ref_part_ptr, N, ref_V, ref_D, ref_stride_x,
+            ref_stride_w, ref_scale, ref_softcap, tl.program_id(0), splits,
+            REF_HAS_BIAS, REF_HAS_CAP, TMA, REF_EVEN_D, PRECISION, BM, BV, BK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merged(part_ptr, rows, target, N, V, splits, BN: tl.constexpr):
+    """(logprob, logsumexp) of `rows`; a target outside the vocabulary has logprob nan."""
+    top = tl.full([BN], -float("inf"), tl.float32)
+    total = tl.zeros([BN], tl.float32)
+    hit = tl.zeros([BN], tl.float32)
+    plane = splits * N
+    for split in range(splits):
+        part = part_ptr + split * N + rows
+        other_top = tl.load(part, mask=rows < N, other=0.0)
+        other = tl.load(part + plane, mask=rows < N, other=1.0)
+        hit += tl.load(part + 2 * plane, mask=rows < N, other=0.0)
+        new_top = tl.maximum(top, other_top)
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        total = total * tl.exp(top - shift) + other * tl.exp(other_top - shift)
+        top = new_top
+    lse = top + tl.log(total)
+    known = (target >= 0) & (target < V)
+    return tl.where(known, hit - lse, float("nan")), lse
+
+
+@triton.jit
+def merge_kernel(part_ptr, target_ptr, logprob_ptr, lse_ptr, N, V, splits, BN: tl.constexpr):
+    """Grid (cdiv(N, BN),): partials of one model to logprob [N] and logsumexp [N]."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=0).to(tl.int32)
+    logprob, lse = _merged(part_ptr, rows, target, N, V, splits, BN)
+    tl.store(logprob_ptr + rows, logprob, mask=rows < N)
+    tl.store(lse_ptr + rows, lse, mask=rows < N)
+
+
+@triton.jit
+def merge_pair_kernel(
+    part_ptr, ref_part_ptr, target_ptr, out_ptr, N, V, ref_V, splits, ref_splits, beta, BN: tl.constexpr
+):
+    """Grid (cdiv(N, BN),): beta * (logprob - reference logprob), [N]."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=0).to(tl.int32)
+    logprob, _ = _merged(part_ptr, rows, target, N, V, splits, BN)
+    reference, _ = _merged(ref_part_ptr, rows, target, N, ref_V, ref_splits, BN)
+    tl.store(out_ptr + rows, beta * (logprob - reference), mask=rows < N)
+
+
+@triton.jit
+def logit_gradient_kernel(
+    x_ptr, w_ptr, bias_ptr, target_ptr, lse_ptr, grad_logprob_ptr, grad_lse_ptr, out_ptr,
+    N, V, D, stride_x, stride_w, stride_out, first, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles * column tiles,): gradient of x @ w.T + bias for the V columns of a chunk that starts at `first`.
+
+    w, bias and V are the chunk's. With p = exp(z - lse): g_logprob * (onehot - p) + g_lse * p, times the derivatives
+    of cap and scale, rounded to the operands' dtype for the matrix products that follow.
+    """
+    row_tiles = tl.cdiv(N, BM)
+    row0 = (tl.program_id(0) % row_tiles) * BM
+    col0 = (tl.program_id(0) // row_tiles) * BV
+    if TMA:
+        x_desc = tl.make_tensor_descriptor(x_ptr, shape=[N, D], strides=[stride_x, 1], block_shape=[BM, BK])
+        w_desc = tl.make_tensor_descriptor(w_ptr, shape=[V, D], strides=[stride_w, 1], block_shape=[BV, BK])
+    else:
+        x_desc = x_ptr
+        w_desc = w_ptr
+    acc = _products(
+        x_ptr, w_ptr, x_desc, w_desc, N, V, D, stride_x, stride_w, row0, col0, TMA, EVEN_D, PRECISION, BM, BV, BK
+    )
+    rows = row0 + tl.arange(0, BM)
+    cols = col0 + tl.arange(0, BV)
+    z = _logits(acc, bias_ptr, cols, V, scale, softcap, HAS_BIAS, HAS_CAP)
+    lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)
+    target = tl.load(target_ptr + rows, mask=rows < N, other=-1).to(tl.int32) - first
+    g_logprob = tl.load(grad_logprob_ptr + rows, mask=rows < N, other=0.0)
+    g_lse = tl.load(grad_lse_ptr + rows, mask=rows < N, other=0.0)
+    grad = tl.exp(z - lse[:, None]) * (g_lse - g_logprob)[:, None]
+    grad += tl.where(cols[None, :] == target[:, None], g_logprob[:, None], 0.0)
+    if HAS_CAP:
+        grad *= 1.0 - (z / softcap) * (z / softcap)
+    grad *= scale
+    out = out_ptr + rows[:, None].to(tl.int64) * stride_out + cols[None, :]
+    keep = (rows[:, None] < N) & (cols[None, :] < V)
+    tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=keep)

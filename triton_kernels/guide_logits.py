@@ -1,0 +1,124 @@
+"""`guide_logits`: steer the policy's next-token logits by a pair's log-ratio, before sampling."""
+
+from __future__ import annotations
+
+import torch
+from prm_search.triton_kernels import launch, reference, tiles
+from prm_search.triton_kernels.launch import Backend, Choice
+from torch import Tensor
+
+_BLOCK = 2048
+_PART_BLOCK = 1024
+
+
+def guide_logits(
+    policy_logits: Tensor,
+    prm: Tensor,
+    reference_logits: Tensor,
+    alpha: Tensor | float,
+    *,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`policy_logits + alpha * (log_softmax(prm) - log_softmax(reference))`, in fp32, rounded once.
+
+    The token-level form of implicit-reward guidance: alpha is 1 / beta_decode of the KL-regularised optimum when the
+    reward is the log-ratio. Each log-softmax is over its operand's own width, padding included, as a forward pass of
+    that model defines it.
+
+    What is left exactly as it was: rows with alpha 0, -inf entries of the policy (whole rows of them too), columns past
+    the narrowest of the three widths, and tokens that the PRM or the reference masks (-inf has no log-ratio).
+
+    On a GPU two launches: the logsumexp of PRM and reference rows, then the sum. The second reads their logits again,
+    from L2 while those fit there.
+
+    Args:
+        policy_logits: `[B, V]`, floating.
+        prm: `[B, Vp]`, floating; Vp may differ from V (padded vocabularies).
+        reference_logits: `[B, Vr]`, floating.
+        alpha: `[B]` floating, one a row, or a number for all.
+        out: where to write, shape and dtype of `policy_logits`; may be `policy_logits` itself.
+        backend: "auto" takes Triton on CUDA operands that it supports, else torch; `choice(guide_logits, ...)` tells.
+
+    Returns:
+        `[B, V]` in the dtype of `policy_logits`; `out` where given.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or backend="triton" is impossible (also where a gradient
+            is needed: Triton's path has no backward).
+        TypeError: an operand is not a tensor.
+    """
+    plan = _plan(policy_logits, prm, reference_logits, alpha, out=out, backend=backend)
+    rows = policy_logits.shape[0]
+    if not isinstance(alpha, Tensor):
+        alpha = torch.full((rows,), float(alpha), dtype=torch.float32, device=policy_logits.device)
+    if plan.backend == "triton":
+        return _forward(policy_logits, prm, reference_logits, alpha.contiguous(), out)
+    steered = reference.guide_logits(policy_logits, prm, reference_logits, alpha)
+    return steered if out is None else out.copy_(steered)
+
+
+def _plan(
+    policy_logits: Tensor,
+    prm: Tensor,
+    reference_logits: Tensor,
+    alpha: Tensor | float,
+    *,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Choice:
+    operands = {"policy_logits": policy_logits, "prm": prm, "reference_logits": reference_logits}
+    rows, device = None, None
+    for name, operand in operands.items():
+        launch.check_matrix(name, operand, 2)
+        rows, device = rows if rows is not None else operand.shape[0], device or operand.device
+        if operand.shape[0] != rows or operand.device != device:
+            raise ValueError(
+                f"{name} is {list(operand.shape)} on {operand.device}; {rows} rows on {device} are needed, "
+                "as policy_logits has"
+            )
+    if isinstance(alpha, Tensor):
+        launch.check_matrix("alpha", alpha, 1)
+        if alpha.shape[0] != rows or alpha.device != device:
+            raise ValueError(f"alpha is {list(alpha.shape)} on {alpha.device}; [{rows}] on {device} is needed")
+    if out is not None:
+        launch.check_matrix("out", out, 2)
+        if (out.shape, out.dtype, out.device) != (policy_logits.shape, policy_logits.dtype, policy_logits.device):
+            raise ValueError(
+                f"out is {list(out.shape)} {out.dtype} on {out.device}; it must be as policy_logits: "
+                f"{list(policy_logits.shape)} {policy_logits.dtype} on {policy_logits.device}"
+            )
+    why_not = None
+    if backend != "torch":
+        tensors = [*operands.values(), *([alpha] if isinstance(alpha, Tensor) else [])]
+        why_not = launch.obstacle(*tensors) or launch.gradient_obstacle(*tensors)
+        for name, operand in [*operands.items(), *([("out", out)] if out is not None else [])]:
+            if why_not is None and operand.shape[1] > 1 and operand.stride(1) != 1:
+                why_not = f"{name} has strides {operand.stride()}; its last dimension must be contiguous"
+    return launch.decide("guide_logits", backend, why_not, policy_logits)
+
+
+def _forward(policy: Tensor, prm: Tensor, ref: Tensor, alpha: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        out = torch.empty_like(policy, memory_format=torch.contiguous_format)
+    rows, vocabulary = policy.shape
+    if out.numel() == 0:
+        return out
+    from prm_search.triton_kernels import _jit_rows as jit
+
+    widest = max(prm.shape[1], ref.shape[1], 1)
+    splits, share = tiles.row_splits(rows * 2, widest, launch.processors(policy.device), _PART_BLOCK)
+    parts = policy.new_empty((rows, 2, splits, 2), dtype=torch.float32)
+    launch.launch(
+        jit.logsumexp_parts_kernel, (splits, rows, 2), policy.device, prm, ref, alpha, parts, prm.shape[1],
+        ref.shape[1], prm.stride(0), ref.stride(0), splits, share, BLOCK=_PART_BLOCK, num_warps=4,
+    )  # fmt: skip
+    launch.launch(
+        jit.guide_kernel, (-(-vocabulary // _BLOCK), rows), policy.device, policy, prm, ref, alpha, parts, out,
+        vocabulary, min(vocabulary, prm.shape[1], ref.shape[1]), policy.stride(0), prm.stride(0), ref.stride(0),
+        out.stride(0), splits, SPLITS=tiles.power_of_two(splits), BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+launch.register(guide_logits, _plan)

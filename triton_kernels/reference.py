@@ -1,0 +1,224 @@
+"""Eager oracles of every op in this package; they are also the CPU path and what ``backend="torch"`` runs.
+
+Nothing here imports Triton or launches a kernel. Half-precision operands are widened before they are summed, so
+each function is exact to fp32 (float64 operands are computed in float64, which is what gradcheck needs).
+The arguments are checked by the public functions, not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Elements of the largest temporary: 32 MiB of fp32 logits, 64 MiB of widened head rows.
+_LOGIT_BUDGET = 1 << 23
+_WEIGHT_BUDGET = 1 << 24
+_ROW_BLOCK = 8192
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums of `dtype` products are kept in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a [M, K] @ b [K, N]` whose result keeps the accumulator's dtype instead of rounding to the operands'."""
+    out = accumulate_dtype(a.dtype)
+    if a.dtype == out:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out)
+    return a.to(out) @ b.to(out)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """`softcap * tanh(logits / softcap)`, in place; the logits themselves when there is no cap."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+# --------------------------------------------------------------------------------------------- linear_logprob
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    logits = matmul(hidden, weight.t())
+    if bias is not None:
+        logits += bias
+    if scale != 1.0:
+        logits *= scale
+    return capped(logits, softcap)
+
+
+def _vocabulary_chunks(rows: int, weight: Tensor) -> Iterator[tuple[int, int]]:
+    vocabulary, depth = weight.shape
+    width = max(_LOGIT_BUDGET // max(rows, 1), 256)
+    if accumulate_dtype(weight.dtype) != weight.dtype and not weight.is_cuda:  # these rows are widened: bound the copy
+        width = min(width, max(_WEIGHT_BUDGET // max(depth, 1), 256))
+    for start in range(0, vocabulary, width):
+        yield start, min(start + width, vocabulary)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and logsumexp, each `[N]`, without keeping `[N, V]`: a running logsumexp over vocabulary chunks.
+
+    Equals `log_softmax(cap(scale * (hidden @ weight.T + bias)))` gathered at the targets.
+    """
+    dtype = accumulate_dtype(hidden.dtype)
+    logprob = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    logsumexp = torch.empty_like(logprob)
+    for first in range(0, hidden.shape[0], _ROW_BLOCK):
+        rows = slice(first, first + _ROW_BLOCK)
+        x, target = hidden[rows], targets[rows].long()
+        lse = x.new_full((x.shape[0],), -torch.inf, dtype=dtype)
+        target_logit = x.new_full((x.shape[0],), torch.nan, dtype=dtype)
+        for start, stop in _vocabulary_chunks(x.shape[0], weight):
+            logits = _logits(x, weight[start:stop], None if bias is None else bias[start:stop], softcap, scale)
+            inside = (target >= start) & (target < stop)
+            column = (target - start).clamp(0, stop - start - 1)
+            target_logit = torch.where(inside, logits.gather(1, column[:, None])[:, 0], target_logit)
+            top = logits.amax(dim=1)
+            shift = torch.where(top == -torch.inf, 0.0, top)  # a chunk that is wholly masked must not give nan
+            lse = torch.logaddexp(lse, logits.sub_(shift[:, None]).exp_().sum(dim=1).log_() + shift)
+        logprob[rows], logsumexp[rows] = target_logit - lse, lse
+    return logprob, logsumexp
+
+
+def logit_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    logsumexp: Tensor,
+    grad_logprob: Tensor,
+    grad_logsumexp: Tensor,
+    start: int,
+) -> Tensor:
+    """Gradient `[N, Vc]` with respect to `hidden @ weight.T + bias`, for the `Vc` columns from `start` on.
+
+    With p the softmax: `g_logprob * (onehot - p) + g_lse * p`, through the cap's and the scale's derivative.
+    """
+    logits = _logits(hidden, weight, bias, softcap, scale)
+    grad = (logits - logsumexp[:, None]).exp_().mul_((grad_logsumexp - grad_logprob)[:, None])
+    column = targets.long() - start
+    inside = (column >= 0) & (column < weight.shape[0])
+    hit = torch.where(inside, grad_logprob, 0.0).to(grad.dtype)
+    grad.scatter_add_(1, column.clamp(0, weight.shape[0] - 1)[:, None], hit[:, None])
+    if softcap is not None:
+        grad.mul_(1.0 - (logits / softcap).square_())
+    return grad if scale == 1.0 else grad.mul_(scale)
+
+
+# ----------------------------------------------------------------------------------------------- step_rewards
+
+
+def step_rewards(token_rewards: Tensor, step_offsets: Tensor) -> Tensor:
+    """Sum of each run `token_rewards[step_offsets[s] : step_offsets[s + 1]]`, `[S]`; an empty step sums to 0."""
+    values = token_rewards.to(accumulate_dtype(token_rewards.dtype))
+    return torch.segment_reduce(values, "sum", offsets=step_offsets.long(), initial=0, unsafe=values.is_cuda)
+
+
+def step_of_token(step_offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The step `[T]` that each of `tokens` tokens falls in, and whether it falls in one at all `[T]`."""
+    position = torch.arange(tokens, device=step_offsets.device, dtype=step_offsets.dtype)
+    step = torch.searchsorted(step_offsets, position, right=True) - 1
+    steps = step_offsets.shape[0] - 1
+    return step.clamp(0, max(steps - 1, 0)), (step >= 0) & (step < steps)
+
+
+# ----------------------------------------------------------------------------------------------- guide_logits
+
+
+def guide_logits(policy_logits: Tensor, prm: Tensor, reference: Tensor, alpha: Tensor) -> Tensor:
+    """`policy + alpha * (log_softmax(prm) - log_softmax(reference))`, `[B, V]` in the policy's dtype."""
+    width = min(policy_logits.shape[1], prm.shape[1], reference.shape[1])
+    dtype = accumulate_dtype(policy_logits.dtype)
+    ratio = prm.to(dtype).log_softmax(dim=-1)[:, :width] - reference.to(dtype).log_softmax(dim=-1)[:, :width]
+    masked = (prm[:, :width] == -torch.inf) | (reference[:, :width] == -torch.inf)
+    policy = policy_logits[:, :width]
+    untouched = masked | (policy == -torch.inf) | (alpha == 0)[:, None]
+    steered = (policy.to(dtype) + alpha[:, None].to(dtype) * ratio).to(policy.dtype)
+    return torch.cat([torch.where(untouched, policy, steered), policy_logits[:, width:]], dim=1)
+
+
+# --------------------------------------------------------------------------------------------- tree_attention
+
+
+def tree_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    *,
+    slot_table: Tensor,
+    path_lens: Tensor,
+    q_starts: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    max_new: int | None = None,
+    max_path: int | None = None,
+) -> Tensor:
+    """Attention of packed new tokens over their paths: one padded gather, an explicit mask, an fp32 softmax.
+
+    Shapes as in the public function; `[T, Hq, Dv]` in q's dtype. Tokens of rows without any visible key give 0.
+    """
+    dtype, (tokens, heads, _) = accumulate_dtype(q.dtype), q.shape
+    rows, kv_heads, v_dim = path_lens.shape[0], k_pool.shape[1], v_pool.shape[2]
+    if tokens == 0 or rows == 0:
+        return q.new_zeros(tokens, heads, v_dim)
+    max_new = tokens if max_new is None else min(max_new, tokens)
+    max_path = slot_table.shape[1] if max_path is None else min(max_path, slot_table.shape[1])
+    starts, lens = q_starts.long(), path_lens.long()
+
+    # Padded views: queries [B, L, Hkv, G, Dk], keys [B, S, Hkv, Dk], values [B, S, Hkv, Dv].
+    index = (starts[:-1, None] + torch.arange(max_new, device=q.device)).clamp(max=tokens - 1)
+    queries = q[index].to(dtype).view(rows, max_new, kv_heads, heads // kv_heads, -1)
+    key_position = torch.arange(max_path, device=q.device)
+    used = key_position < lens[:, None]  # [B, S]
+    slots = torch.where(used, slot_table[:, :max_path].long(), 0)
+    keys, values = k_pool[slots].to(dtype), v_pool[slots].to(dtype)
+    values = values.masked_fill(~used[:, :, None, None], 0.0)  # 0 * nan of an unwritten slot would be nan
+
+    scores = torch.einsum("blhgd,bshd->bhgls", queries, keys) * scale
+    scores = capped(scores, softcap)
+    position = (lens - starts[1:] + starts[:-1])[:, None] + torch.arange(max_new, device=q.device)  # [B, L]
+    visible = (key_position <= position[:, :, None]) & used[:, None, :]
+    if window is not None:
+        visible &= key_position > position[:, :, None] - window
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    top = scores.amax(dim=-1, keepdim=True)
+    if sinks is not None:
+        sink = sinks.to(dtype).view(1, kv_heads, -1, 1, 1)
+        top = torch.maximum(top, sink)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    weights = (scores - top).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:  # a sink takes probability and gives no value (gpt-oss)
+        total = total + (sink - top).exp()
+    weights = weights / torch.where(total == 0, 1.0, total)
+    padded = torch.einsum("bhgls,bshd->blhgd", weights, values).reshape(rows, max_new, heads, v_dim)
+
+    # Back to the packed order, without a boolean index (which would wait for the device).
+    token = torch.arange(tokens, device=q.device)
+    row = (torch.searchsorted(starts, token, right=True) - 1).clamp(0, rows - 1)
+    return padded[row, (token - starts[row]).clamp(max=max_new - 1)].to(q.dtype)
+
+
+def write_kv(k_pool: Tensor, v_pool: Tensor, k_new: Tensor, v_new: Tensor, slots: Tensor) -> None:
+    """`k_pool[slots[t]] = k_new[t]`, the same for v; a negative slot is skipped."""
+    keep = slots >= 0
+    if not slots.is_cuda and bool(keep.all()):  # the usual case: no copy of the new rows
+        k_pool[slots.long()], v_pool[slots.long()] = k_new, v_new
+        return
+    index = slots[keep].long()
+    k_pool[index], v_pool[index] = k_new[keep], v_new[keep]
