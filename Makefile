@@ -59,7 +59,7 @@ wheel: dist
 
 dist/.stamp: pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md $(SOURCES) | $(VENV)/.stamp-dev
 	rm -rf dist
-	$(BIN)/pyproject-build --outdir dist .
+	$(BIN)/pyproject-build --quiet --outdir dist .
 	touch $@
 
 clean: ## what was built, not $(VENV)

@@ -56,7 +56,17 @@ def build_from_checkout(scratch: Path) -> Path:
     """A wheel of a copy of the checkout; in the checkout itself setuptools would reuse whatever an older build left."""
     ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, scratch / "copy", ignore=ignored)
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", scratch / "direct", scratch / "copy", cwd=scratch)
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--quiet",
+        "--wheel",
+        "--outdir",
+        scratch / "direct",
+        scratch / "copy",
+        cwd=scratch,
+    )
     (wheel,) = (scratch / "direct").glob("*.whl")
     return wheel
 
