@@ -1,0 +1,208 @@
+"""Whether two final answers are the same: by spelling, by number, and by math-verify where it is installed."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from collections import Counter
+from contextlib import suppress
+from fractions import Fraction
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+SECONDS = 5.0  # for one comparison by math-verify
+_START_SECONDS = 60.0  # for importing it
+
+_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?")
+_FRACTION = re.compile(r"([-+]?)(?:([0-9.]+)\s*/\s*([0-9.]+)|\\frac\{([0-9.]+)\}\{([0-9.]+)\})")
+_PLAIN = re.compile(r"-?[0-9]+(/[0-9]+)?")
+_FUNCTIONS = {"sqrt", "sin", "cos", "tan", "log", "exp", "abs", "min", "max", "mod", "inf", "infinity", "frac"}
+_REWRITES = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"^\$+|\$+$|^\\[(\[]|\\[)\]]$", ""),  # math delimiters
+        (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[!,;:]", ""),  # layout
+        (r"\\ |~", " "),
+        (r"\\[dt]frac(?![A-Za-z])", r"\\frac"),
+        (r"(?<=[0-9}])\s*\\(?:text|mathrm|mbox)\{[^{}]*\}\s*$", ""),  # a unit
+        (r"\\(?:text|mathrm|mbox|textbf|mathbf)\{([^{}]*)\}", r"\1"),
+        (r"\\?%|\\?\$|\^\{?\\circ\}?|\\degree|°", ""),  # percent, currency, degrees
+        ("\u2212", "-"),
+        (r"\\frac\s*([0-9])", r"\\frac{\1}"),
+        (r"(\\frac\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+        (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
+        (r"^\s*[A-Za-z]\s*=(?!=)", ""),  # "x = 5" answers 5
+        (r"\.\s*$", ""),
+    )
+)
+
+
+def normalize(answer: str) -> str:
+    """One spelling for answers that differ in layout, units, or the way they write a number.
+
+    The rules are those usual for MATH (Hendrycks et al., arXiv 2103.03874, and later evaluations): math delimiters,
+    spacing commands, units after a number, percent and currency signs and "x =" go; fractions have braces. A number
+    (integer, decimal, thousands commas, fraction of two) becomes an integer or a reduced fraction, so "0.50",
+    ".5", "1/2" and "\\frac12" are one. Case is kept.
+    """
+    text = answer.strip()
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text).strip()
+    number = _number(text)
+    if number is not None:
+        return str(number)
+    return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.split()))
+
+
+def _number(text: str) -> Fraction | None:
+    if len(text) > 100 or not any(c.isdigit() for c in text):
+        return None
+    try:
+        if _NUMBER.fullmatch(text):
+            return Fraction(text.replace(",", ""))
+        if match := _FRACTION.fullmatch(text):
+            sign, a, b, c, d = match.groups()
+            value = Fraction(a or c) / Fraction(b or d)
+            return -value if sign == "-" else value
+    except (ValueError, ZeroDivisionError):
+        pass
+    return None
+
+
+def equivalent(a: str, b: str) -> bool:
+    """Whether two answers are the same.
+
+    Equal spellings (see `normalize`) are the same and different plain numbers are not. The rest, where both look
+    like mathematics, is asked of math-verify, if it is installed (`pip install prm-search[answers]`), in a worker
+    process, from any thread. What takes it longer than 5 seconds counts as different. Replies are cached.
+    """
+    return same_keys(normalize(a), normalize(b))
+
+
+def same_keys(a: str, b: str) -> bool:
+    """`equivalent` for answers that are normalised already."""
+    if a == b:
+        return True
+    if (_PLAIN.fullmatch(a) and _PLAIN.fullmatch(b)) or not (_mathematical(a) and _mathematical(b)):
+        return False
+    return _WORKER.equal(*sorted((a, b)))
+
+
+@lru_cache(maxsize=65536)
+def _mathematical(key: str) -> bool:
+    """Whether parsing makes sense: operators or digits, and no words (which would parse as products of letters)."""
+    bare = re.sub(r"\\[A-Za-z]+", " ", key)
+    if len(key) > 500 or not set(re.findall(r"[^\W\d_]{3,}", bare)) <= _FUNCTIONS:
+        return False
+    return bool(re.search(r"[0-9\\^+*/=<>-]", key))
+
+
+class _Worker:
+    """The process that runs math_worker.py: started at the first question, replaced when it hangs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._usable = find_spec("math_verify") is not None and bool(sys.executable)
+        self._replies: dict[tuple[str, str], bool] = {}
+        self._hung: Counter[str] = Counter()
+
+    def equal(self, a: str, b: str) -> bool:
+        """What math-verify says; False where it is not installed or does not answer in time."""
+        with self._lock:
+            known = self._replies.get((a, b))
+            if known is not None:
+                return known
+            # One of a hung pair is to blame, and the first to hang twice is not asked about again.
+            if not self._usable or max(self._hung[a], self._hung[b]) >= 2:
+                return False
+            reply = self._ask(a, b)
+            if reply is None:
+                self._hung.update((a, b))
+            if len(self._replies) >= 65536:
+                self._replies.clear()
+            self._replies[a, b] = bool(reply)
+            return bool(reply)
+
+    def _ask(self, a: str, b: str) -> bool | None:
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._start()
+        if process is None:
+            return False
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps([a, b]) + "\n")
+            process.stdin.flush()
+        except OSError:  # it died
+            self.stop()
+            return None
+        line = self._read(process, SECONDS)
+        if not line:
+            self.stop()
+            return None
+        return bool(json.loads(line))
+
+    def _start(self) -> subprocess.Popen[str] | None:
+        self.stop()
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._process = process
+        line = self._read(process, _START_SECONDS)
+        if line and json.loads(line) is True:
+            return process
+        reason = json.loads(line) if line else "it did not start"
+        warnings.warn(f"math-verify cannot be used, answers are compared as strings: {reason}", stacklevel=2)
+        self.stop()
+        self._usable = False
+        return None
+
+    @staticmethod
+    def _read(process: subprocess.Popen[str], seconds: float) -> str:
+        """A line of its output; empty where it died or was killed for taking longer."""
+        assert process.stdout is not None
+        timer = threading.Timer(seconds, process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            return process.stdout.readline()
+        finally:
+            timer.cancel()
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with suppress(OSError):  # unwritten input
+                    stream.close()
+        process.wait()
+
+
+_WORKER = _Worker()
+
+
+def _after_fork() -> None:
+    """A forked child must not share its parent's pipes, nor a lock that a thread held."""
+    global _WORKER
+    _WORKER = _Worker()
+
+
+atexit.register(lambda: _WORKER.stop())
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

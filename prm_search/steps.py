@@ -1,0 +1,243 @@
+"""Where a step ends, from token ids.
+
+Tokens are never split: a step ends with the token that completes a delimiter. Delimiters are looked for in the text
+that the tokens spell, not in the tokens, so how a text was cut into tokens, or a path into nodes, changes
+nothing about where its delimiters complete.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from codecs import utf_8_decode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .tree import Node
+
+
+# Parts of a pattern by which text that comes later can undo a match (tested on the source, so with false alarms).
+_LOOKS_AHEAD = re.compile(r"\$|\(\?[=!>(]|\\[bBZz]|[*+?}]\+")
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """When a step ends: with the first token at which any of these holds. End of sequence is the policy's business.
+
+    Args:
+        delimiter: string, or strings any of which ends a step. The token that completes one ends the step whole.
+            Text that a completed delimiter used is not used again, and a delimiter before which nothing but
+            whitespace and delimiters came since the last one ends nothing: no step is empty. None for no delimiter.
+        max_tokens: tokens of a step at most. A step cut in the middle of a delimiter is followed by one that ends
+            where the delimiter completes.
+        regex: a further delimiter, as a pattern (`re` syntax; it says what separates steps, not what they contain).
+            It completes with the first character at which it matches the text since the last delimiter; greed buys
+            it nothing, since what follows is not written yet. Costs one search of the step's text a token (a
+            character, where a later character can undo a match: "$", "\\b", look-ahead, atomic groups).
+        confidence: end the step before a token whose most probable choice has less than this probability
+            (AdaptiveStep, arXiv 2502.13943, section 3); `confidence_quantile` calibrates it.
+
+    Raises:
+        ValueError: a delimiter or the regex is or matches the empty string, max_tokens < 1, or confidence is outside
+            [0, 1].
+        TypeError: a delimiter is not a string, or max_tokens not an integer.
+    """
+
+    delimiter: str | Sequence[str] | None = "\n\n"
+    max_tokens: int | None = 256
+    regex: str | None = None
+    confidence: float | None = None
+    _literal: re.Pattern[str] | None = field(init=False, repr=False, compare=False, default=None)
+    _pattern: re.Pattern[str] | None = field(init=False, repr=False, compare=False, default=None)
+    _keep: int = field(init=False, repr=False, compare=False, default=0)
+    _settled: bool = field(init=False, repr=False, compare=False, default=False)
+
+    def __post_init__(self) -> None:
+        given = self.delimiter
+        delimiters = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+        for item in delimiters:
+            if not isinstance(item, str):
+                raise TypeError(f"delimiter={given!r}: a string, strings or None is needed, not {type(item).__name__}")
+            if not item:
+                raise ValueError(f"delimiter={given!r}: an empty string ends no step; use None for no delimiter")
+        if not isinstance(given, str | None):
+            object.__setattr__(self, "delimiter", delimiters)  # hashable
+        if self.max_tokens is not None:
+            if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int | np.integer):
+                raise TypeError(f"max_tokens={self.max_tokens!r}: an integer >= 1 or None is needed")
+            if self.max_tokens < 1:
+                raise ValueError(f"max_tokens={self.max_tokens!r}: an integer >= 1 or None is needed")
+        if self.confidence is not None and not 0 <= self.confidence <= 1:
+            raise ValueError(f"confidence={self.confidence!r}: a probability in [0, 1] or None is needed")
+        if self.regex is not None:
+            try:
+                pattern = re.compile(self.regex)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"regex={self.regex!r} is not a pattern: {error}") from error
+            if pattern.search(""):
+                raise ValueError(f"regex={self.regex!r} matches the empty string, so it would end every step at once")
+            object.__setattr__(self, "_pattern", pattern)
+            object.__setattr__(self, "_settled", not _LOOKS_AHEAD.search(self.regex))
+        if delimiters:
+            # One that holds another before its own last character can never complete first. With those gone,
+            # the leftmost match is the one that completes first, and of two that end together the longer.
+            first = [d for d in dict.fromkeys(delimiters) if not any(other in d[:-1] for other in delimiters)]
+            object.__setattr__(self, "_literal", re.compile("|".join(map(re.escape, first))))
+            object.__setattr__(self, "_keep", max(map(len, first)) - 1)
+
+    def matcher(self, piece: Callable[[int], bytes], node: Node | None = None) -> StepMatcher:
+        """A matcher for what follows a node, or for a response from its start.
+
+        Args:
+            piece: bytes that a token id adds (`TokenText.piece`).
+            node: the node whose children will be fed; None, like the root, for the start of a response.
+        """
+        matcher = StepMatcher(self, piece)
+        if node is not None and node.parent is not None:
+            # Nodes end where steps do, so all that carries over is the unfinished delimiter.
+            matcher._scan(b"".join(map(piece, node.path_ids())))
+        return matcher
+
+    def ends(self, token_ids: Sequence[int], piece: Callable[[int], bytes]) -> list[int]:
+        """Cut a complete response: the number of tokens up to each step's end, rising; the last is all of them.
+
+        Args:
+            token_ids: [T] response tokens; no step for T = 0.
+            piece: bytes that a token id adds (`TokenText.piece`).
+        """
+        feed = StepMatcher(self, piece).feed
+        ends = [i for i, token_id in enumerate(token_ids, 1) if feed(token_id)]
+        if len(token_ids) and (not ends or ends[-1] != len(token_ids)):
+            ends.append(len(token_ids))
+        return ends
+
+
+class StepMatcher:
+    """The state of one row of a decode loop: tokens since the step began, and the text a delimiter may still use.
+
+    Made by `StepRule.matcher`. A few microseconds a token.
+    """
+
+    __slots__ = ("_content", "_keep", "_limit", "_partial", "_piece", "_rule", "_tail", "_tokens")
+
+    def __init__(self, rule: StepRule, piece: Callable[[int], bytes]) -> None:
+        self._rule = rule
+        self._piece = piece
+        self._limit = rule.max_tokens
+        self._keep = rule._keep
+        self._tokens = 0
+        self._partial = b""  # first bytes of a character
+        self._tail = ""  # text since the last delimiter; its last few characters suffice without a regex
+        self._content = False  # whether what was dropped of that text was more than whitespace
+
+    def feed(self, token_id: int) -> bool:
+        """Take a token; True when it ends the step, and then the matcher is ready for the next step."""
+        self._tokens += 1
+        if self._scan(self._piece(token_id)) or self._tokens == self._limit:
+            self._tokens = 0
+            return True
+        return False
+
+    def uncertain(self, top_prob: float) -> bool:
+        """Whether the step ends before the token about to be drawn; if so, and it is ended, call `cut`.
+
+        Args:
+            top_prob: probability of the most probable next token, in [0, 1], before temperature and filters.
+        """
+        confidence = self._rule.confidence
+        return confidence is not None and self._tokens > 0 and top_prob < confidence
+
+    def cut(self) -> None:
+        """The step ended before a token; the matcher is ready for the next step."""
+        self._tokens = 0
+
+    def copy(self) -> StepMatcher:
+        """An independent matcher in the same state."""
+        twin = StepMatcher.__new__(StepMatcher)
+        for name in self.__slots__:
+            setattr(twin, name, getattr(self, name))
+        return twin
+
+    def _scan(self, piece: bytes) -> bool:
+        """Append bytes; whether a delimiter that ends a step completes in them."""
+        text, used = utf_8_decode(self._partial + piece, "replace", False)
+        self._partial = (self._partial + piece)[used:]
+        if self._rule._pattern is not None:
+            return self._scan_regex(text)
+        literal = self._rule._literal
+        if literal is None or not text:
+            return False
+        text = self._tail + text
+        ended, done = False, 0
+        for match in literal.finditer(text):
+            ended = ended or self._content or _solid(text[done : match.start()])
+            self._content = False
+            done = match.end()
+        drop = max(done, len(text) - self._keep)
+        self._content = self._content or _solid(text[done:drop])
+        self._tail = text[drop:]
+        return ended
+
+    def _scan_regex(self, text: str) -> bool:
+        seen = len(self._tail)
+        text = self._tail + text
+        ended = False
+        while match := self._first(text, seen):
+            start, end = match
+            ended = ended or _solid(text[:start])
+            text, seen = text[end:], 0
+        self._tail = text
+        return ended
+
+    def _first(self, text: str, seen: int) -> tuple[int, int] | None:
+        """Start and end of what completes first after the first `seen` characters, which complete nothing."""
+        rule = self._rule
+        assert rule._pattern is not None
+        search = rule._pattern.search
+        literal = rule._literal.search(text) if rule._literal is not None else None
+        last = len(text) if literal is None else literal.end()
+        found = None
+        if rule._settled:
+            if search(text, 0, last):
+                end = bisect_left(range(last), True, lo=seen + 1, key=lambda e: search(text, 0, e) is not None)
+                found = search(text, 0, end)
+        else:
+            found = next((m for e in range(seen + 1, last + 1) if (m := search(text, 0, e))), None)
+        if found is None or (literal is not None and found.endpos == last and literal.start() < found.start()):
+            return None if literal is None else literal.span()
+        return found.start(), found.endpos
+
+
+def _solid(text: str) -> bool:
+    """Whether there is more than whitespace."""
+    return bool(text) and not text.isspace()
+
+
+def confidence_quantile(probs: Sequence[float] | np.ndarray, quantile: float = 0.02) -> float:
+    """The threshold for `StepRule(confidence=...)` at which a given share of tokens would start a step.
+
+    AdaptiveStep (arXiv 2502.13943) samples responses, collects the probability of every token and cuts at the
+    lowest 2 %.
+
+    Args:
+        probs: top next-token probability at each position of some responses of the policy, in [0, 1], any shape.
+        quantile: share of positions to cut at, in [0, 1).
+
+    Returns:
+        The largest of these probabilities that at most that share of them lies below.
+
+    Raises:
+        ValueError: there are none, one is no probability, or quantile is out of range.
+    """
+    flat = np.sort(np.asarray(probs, dtype=np.float64), axis=None)
+    if flat.size == 0:
+        raise ValueError("probs is empty; collect the policy's top probabilities on some responses first")
+    if not (flat[0] >= 0 and flat[-1] <= 1):  # NaN sorts last and fails the comparison
+        raise ValueError(f"probs must lie in [0, 1], got {flat[0]} to {flat[-1]}")
+    if not 0 <= quantile < 1:
+        raise ValueError(f"quantile={quantile!r}: it must be in [0, 1)")
+    return float(flat[int(quantile * flat.size)])
