@@ -65,7 +65,11 @@ class Driver:
         deadline = math.inf if limits.seconds is None else self._clock() + limits.seconds
         search = Search(tree, sampling, limits, value, deadline)
         self._searches[tree] = search
-        self._start(search, strategy.run(tree.root), Purse(limits.tokens, limits.nodes))
+        try:
+            self._start(search, strategy.run(tree.root), Purse(limits.tokens, limits.nodes))
+        except BaseException:
+            self._drop(tree)
+            raise
 
     def pending(self) -> list[Request]:
         """Requests that came up since the last call."""
@@ -117,15 +121,16 @@ class Driver:
 
         A tree that is not being searched (any more) is no error.
         """
-        search = self._searches.pop(tree, None)
-        if search is None:
+        if tree not in self._searches:
             return []
-        for task in search.tasks:
-            task.run.close()
-        self._new = [request for request in self._new if request not in search.requests]
+        search = self._drop(tree)
         found = [node for node in tree.nodes if node.finished and not node.rollout and node.value is not None]
         self._ended.append(Outcome(tree, found, "cancelled"))
         return list(search.requests)
+
+    def seconds_left(self, tree: SearchTree) -> float:
+        """Seconds until a search's time budget bites: negative where it has, infinite where it has none."""
+        return self._searches[tree].deadline - self._clock()
 
     def ended(self) -> list[Outcome]:
         """Searches that ended since the last call."""
@@ -156,6 +161,13 @@ class Driver:
                 break
             settled.append(steps[0])
         return settled
+
+    def _drop(self, tree: SearchTree) -> Search:
+        search = self._searches.pop(tree)
+        for task in search.tasks:
+            task.run.close()
+        self._new = [request for request in self._new if request not in search.requests]
+        return search
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 

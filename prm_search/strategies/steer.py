@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..tree import Node
 from ..values import Value, resolve_value
@@ -12,8 +12,7 @@ from .base import Run, at_least
 from .best_of_n import BestOfN
 
 if TYPE_CHECKING:
-    from ..implicit_prm import ImplicitPRM
-    from ..policy import HFPolicy, Steered
+    from ..policy import Steered
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,23 @@ class Steer:
         if self.value is not None:
             resolve_value(self.value)
 
-    def wrap(self, policy: HFPolicy, pair: ImplicitPRM) -> Steered:
-        """The steered policy. Torch is imported here, not before."""
-        from ..policy import Steered
+    def wrap(self, policy: Any, pair: Any) -> Steered:
+        """The steered policy.
 
+        Args:
+            policy: an HFPolicy that is not steered yet.
+            pair: an ImplicitPRM.
+
+        Raises:
+            ValueError: there is no pair, or the policy is steered already.
+            TypeError: the policy is not an HFPolicy.
+        """
+        from ..policy import Steered  # imports torch
+
+        if pair is None:
+            raise ValueError("strategy=Steer(...) needs scorer=, the pair to steer by")
+        if isinstance(policy, Steered):
+            raise ValueError("strategy=Steer(...) with a Steered policy would steer twice: use BestOfN(1) with it")
         return Steered(policy, pair, self.alpha)
 
     def run(self, root: Node) -> Run:

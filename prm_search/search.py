@@ -1,0 +1,174 @@
+"""search and asearch: prompts in, a Result each out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from .aloop import AsyncSearchLoop
+from .answers import Answer, Select
+from .budget import Budget
+from .loop import SearchLoop
+from .models import require
+from .protocols import AsyncPolicy, Policy, Scorer
+from .result import Event, Result
+from .settings import Settings
+from .steps import StepRule
+from .strategies import Steer, Strategy
+from .tree import Prompt, SearchTree
+from .values import Value
+
+__all__ = ["AsyncSearchLoop", "Event", "Result", "SearchLoop", "Settings", "asearch", "search"]
+
+PromptLike = Prompt | str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+def search(
+    prompts: Iterable[PromptLike],
+    *,
+    policy: Policy,
+    scorer: Scorer | None = None,
+    strategy: Strategy | str = "beam",
+    steps: StepRule | None = None,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    select: Select = "best",
+    answer: str | Answer | None = None,
+    prover: Scorer | None = None,
+    budget: Budget | int | None = None,
+    value: Value | str | None = None,
+    weight: Literal["softmax", "sigmoid"] = "softmax",
+    weight_temperature: float = 1.0,
+    on_event: Callable[[Event], object] | None = None,
+) -> list[Result]:
+    """Sample reasoning steps for each prompt, score every step, keep the good ones.
+
+    Every draw is a function of the seed, the prompt and its place in the search alone: how prompts are batched or
+    ordered changes no token.
+
+    Args:
+        prompts: strings, lists of chat messages, lists of token ids, or Prompts. The n-th of equal prompts draws
+            differently from the others.
+        policy: samples steps.
+        scorer: rewards them; without one every value is 0 and ties keep draw order.
+        strategy: how to search, or the name of a strategy for its default configuration.
+        steps: where a step ends; None for StepRule(), blank lines.
+        max_new_tokens: tokens of a response; the policy's context may leave fewer.
+        temperature, top_p, top_k, min_p: see Sampling. 0.8 is the usual temperature of search with a PRM.
+        seed: of every draw.
+        select: "best", "majority" or "weighted" (see answers.select). Responses that a length or a budget cut are
+            chosen only where none is complete.
+        answer: finds the final answer in a response: "boxed", "####", "number", a function, or None.
+        prover: a second scorer. Unless a value says otherwise, nodes are then ranked by Advantage(prover=prover.name).
+        budget: limits of each prompt's search; an integer limits its sampled tokens.
+        value: what nodes are ranked by: a name, a function of a node, or None for the strategy's, or else q.
+        weight, weight_temperature: of a weighted vote.
+        on_event: called with every Event, in this thread.
+
+    Returns:
+        One Result a prompt, in order.
+
+    Raises:
+        ValueError: an argument is out of range, or a prompt is empty or too long (which one is said); nothing has
+            been sampled then.
+        TypeError: an argument is of the wrong kind; also a single string instead of a list.
+    """
+    settings = Settings.make(
+        strategy=strategy,
+        steps=steps,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        select=select,
+        answer=answer,
+        budget=budget,
+        value=value,
+        weight=weight,
+        weight_temperature=weight_temperature,
+    )
+    given = _listed(prompts)
+    require("policy", policy, Policy)
+    if isinstance(settings.strategy, Steer):
+        policy = settings.strategy.wrap(policy, scorer)
+    with SearchLoop(policy, scorer, prover, on_event=on_event) as loop:
+        trees = [loop.add(prompt, settings, occurrence=occurrence) for prompt, occurrence in encode_all(given, policy)]
+        results: dict[SearchTree, Result] = {}
+        while loop.active:
+            results.update((result.tree, result) for result in loop.step())
+        for result in results.values():
+            loop.models.read_batch(result.usage)
+    return [results[tree] for tree in trees]
+
+
+async def asearch(
+    prompts: Iterable[PromptLike],
+    *,
+    policy: AsyncPolicy,
+    scorer: Scorer | None = None,
+    prover: Scorer | None = None,
+    on_event: Callable[[Event], object] | None = None,
+    **options: Any,
+) -> list[Result]:
+    """`search` on the running event loop, over a policy whose requests are coroutines.
+
+    Args:
+        prompts, prover, on_event: as in `search`.
+        policy: see AsyncPolicy.
+        scorer: as in `search`; `ascore_nodes` is awaited where it has that, otherwise score_nodes runs in a thread.
+        options: the other arguments of `search`, with the same meaning and defaults.
+
+    Returns, Raises: as `search`. Cancelling it cancels every prompt's search.
+    """
+    settings = Settings.make(**options)
+    given = _listed(prompts)
+    require("policy", policy, AsyncPolicy)
+    if isinstance(settings.strategy, Steer):
+        raise ValueError("strategy=Steer(...) needs token by token access to the policy: use search, not asearch")
+    loop = AsyncSearchLoop(policy, scorer, prover, on_event=on_event)
+    searches = [loop.begin(prompt, settings, occurrence=place) for prompt, place in encode_all(given, policy)]
+    tasks = [asyncio.create_task(each.run()) for each in searches]
+    try:
+        results = list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+    for result in results:
+        loop.models.read_batch(result.usage)
+    return results
+
+
+def encode_all(prompts: Iterable[PromptLike], policy: Policy | AsyncPolicy) -> list[tuple[Prompt, int]]:
+    """Prompts with their token ids, and how many equal ones came before each.
+
+    Raises:
+        ValueError, TypeError: what the policy or Prompt say of a prompt, after its place in the list.
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+    encoded: list[tuple[Prompt, int]] = []
+    for place, given in enumerate(prompts):
+        try:
+            prompt = Prompt.of(given)
+            ids = tuple(policy.encode(prompt))
+        except (ValueError, TypeError) as error:
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(f"prompts[{place}]: {error}") from error
+        encoded.append((prompt.with_ids(ids), seen[ids]))
+        seen[ids] += 1
+    return encoded
+
+
+def _listed(prompts: Iterable[PromptLike]) -> list[PromptLike]:
+    if isinstance(prompts, str | Prompt | Mapping) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be a list of prompts, got one {type(prompts).__name__}: pass [prompt]")
+    return list(prompts)
