@@ -101,9 +101,7 @@ def _of_decoder(tokenizer: Any) -> Callable[[str], bytes] | None:
     """Bytes of a vocabulary entry, from the tokenizer's decoder; None where it does not work entry by entry."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        # Python tokenizers of the GPT-2 kind carry the inverse map themselves.
-        table = getattr(tokenizer, "byte_decoder", None)
-        return None if not table else lambda token: _from_table(token, table)
+        return None
     if backend.decoder is None:
         return lambda token: b" " + token.encode()  # tokenizers joins with spaces
     try:
@@ -140,7 +138,7 @@ def _stage(spec: dict[str, Any]) -> Callable[[str | bytes], str | bytes] | None:
     """One decoder of the tokenizers library as it treats an entry that is not a text's first; None if unknown."""
     kind = spec["type"]
     if kind == "ByteLevel":
-        return _on_str(lambda token: _from_table(token, _BYTE_LEVEL))
+        return _on_str(_unmap)
     if kind == "ByteFallback":
         return _on_str(lambda token: bytes([int(m[1], 16)]) if (m := _BYTE.fullmatch(token)) else token)
     if kind == "Metaspace":
@@ -177,10 +175,10 @@ def _on_str(act: Callable[[str], str | bytes]) -> Callable[[str | bytes], str | 
     return lambda value: value if isinstance(value, bytes) else act(value)
 
 
-def _from_table(token: str, table: dict[str, int]) -> bytes:
+def _unmap(token: str) -> bytes:
     """Bytes of a byte-level entry. One with any character outside the table (an added token) is plain text."""
     try:
-        return bytes([table[c] for c in token])
+        return bytes([_BYTE_LEVEL[c] for c in token])
     except KeyError:
         return token.encode()
 
@@ -197,6 +195,6 @@ def _by_difference(tokenizer: Any, token_id: int, token: str) -> bytes:
     byte = _BYTE.fullmatch(token)
     if byte and added != token:
         return bytes([int(byte[1], 16)])
-    if _REPLACED in added:  # part of a character, in an alphabet only the byte map can read
-        return _from_table(token, _BYTE_LEVEL)
+    if _REPLACED in added:  # part of a character, in the alphabet of a byte-level vocabulary
+        return _unmap(token)
     return added.encode()

@@ -157,6 +157,11 @@ class TestRegex:
         rule = StepRule("\n\n", regex=r"\.\s")
         assert ending(rule, ["A.", "\n", "\n", "B", "\n\n"]) == [1, 4]  # the dot's newline is used
 
+    def test_of_two_that_complete_together_the_longer_counts(self):
+        """What it covers is delimiter, not content."""
+        assert ending(StepRule(";", regex="x;"), ["x;", "y", "x;"]) == [2]
+        assert ending(StepRule("x;", regex=";"), ["x;", "y", "x;"]) == [2]
+
     def test_greed_buys_nothing(self):
         assert ending(StepRule(None, regex="-+"), ["a", "-", "-", "b", "---"]) == [1, 4]
 
