@@ -114,6 +114,20 @@ def regex_decoder() -> PreTrainedTokenizerFast:
     return wrap(core, eos_token="</s>", unk_token="<unk>")
 
 
+class Underscores:
+    def decode_chain(self, tokens: list[str]) -> list[str]:
+        return [token.replace("_", " ") for token in tokens]
+
+
+def python_decoder() -> PreTrainedTokenizerFast:
+    """A decoder written in Python, which cannot be read."""
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "x": 2, "_y": 3, "__z": 4, "é_": 5}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = wrap(core, eos_token="</s>", unk_token="<unk>")
+    tokenizer.backend_tokenizer.decoder = decoders.Decoder.custom(Underscores())
+    return tokenizer
+
+
 def strip_before_fuse() -> PreTrainedTokenizerFast:
     """A decoder that trims every token, not the text."""
     core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "x": 2, "_y": 3, "__z": 4, "é_": 5}, unk_token="<unk>"))
@@ -122,10 +136,18 @@ def strip_before_fuse() -> PreTrainedTokenizerFast:
     return wrap(core, eos_token="</s>", unk_token="<unk>")
 
 
-FAMILIES = {
-    f.__name__: cache(f)
-    for f in (byte_level, llama_like, unigram, word_piece, word_level, fused, regex_decoder, strip_before_fuse)
-}
+MAKERS = (
+    byte_level,
+    llama_like,
+    unigram,
+    word_piece,
+    word_level,
+    fused,
+    regex_decoder,
+    python_decoder,
+    strip_before_fuse,
+)
+FAMILIES = {make.__name__: cache(make) for make in MAKERS}
 
 
 @pytest.fixture(params=FAMILIES)
