@@ -6,6 +6,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+# At once (it has no torch): a later import of the submodule `search` would put that in the place of the function.
+from .search import Result, asearch, search
+
 try:
     __version__ = version("prm-search")
 except PackageNotFoundError:  # a checkout on sys.path without an install
@@ -29,7 +32,6 @@ _PUBLIC = {
     "PRMGuidance": ".guidance",
     "Policy": ".protocols",
     "Prompt": ".tree",
-    "Result": ".search",
     "Sampling": ".protocols",
     "Scorer": ".protocols",
     "Scores": ".implicit_prm",
@@ -37,15 +39,13 @@ _PUBLIC = {
     "Steered": ".policy",
     "StepRule": ".steps",
     "Usage": ".usage",
-    "asearch": ".search",
     "disable": ".integrations.huggingface",
     "enable": ".integrations.huggingface",
     "generate": ".integrations.huggingface",
-    "search": ".search",
 }
 _MODULES = ("answers", "integrations", "steps", "strategies", "triton_kernels", "values")
 
-__all__ = ["__version__", *_PUBLIC, *_MODULES]
+__all__ = ["Result", "__version__", "asearch", "search", *_PUBLIC, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -64,15 +64,24 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .budget import Budget
-    from .driver import Driver
-    from .guidance import PRMGuidance
-    from .implicit_prm import ImplicitPRM, Scores
-    from .integrations.huggingface import disable, enable, generate
-    from .policy import HFPolicy, Steered
-    from .protocols import Policy, Sampling, Scorer
-    from .search import Result, asearch, search
-    from .steps import StepRule
-    from .strategies import DVTS, Beam, BestOfN, Expand, Lookahead, Parallel, Steer, Strategy
-    from .tree import Node, Prompt, SearchTree
-    from .usage import Usage
+    # "as": re-exported for type checkers
+    from .budget import Budget as Budget
+    from .driver import Driver as Driver
+    from .guidance import PRMGuidance as PRMGuidance
+    from .implicit_prm import ImplicitPRM as ImplicitPRM, Scores as Scores
+    from .integrations.huggingface import disable as disable, enable as enable, generate as generate
+    from .policy import HFPolicy as HFPolicy, Steered as Steered
+    from .protocols import Policy as Policy, Sampling as Sampling, Scorer as Scorer
+    from .steps import StepRule as StepRule
+    from .strategies import (
+        DVTS as DVTS,
+        Beam as Beam,
+        BestOfN as BestOfN,
+        Expand as Expand,
+        Lookahead as Lookahead,
+        Parallel as Parallel,
+        Steer as Steer,
+        Strategy as Strategy,
+    )
+    from .tree import Node as Node, Prompt as Prompt, SearchTree as SearchTree
+    from .usage import Usage as Usage
