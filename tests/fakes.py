@@ -289,7 +289,7 @@ class FakeScorer:
                 if part.scored_by(self.name):
                     continue
                 before = [] if part.parent is None else part.parent.path_ids()
-                paths = [tuple([*before, *part.token_ids[: i + 1]]) for i in range(len(part.token_ids))]
+                paths = [(*before, *part.token_ids[: i + 1]) for i in range(len(part.token_ids))]
                 part.set_rewards(self.name, np.array([self.reward(tree.prompt_ids, path) for path in paths]))
                 for model in self.models.values():
                     tree.meter.add("encoded", model, len(part.token_ids))
