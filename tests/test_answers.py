@@ -10,8 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from prm_search import equivalence
 from prm_search.answers import boxed, equivalent, hashes, last_number, normalize, resolve_answer, select

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 
 from prm_search.steps import StepRule, confidence_quantile
 from prm_search.tree import SearchTree

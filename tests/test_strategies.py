@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 from fakes import RULE, FakePolicy, FakeScorer, ScriptedPolicy, ToyLM, fraction, step_scores
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from prm_search.budget import Budget
 from prm_search.search import Result, search
