@@ -49,7 +49,7 @@ typecheck: $(VENV)/.stamp-dev dist/.stamp ## mypy on the built wheel
 # One thread: the models of the tests are tiny, and spinning OpenMP threads slow two shared cores.
 pytest: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the tests; PYTEST='-k name' picks
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
-		$(BIN)/pytest --durations=15 --session-timeout=$(BUDGET) $(PYTEST)
+		$(BIN)/pytest -ra --durations=15 --session-timeout=$(BUDGET) $(PYTEST)
 
 bench: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the benchmark suites and their report
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/report.py $(BENCH)
