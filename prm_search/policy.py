@@ -33,7 +33,7 @@ class HFPolicy:
         capacity: tokens of KV to hold; None: as LanguageModel.
         stop_ids: tokens that end a response; None: the eos ids of the generation config, else the tokenizer's.
         sampler: turns log-probabilities into tokens.
-        stop: further stop condition, asked after each token with the row being decoded.
+        stop: further stop condition: which of the rows being decoded end with the token each has just been given.
 
     Attributes:
         lm: the LanguageModel.
@@ -54,7 +54,7 @@ class HFPolicy:
         capacity: int | None = None,
         stop_ids: Iterable[int] | None = None,
         sampler: Sampler | None = None,
-        stop: Callable[[Row], bool] | None = None,
+        stop: Callable[[Sequence[Row]], Sequence[bool]] | None = None,
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: at least one row is needed")

@@ -77,7 +77,7 @@ class Decoder:
         piece: bytes of a token id.
         text: text of token ids.
         max_rows: rows decoded at once.
-        stop: further stop condition, asked of each row after each token.
+        stop: further stop condition: which of these rows, each with a new token, end here. Asked once a round.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Decoder:
         piece: Callable[[int], bytes],
         text: Callable[[Sequence[int]], str],
         max_rows: int,
-        stop: Callable[[Row], bool] | None = None,
+        stop: Callable[[Sequence[Row]], Sequence[bool]] | None = None,
     ) -> None:
         self.lms = lms
         self.combine = combine
@@ -140,6 +140,9 @@ class Decoder:
             values = [table.gather(1, chosen.to(table.device)).squeeze(1).tolist() for table in spread]
             for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
                 self._take(row, token, [column[i] for column in values])
+            stopped = [False] * len(rows) if self.stop is None else self.stop(rows)
+            for row, stop in zip(rows, stopped, strict=True):
+                self._settle(row, bool(stop))
         self._active = [row for row in self._active if not row.done]
         ended = [request for request, job in self._jobs.items() if all(row.done for row in job)]
         return [(request, self._finish(request, self._jobs.pop(request))) for request in ended]
@@ -248,7 +251,7 @@ class Decoder:
         return drawing
 
     def _take(self, row: Row, token: int, values: Sequence[float]) -> None:
-        """Record a drawn token and see whether it ends the step or the row."""
+        """Record a drawn token."""
         if row.fresh:
             self._open(row)
         segment = row.chain[-1]
@@ -259,8 +262,13 @@ class Decoder:
         row.token = token
         row.drawn += 1
         row.left -= 1
+
+    def _settle(self, row: Row, stop: bool) -> None:
+        """See whether the newest token ends the step or the row."""
+        segment = row.chain[-1]
+        token = segment.token_ids[-1]
         step = row.matcher.feed(token)
-        if token in self.stop_ids or (self.stop is not None and self.stop(row)):
+        if stop or token in self.stop_ids:
             segment.finish, row.done = "stop", True
         elif row.left == 0:
             segment.finish, row.done = row.request.cap_reasons[row.index], True
