@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 from fakes import RULE, FakePolicy, FakeScorer, ScriptedPolicy, ToyLM, fraction, step_scores
 from hypothesis import given, strategies as st
+from search_cases import ALL, BEAMS, DVTSS, SEEDS, drawn_paths, merging
 
 from prm_search.budget import Budget
 from prm_search.search import Result, search
@@ -25,7 +26,7 @@ from prm_search.strategies import (
     resolve_strategy,
 )
 from prm_search.strategies.base import Run
-from prm_search.tree import Node, SearchTree
+from prm_search.tree import Node
 
 LETTERS = {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0, "e": -4.0}
 
@@ -264,28 +265,6 @@ def test_unknown_strategies_are_refused() -> None:
 
 # -- what holds for all of them ---------------------------------------------------------------------------------------
 
-small = st.integers(1, 3)
-cap = st.none() | small
-merging = st.booleans()
-BEAMS = st.builds(Beam, width=small, expansions=small, per_parent=cap, merge=merging)
-DVTSS = st.builds(DVTS, subtrees=small, width=small, expansions=small, per_parent=cap, merge=merging)
-ALL = st.one_of(
-    st.builds(BestOfN, n=st.integers(1, 6)),
-    BEAMS,
-    DVTSS,
-    st.builds(
-        Lookahead,
-        width=small,
-        expansions=small,
-        steps=small,
-        rollouts=small,
-        reduce=st.sampled_from(["mean", "max"]),
-        per_parent=cap,
-        merge=merging,
-    ),
-)
-SEEDS = st.integers(0, 2**32)
-
 
 def run(prompt: Sequence[int], strategy: Strategy, *, seed: int = 0, coarse: int = 0, **options: object) -> Result:
     """A search of the toy model; coarse > 0 rounds rewards to that many levels, so that values tie."""
@@ -300,14 +279,6 @@ def run(prompt: Sequence[int], strategy: Strategy, *, seed: int = 0, coarse: int
         [prompt], policy=policy, scorer=FakeScorer(reward), strategy=strategy, steps=RULE, seed=seed, **options
     )
     return result
-
-
-def drawn_paths(tree: SearchTree) -> Counter[tuple[int, ...]]:
-    """How often each path was drawn, whether on one node or on several."""
-    counts: Counter[tuple[int, ...]] = Counter()
-    for node in tree.nodes[1:]:
-        counts[tuple(node.path_ids())] += node.count
-    return counts
 
 
 @given(strategy=ALL, seed=SEEDS, coarse=st.integers(0, 3))

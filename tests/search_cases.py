@@ -1,0 +1,82 @@
+"""What tests of searches share: generators of strategies, a driver driven by hand, what to compare of trees."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from fakes import FakeBlockingPolicy, FakeScorer, ToyLM
+from hypothesis import strategies as st
+
+from prm_search.driver import Driver
+from prm_search.protocols import Request
+from prm_search.strategies import DVTS, Beam, BestOfN, Lookahead
+from prm_search.tasks import Outcome, chain
+from prm_search.tree import Node, Prompt, SearchTree
+
+small = st.integers(1, 3)
+cap = st.none() | small
+merging = st.booleans()
+BEAMS = st.builds(Beam, width=small, expansions=small, per_parent=cap, merge=merging)
+DVTSS = st.builds(DVTS, subtrees=small, width=small, expansions=small, per_parent=cap, merge=merging)
+ALL = st.one_of(
+    st.builds(BestOfN, n=st.integers(1, 6)),
+    BEAMS,
+    DVTSS,
+    st.builds(
+        Lookahead,
+        width=small,
+        expansions=small,
+        steps=small,
+        rollouts=small,
+        reduce=st.sampled_from(["mean", "max"]),
+        per_parent=cap,
+        merge=merging,
+    ),
+)
+SEEDS = st.integers(0, 2**32)
+
+
+def drawn_paths(tree: SearchTree) -> Counter[tuple[int, ...]]:
+    """How often each path was drawn, whether on one node or on several."""
+    counts: Counter[tuple[int, ...]] = Counter()
+    for node in tree.nodes[1:]:
+        counts[tuple(node.path_ids())] += node.count
+    return counts
+
+
+Pick = Callable[[list[Request]], int]
+
+
+def plant(*ids: int) -> SearchTree:
+    return SearchTree(Prompt(token_ids=ids or (5,)))
+
+
+def answer(driver: Driver, policy: FakeBlockingPolicy, scorer: FakeScorer, request: Request) -> list[Node]:
+    (children,) = policy.run([request])
+    scorer.score_nodes([node for child in children for node in chain(request.node, child)])
+    driver.tell(request, children)
+    return children
+
+
+def drive(
+    driver: Driver,
+    pick: Pick = lambda waiting: 0,
+    *,
+    lm: ToyLM | None = None,
+    watch: Callable[[], object] = lambda: None,
+) -> list[Outcome]:
+    """Answer requests one at a time, in the order that pick says, until every search has ended."""
+    policy, scorer = FakeBlockingPolicy(lm or ToyLM()), FakeScorer()
+    waiting: list[Request] = []
+    while driver.active:
+        waiting += driver.pending()
+        watch()
+        answer(driver, policy, scorer, waiting.pop(pick(waiting)))
+    return driver.ended()
+
+
+def summary(tree: SearchTree, outcome: Outcome) -> object:
+    """All that must not depend on timing."""
+    ends = [(node.path_ids(), node.value, node.finish, node.lineages) for node in outcome.candidates]
+    return outcome.stopped, ends, drawn_paths(tree)
