@@ -28,7 +28,9 @@ def unwrap(module: nn.Module) -> nn.Module:
         elif hasattr(module, "get_base_model") and hasattr(module, "peft_config"):
             for name, config in module.peft_config.items():
                 if getattr(config, "is_prompt_learning", False):
-                    raise ValueError(f"adapter {name!r} adds virtual tokens ({config.peft_type}); only weight adapters are supported")
+                    raise ValueError(
+                        f"adapter {name!r} adds virtual tokens ({config.peft_type}); only weight adapters are served"
+                    )
             module = module.get_base_model()
         elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             module = module.module

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROW_CHUNK_ELEMENTS = 1 << 24  # logits held at once on the torch path: 64 MiB in fp32
+from ..triton_kernels import linear_logprob
+from ..triton_kernels.launch import Backend
+
+CHUNK_ELEMENTS = 1 << 24  # of a temporary: 64 MiB in fp32
 
 
 class Head:
@@ -14,6 +17,7 @@ class Head:
 
     Args:
         module: a transformers causal LM.
+        backend: of the kernels.
 
     Attributes:
         scale: factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling, Falcon-H1's multiplier).
@@ -24,7 +28,8 @@ class Head:
         ValueError: the model has no output embedding.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, backend: Backend = "auto") -> None:
+        self.backend = backend
         self.linear = module.get_output_embeddings()
         if self.linear is None:
             raise ValueError(f"{type(module).__name__} has no output embedding, so it gives no token probabilities")
@@ -33,7 +38,8 @@ class Head:
         if getattr(config, "logit_scale", None):
             self.scale *= float(config.logit_scale)
         if getattr(config, "logits_scaling", None):
-            self.scale /= float(config.logits_scaling)
+            factor = float(config.logits_scaling)
+            self.scale *= factor if str(config.model_type).startswith("hyperclovax") else 1 / factor
         if getattr(config, "lm_head_multiplier", None):
             self.scale *= float(config.lm_head_multiplier)
         cap = getattr(config, "final_logit_softcapping", None)
@@ -63,7 +69,7 @@ class Head:
         else:
             logits = hidden.new_empty((hidden.shape[0], self.vocab), dtype=exact)
             wide = hidden.to(exact)
-            step = max(1, ROW_CHUNK_ELEMENTS // max(1, hidden.shape[1]))
+            step = max(1, CHUNK_ELEMENTS // max(1, hidden.shape[1]))
             for low in range(0, self.vocab, step):  # a slice of the vocabulary in fp32 at a time
                 part = slice(low, min(low + step, self.vocab))
                 torch.mm(wide, linear.weight[part].to(exact).t(), out=logits[:, part])
@@ -89,12 +95,14 @@ class Head:
         Returns:
             [N] nats, fp32 (fp64 for an fp64 model).
         """
-        rows = max(1, ROW_CHUNK_ELEMENTS // self.vocab)
-        parts = []
+        if self._plain():
+            return linear_logprob(
+                hidden, self.linear.weight, targets, self.linear.bias, self.softcap, self.scale, backend=self.backend
+            )
+        rows = max(1, CHUNK_ELEMENTS // self.vocab)
+        parts = [hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
         for low in range(0, hidden.shape[0], rows):
             logits = self.logits(hidden[low : low + rows])
             chosen = logits.gather(1, targets[low : low + rows, None]).squeeze(1)
             parts.append(chosen - torch.logsumexp(logits, dim=-1))
-        if not parts:
-            return hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         return torch.cat(parts)

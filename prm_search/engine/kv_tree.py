@@ -96,8 +96,9 @@ class Branch:
 
     def before(self) -> torch.Tensor | None:
         """[D] hidden row of the token before this branch's first, or None where it has not been computed yet."""
-        if self.boundary is None and self.parent is not None and self.parent.hidden_at == self.start - self.parent.start:
-            self.boundary = self.parent.hidden
+        parent = self.parent
+        if self.boundary is None and parent is not None and parent.hidden_at == self.start - parent.start:
+            self.boundary = parent.hidden
         return self.boundary
 
     def __repr__(self) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,11 +18,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..triton_kernels.launch import Backend
 from . import adapters, admission
-from .attention import Packed, Unit, group_units, packed
+from .attention import Layout, Packed, packed
 from .head import Head
+from .kernel_layout import KernelLayout
 from .kv_tree import Branch, KVTree
+from .layout import Unit
 from .pool import KVPool
+from .torch_layout import TorchLayout
 
 if TYPE_CHECKING:
     from ..tree import SearchTree
@@ -50,21 +54,19 @@ class Piece:
 
 
 class LanguageModel:
-    """Use `LanguageModel.of`, which returns the same object for the same weights.
+    """Use `LanguageModel.of`, which admits only what is served exactly and returns the same object for the same weights.
 
     Args:
         module: a transformers causal LM, unwrapped and in eval mode.
         state: adapters to run with; None for the base weights.
-        capacity: tokens whose KV is held at once; None: what DEFAULT_BYTES hold.
+        capacity: tokens whose KV is held at once.
         forward_tokens: tokens of one forward at most; longer work is cut into several.
+        backend: of the kernels: "auto" takes Triton on a GPU where it serves the operands, else torch.
 
     Attributes:
         id: says which weights these are; equal ids mean equal log-probabilities.
         tree: the branches.
         forwards: forward calls so far.
-
-    Raises:
-        ValueError: the model's family is not served exactly (see admission).
     """
 
     def __init__(
@@ -72,14 +74,15 @@ class LanguageModel:
         module: nn.Module,
         state: tuple[str, ...] | None = None,
         *,
-        capacity: int | None = None,
+        capacity: int,
         forward_tokens: int = 4096,
+        backend: Backend = "auto",
     ) -> None:
         self.module = module
         self.state = state
         self.config = module.config.get_text_config()
-        self.head = Head(module)
-        self.pool_bytes = 0
+        self.backend = backend
+        self.head = Head(module, backend)
         self.forward_tokens = forward_tokens
         self.forwards = 0
         self._layers = adapters.tuner_layers(module)
@@ -88,9 +91,7 @@ class LanguageModel:
         self._memos: weakref.WeakKeyDictionary[SearchTree, Memo] = weakref.WeakKeyDictionary()
         name = getattr(module.config, "_name_or_path", "") or type(module).__name__
         self.id: Hashable = f"{name}{'' if state is None else '+' + '+'.join(state)}#{next(_ids)}"
-        admission.check(module)
-        self.capacity_given = capacity
-        self.tree = KVTree(capacity or _default_capacity(module))
+        self.tree = KVTree(capacity)
         self.pool = KVPool(self.tree.capacity)
 
     @classmethod
@@ -103,11 +104,13 @@ class LanguageModel:
             module: a causal LM, also wrapped by PEFT or torch.compile, or a LanguageModel (returned as it is).
             adapter: "auto" (a PeftModel's active adapter, otherwise the base weights), an adapter's name, or None
                 for the base weights.
-            capacity: tokens of KV; must agree with an earlier request for the same weights.
+            capacity: tokens of KV, None for what DEFAULT_BYTES hold; must agree with an earlier request for the same
+                weights.
 
         Raises:
             TypeError: not a causal LM of transformers.
-            ValueError: see LanguageModel and adapters; or capacity differs from the one in use.
+            ValueError: the model is not served exactly (see admission); its adapters leave open what is meant (see
+                adapters); or capacity differs from the one in use.
         """
         if isinstance(module, LanguageModel):
             return module
@@ -121,7 +124,8 @@ class LanguageModel:
             known = _interned.setdefault(base, {})
             found = known[state]() if state in known else None
             if found is None:
-                found = cls(base, state, capacity=capacity)
+                width = admission.check(base, state, cls)
+                found = cls(base, state, capacity=capacity or _default_capacity(adapters.device_of(base), width))
                 known[state] = weakref.ref(found)
             elif capacity is not None and capacity != found.tree.capacity:
                 raise ValueError(
@@ -138,7 +142,17 @@ class LanguageModel:
     def context(self) -> int | None:
         """Tokens of the longest path the model takes, where its config says so."""
         limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
-        return int(limit) if limit and limit > 0 else None
+        limits = [int(limit)] if limit and limit > 0 else []
+        rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
+        for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+            limits += _rope_limit(part, limits)
+        return min(limits, default=None)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """The module for this thread alone, with these weights' adapters switched on."""
+        with self._lock, adapters.switched(self._layers, self.state) if self._layers else nullcontext():
+            yield
 
     def memo(self, tree: SearchTree) -> Memo:
         """What is known of a search tree's nodes under these weights; made on first use."""
@@ -194,11 +208,13 @@ class LanguageModel:
             rows = torch.stack([branch.row() for branch in branches])
             return rows if want == "hidden" else self.head.log_softmax(rows)
 
-    def score(self, branches: Sequence[Branch]) -> list[np.ndarray]:
+    def score(self, branches: Sequence[Branch], skip: Sequence[int] | None = None) -> list[np.ndarray]:
         """Encode branches that were never encoded and return the log-probabilities of their own tokens.
 
         Args:
             branches: B different branches, each after its ancestors where those are in the call too.
+            skip: own tokens of each, counted from its first, that need no log-probability: the one that a fork
+                inside a branch encodes again. None: none.
 
         Returns:
             As extend(want="target").
@@ -210,7 +226,7 @@ class LanguageModel:
         if any(branch.encoded or branch.hidden is not None for branch in branches):
             raise ValueError("a branch has been encoded before: its rows are gone, score a fork of its parent")
         with self._lock, torch.no_grad():
-            return self._encode(branches, [0] * len(branches))
+            return self._encode(branches, [0] * len(branches) if skip is None else skip)
 
     def _validate(self, branches: Sequence[Branch], ids: Sequence[Sequence[int]]) -> None:
         if len(branches) != len(ids):
@@ -296,13 +312,18 @@ class LanguageModel:
         """Encode the pieces, keep each branch's last hidden row, and score the target tokens among them."""
         slots = [self.tree.take(piece.branch, piece.end - piece.begin) for piece in wave]
         chains = _chains(wave)
-        units = [Unit(wave[chain[-1]].branch.path_slots(), sum(len(slots[i]) for i in chain)) for chain in chains]
-        groups, order = group_units(units)
-        packing = [i for unit in order for i in chains[unit]]  # pieces in packed order
+        units = []
+        for chain in chains:
+            top = wave[chain[0]].branch
+            stem = id(top) if top.parent is None else hash((id(top.parent), top.start))
+            new = sum(len(slots[i]) for i in chain)
+            units.append(Unit(wave[chain[-1]].branch.path_slots(), new, stem, top.start))
+        layout = self._layout(units)
+        packing = [i for unit in layout.order for i in chains[unit]]  # pieces in packed order
         ids = [t for i in packing for t in wave[i].branch.token_ids[wave[i].begin : wave[i].end]]
         starts = [wave[i].branch.start + wave[i].begin for i in packing]
         positions = np.concatenate([np.arange(s, s + len(slots[i])) for s, i in zip(starts, packing, strict=True)])
-        forward = Packed(self.pool, np.concatenate([slots[i] for i in packing]), groups)
+        forward = Packed(self.pool, np.concatenate([slots[i] for i in packing]), layout)
         try:
             hidden = self._hidden(ids, positions, forward)
         except BaseException:
@@ -318,13 +339,17 @@ class LanguageModel:
         self._score(wave, first, hidden, targets, found)
         self._keep(wave, first, hidden)
 
+    def _layout(self, units: Sequence[Unit]) -> Layout:
+        if self.backend == "torch" or (self.backend == "auto" and self.device.type != "cuda"):
+            return TorchLayout(units)
+        return KernelLayout(units, self.backend)
+
     def _hidden(self, ids: list[int], positions: np.ndarray, forward: Packed) -> torch.Tensor:
         """[T, D] last hidden rows of the packed tokens."""
         if self.module.training:
-            raise ValueError("the model is in training mode, where dropout makes its probabilities random: call .eval()")
+            raise ValueError("the model is in training mode, where dropout randomises probabilities: call .eval()")
         device = self.device
-        switch = adapters.switched(self._layers, self.state) if self._layers else nullcontext()
-        with switch, packed(self._configs, forward):
+        with self.exclusive(), packed(self._configs, forward):
             out = self.module.base_model(
                 input_ids=torch.tensor([ids], dtype=torch.long, device=device),
                 position_ids=torch.from_numpy(positions).to(device)[None],
@@ -434,24 +459,21 @@ def _chains(wave: Sequence[Piece]) -> list[list[int]]:
     return chains
 
 
+def _rope_limit(rope: dict[str, Any], context: list[int]) -> list[int]:
+    """Tokens up to which rotary frequencies do not depend on how long the longest path of a forward is."""
+    kind = str(rope.get("rope_type", rope.get("type", "")))
+    if kind == "longrope" and rope.get("original_max_position_embeddings"):
+        return [int(rope["original_max_position_embeddings"])]
+    # Frequencies of a longer sequence outlive it, until one shorter than the original context resets them.
+    return [min(context) - 1] if "dynamic" in kind and context else []
+
+
 def _configs_of(module: nn.Module) -> list[Any]:
     configs = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
     return [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
 
 
-def _default_capacity(module: nn.Module) -> int:
-    """Tokens that DEFAULT_BYTES (or half of a GPU's free memory, if less) hold, by the config's head sizes."""
-    config = module.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 1) or 1
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    layers = getattr(config, "num_hidden_layers", 1)
-    dtype = next(module.parameters()).dtype
-    width = 2 * layers * kv_heads * size * (dtype.itemsize if dtype.is_floating_point else 2)
-    budget = DEFAULT_BYTES
-    device = adapters.device_of(module)
-    if device.type == "cuda":
-        budget = torch.cuda.mem_get_info(device)[0] // 2
+def _default_capacity(device: torch.device, width: int) -> int:
+    """Tokens of `width` bytes of KV each that DEFAULT_BYTES, or half of a GPU's free memory, hold."""
+    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else DEFAULT_BYTES
     return max(1024, min(budget // max(1, width), 1 << 20))
-
-

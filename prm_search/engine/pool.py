@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..triton_kernels import write_kv
+
 
 class KVPool:
     """K `[slots, kv_heads, k_dim]` and V `[slots, kv_heads, v_dim]` for each layer.
@@ -37,8 +39,7 @@ class KVPool:
                 torch.empty((self.slots, *values.shape[1:]), dtype=values.dtype, device=values.device),
             )
             self.layers[layer] = pools
-        pools[0].index_copy_(0, slots, keys)
-        pools[1].index_copy_(0, slots, values)
+        write_kv(*pools, keys, values, slots)
         return pools
 
     def bytes(self) -> int:
