@@ -96,5 +96,10 @@ def switched(layers: list[Any], state: tuple[str, ...] | None) -> Iterator[None]
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a model takes its input ids."""
-    return module.get_input_embeddings().weight.device
+    """Where a model takes its input ids; also where its weights are offloaded and only visit the device."""
+    embedding = module.get_input_embeddings()
+    device = embedding.weight.device
+    visited = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    if device.type != "meta" or visited is None:
+        return device
+    return torch.device("cuda", visited) if isinstance(visited, int) else torch.device(visited)

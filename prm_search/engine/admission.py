@@ -86,8 +86,8 @@ def check(module: nn.Module, state: tuple[str, ...] | None, make: Make) -> int:
 def compare(lm: LanguageModel, length: int, seed: int = 0) -> Fault:
     """Grow a tree through a LanguageModel and compare it with the plain forward of the same module.
 
-    The tree is forked at the ends and in the middle of branches, in steps of 1 to many tokens, siblings together; its
-    four paths of `length` tokens do not fit into a KV capacity of two, so branches are evicted and re-encoded on the way.
+    The tree is forked at the ends and in the middle of branches, in steps of 1 to many tokens, siblings together. Its
+    four paths of `length` tokens do not fit into a KV capacity of two, so branches are evicted and encoded again.
 
     Args:
         lm: with a capacity of at least `length` tokens.
@@ -219,9 +219,8 @@ def _copy(module: nn.Module) -> nn.Module | None:
 
 def _content(config: Any) -> str:
     """What makes two configs the same family and sizes."""
-    content = config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "quantization_config"):
-        content.pop(name, None)
+    other = ("_name_or_path", "transformers_version", "dtype", "architectures", "quantization_config")
+    content = {name: value for name, value in config.to_dict().items() if name not in other}
     return json.dumps(content, sort_keys=True, default=str)
 
 

@@ -1,8 +1,9 @@
 """A tiny fp32 copy of a model's family: the same code paths, every length limit within reach of a short test.
 
 Faults of an incremental forward hide behind the limits of a config: a window of 4096, attention chunks of 8192, rotary
-frequencies that change after the original context. A miniature keeps what the config switches on and shrinks the sizes, so
-that a few dozen tokens cross every limit, and its weights are strong enough that a fault shows.
+frequencies that change after the original context. A miniature keeps what the config switches on and shrinks the
+sizes, so that a few dozen tokens cross every limit, and its weights are strong enough that a fault shows. Fields are
+known by their names; what a name does not tell is left as it is.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _MOST = [
         (r"^(num_experts|num_local_experts|n_routed_experts|moe_num_experts)$", 8),
         (r"^(num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|n_group|num_expert_group)$", 2),
         (r"^(topk_group|first_k_dense_replace|num_dense_layers|moe_layer_start_index)$", 1),
-        (r"intermediate_size|^(decoder|encoder)_ffn_dim$|^ffn_dim$|ffn_hidden_size|^dff$|dim_ff|n_inner$", INTERMEDIATE),
+        (r"intermediate_size|^((decoder|encoder)_)?ffn_dim$|ffn_hidden_size|^dff$|dim_ff|n_inner$", INTERMEDIATE),
         (r"_rank$|^hidden_size_per_layer_input$", RANK),
     )
 ]
@@ -63,7 +64,7 @@ def shrink(config: Any, limit: int = 8) -> Any:
 
     Args:
         config: a transformers config; left as it is.
-        limit: windows, chunks and other lengths become limit, limit + 2, ... tokens, each kind its own.
+        limit: windows, chunks and other lengths become limit, limit + 2 ... limit + 8 tokens, each its own.
 
     Returns:
         a config of the same class, without quantisation, with eager attention and experts.
@@ -169,7 +170,7 @@ def _shrink(config: Any, limit: int) -> None:
         elif name == "original_max_position_embeddings" and longrope:
             setattr(config, name, CONTEXT)
         elif type(value) is int:
-            setattr(config, name, _smaller(name, value, limit + 2 * changes))
+            setattr(config, name, _smaller(name, value, limit + 2 * min(changes, 4)))
             changes += is_limit(name)
         elif isinstance(value, list) and value and all(type(v) is int for v in value):
             setattr(config, name, [_smaller(name, v, limit) for v in value])
