@@ -16,7 +16,7 @@ from torch import nn
 AUTO = "auto"
 
 
-def unwrap(module: nn.Module) -> nn.Module:
+def unwrap(module: Any) -> Any:
     """The transformers model inside torch.compile, PEFT and DDP wrappers.
 
     Raises:
@@ -38,12 +38,12 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
-def tuner_layers(module: nn.Module) -> list[Any]:
+def tuner_layers(module: Any) -> list[Any]:
     """The adapter layers injected into a module."""
     return [m for m in module.modules() if hasattr(m, "_disable_adapters") and hasattr(m, "_active_adapter")]
 
 
-def adapter_state(given: nn.Module, adapter: str | None) -> tuple[str, ...] | None:
+def adapter_state(given: Any, adapter: str | None) -> tuple[str, ...] | None:
     """The adapters a model part runs with: None for the base weights.
 
     Args:
@@ -95,7 +95,7 @@ def switched(layers: list[Any], state: tuple[str, ...] | None) -> Iterator[None]
             layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def device_of(module: nn.Module) -> torch.device:
+def device_of(module: Any) -> torch.device:
     """Where a model takes its input ids; also where its weights are offloaded and only visit the device."""
     embedding = module.get_input_embeddings()
     device = embedding.weight.device

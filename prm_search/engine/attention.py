@@ -69,13 +69,13 @@ class Packed:
 _here = threading.local()  # .packed: the forward this thread is in, if any
 
 
-def _original(name: str, module: torch.nn.Module) -> Callable[..., Any]:
+def _original(name: str, module: Any) -> Callable[..., Any]:
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get(name, eager)
 
 
 def _attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

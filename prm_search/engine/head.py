@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,7 +30,7 @@ class Head:
         ValueError: the model has no output embedding.
     """
 
-    def __init__(self, module: nn.Module, backend: Backend = "auto") -> None:
+    def __init__(self, module: Any, backend: Backend = "auto") -> None:
         self.backend = backend
         self.linear = module.get_output_embeddings()
         if self.linear is None:

@@ -94,6 +94,13 @@ class Branch:
             return self.hidden if self.hidden_at == len(self.token_ids) else None
         return self.before()
 
+    def end_row(self) -> torch.Tensor:
+        """`row` of a branch whose path is encoded. Raises RuntimeError for any other."""
+        row = self.row()
+        if row is None:
+            raise RuntimeError(f"no hidden row is known at the end of {self!r}")
+        return row
+
     def before(self) -> torch.Tensor | None:
         """[D] hidden row of the token before this branch's first, or None where it has not been computed yet."""
         parent = self.parent

@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +24,8 @@ from .head import Head
 from .kernel_layout import KernelLayout
 from .kv_tree import Branch, KVTree
 from .layout import Unit
+from .limits import context_of, default_capacity
+from .plan import Piece, chains, missing, next_batch, split
 from .pool import KVPool
 from .torch_layout import TorchLayout
 
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 Want = Literal["target", "hidden", "log_softmax"]
 
-DEFAULT_BYTES = 4 << 30  # of KV a model, where the machine has it
-
 _ids = itertools.count(1)
 _interned: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, weakref.ref[LanguageModel]]] = (
     weakref.WeakKeyDictionary()
@@ -44,17 +43,8 @@ _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyD
 _interning = threading.RLock()
 
 
-@dataclass
-class Piece:
-    """Own tokens [begin, end) of a branch, to be encoded."""
-
-    branch: Branch
-    begin: int
-    end: int
-
-
 class LanguageModel:
-    """Use `LanguageModel.of`, which admits only what is served exactly and returns the same object for the same weights.
+    """Use `LanguageModel.of`, which admits what is served exactly and returns the same object for the same weights.
 
     Args:
         module: a transformers causal LM, unwrapped and in eval mode.
@@ -67,11 +57,12 @@ class LanguageModel:
         id: says which weights these are; equal ids mean equal log-probabilities.
         tree: the branches.
         forwards: forward calls so far.
+        context: tokens of the longest path the model takes, or None where its config does not say.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         state: tuple[str, ...] | None = None,
         *,
         capacity: int,
@@ -81,6 +72,7 @@ class LanguageModel:
         self.module = module
         self.state = state
         self.config = module.config.get_text_config()
+        self.context = context_of(self.config)
         self.backend = backend
         self.head = Head(module, backend)
         self.forward_tokens = forward_tokens
@@ -125,7 +117,7 @@ class LanguageModel:
             found = known[state]() if state in known else None
             if found is None:
                 width = admission.check(base, state, cls)
-                found = cls(base, state, capacity=capacity or _default_capacity(adapters.device_of(base), width))
+                found = cls(base, state, capacity=capacity or default_capacity(adapters.device_of(base), width))
                 known[state] = weakref.ref(found)
             elif capacity is not None and capacity != found.tree.capacity:
                 raise ValueError(
@@ -137,16 +129,6 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where input ids go."""
         return adapters.device_of(self.module)
-
-    @property
-    def context(self) -> int | None:
-        """Tokens of the longest path the model takes, where its config says so."""
-        limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
-        limits = [int(limit)] if limit and limit > 0 else []
-        rope = getattr(self.config, "rope_parameters", None) or getattr(self.config, "rope_scaling", None) or {}
-        for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-            limits += _rope_limit(part, limits)
-        return min(limits, default=None)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -205,7 +187,7 @@ class LanguageModel:
                 return found
             if want is None:
                 return None
-            rows = torch.stack([branch.row() for branch in branches])
+            rows = torch.stack([branch.end_row() for branch in branches])
             return rows if want == "hidden" else self.head.log_softmax(rows)
 
     def score(self, branches: Sequence[Branch], skip: Sequence[int] | None = None) -> list[np.ndarray]:
@@ -246,8 +228,6 @@ class LanguageModel:
             if length == 0:
                 raise ValueError("an empty path cannot be encoded: a prompt needs at least one token")
 
-    # --- planning --------------------------------------------------------------------------------------------------
-
     def _encode(self, branches: Sequence[Branch], score_from: Sequence[int] | None) -> list[np.ndarray]:
         """Encode what is missing, cut into forwards that fit the capacity and forward_tokens; pins while one runs.
 
@@ -258,51 +238,21 @@ class LanguageModel:
         found: dict[int, list[np.ndarray]] = {id(branch): [] for branch in branches}
         if score_from is not None:
             targets = {id(b): (low, len(b.token_ids)) for b, low in zip(branches, score_from, strict=True)}
-        pending = [branch for branch in branches if self._missing(branch)]
+        pending = [branch for branch in branches if missing(branch)]
         while pending:
-            pieces: dict[int, Piece] = {}
-            pinned: dict[int, Branch] = {}
-            tokens = held = taken = 0
-            for branch in pending:
-                parts = self._missing(branch)
-                cost = sum(
-                    p.end - max(p.begin, pieces[id(p.branch)].end if id(p.branch) in pieces else p.begin) for p in parts
-                )
-                hold = sum(b.encoded for b in branch.lineage() if id(b) not in pinned)
-                if taken and (held + hold + tokens + cost > self.tree.capacity or tokens + cost > self.forward_tokens):
-                    break
-                for part in parts:
-                    have = pieces.get(id(part.branch))
-                    pieces[id(part.branch)] = Piece(part.branch, part.begin, max(part.end, have.end if have else 0))
-                pinned.update((id(b), b) for b in branch.lineage())
-                tokens, held, taken = tokens + cost, held + hold, taken + 1
-            for branch in pinned.values():
+            batch = next_batch(pending, self.tree.capacity, self.forward_tokens)
+            for branch in batch.path:
                 branch.pins += 1
                 self.tree.touch(branch)
             try:
-                for wave in _split(list(pieces.values()), self.forward_tokens):
+                for wave in split(batch.pieces, self.forward_tokens):
                     self.tree.reserve(sum(p.end - p.begin for p in wave))
                     self._forward(wave, targets, found)
             finally:
-                for branch in pinned.values():
+                for branch in batch.path:
                     branch.pins -= 1
-            pending = pending[taken:]
+            pending = pending[batch.branches :]
         return [np.concatenate(found[id(b)]) if found[id(b)] else np.zeros(0, np.float32) for b in branches]
-
-    def _missing(self, branch: Branch) -> list[Piece]:
-        """What has to be encoded so that the whole path is resident and its last hidden row known, root first."""
-        if branch.row() is not None:
-            return []
-        pieces: list[Piece] = []
-        need = len(branch.token_ids)
-        tip: Branch | None = branch
-        while tip is not None:
-            if tip.encoded < need:
-                pieces.append(Piece(tip, tip.encoded, need))
-            need = tip.start - (tip.parent.start if tip.parent is not None else 0)
-            tip = tip.parent
-        pieces.reverse()
-        return pieces
 
     # --- one forward -----------------------------------------------------------------------------------------------
 
@@ -311,15 +261,15 @@ class LanguageModel:
     ) -> None:
         """Encode the pieces, keep each branch's last hidden row, and score the target tokens among them."""
         slots = [self.tree.take(piece.branch, piece.end - piece.begin) for piece in wave]
-        chains = _chains(wave)
+        runs = chains(wave)
         units = []
-        for chain in chains:
+        for chain in runs:
             top = wave[chain[0]].branch
             stem = id(top) if top.parent is None else hash((id(top.parent), top.start))
             new = sum(len(slots[i]) for i in chain)
             units.append(Unit(wave[chain[-1]].branch.path_slots(), new, stem, top.start))
         layout = self._layout(units)
-        packing = [i for unit in layout.order for i in chains[unit]]  # pieces in packed order
+        packing = [i for unit in layout.order for i in runs[unit]]  # pieces in packed order
         ids = [t for i in packing for t in wave[i].branch.token_ids[wave[i].begin : wave[i].end]]
         starts = [wave[i].branch.start + wave[i].begin for i in packing]
         positions = np.concatenate([np.arange(s, s + len(slots[i])) for s, i in zip(starts, packing, strict=True)])
@@ -424,56 +374,6 @@ class LanguageModel:
             found[key].append(np.concatenate(([np.nan], values)).astype(flat.dtype) if blind else values)
 
 
-def _split(pieces: list[Piece], limit: int) -> list[list[Piece]]:
-    """Cut pieces into runs of at most `limit` tokens, in order."""
-    waves: list[list[Piece]] = [[]]
-    room = limit
-    for piece in pieces:
-        begin = piece.begin
-        while begin < piece.end:
-            if room == 0:
-                waves.append([])
-                room = limit
-            end = min(piece.end, begin + room)
-            waves[-1].append(Piece(piece.branch, begin, end))
-            room -= end - begin
-            begin = end
-    return waves
-
-
-def _chains(wave: Sequence[Piece]) -> list[list[int]]:
-    """Pieces that follow one another on one path, joined into runs of new tokens without a gap."""
-    tips: dict[int, list[int]] = {}  # id of the branch at a run's end -> the run
-    chains: list[list[int]] = []
-    for i, piece in enumerate(wave):
-        parent = piece.branch.parent
-        run = tips.pop(id(parent), None) if parent is not None and piece.begin == 0 else None
-        if run is not None and wave[run[-1]].branch.start + wave[run[-1]].end == piece.branch.start:
-            run.append(i)
-        else:
-            if run is not None:
-                tips[id(parent)] = run
-            run = [i]
-            chains.append(run)
-        tips[id(piece.branch)] = run
-    return chains
-
-
-def _rope_limit(rope: dict[str, Any], context: list[int]) -> list[int]:
-    """Tokens up to which rotary frequencies do not depend on how long the longest path of a forward is."""
-    kind = str(rope.get("rope_type", rope.get("type", "")))
-    if kind == "longrope" and rope.get("original_max_position_embeddings"):
-        return [int(rope["original_max_position_embeddings"])]
-    # Frequencies of a longer sequence outlive it, until one shorter than the original context resets them.
-    return [min(context) - 1] if "dynamic" in kind and context else []
-
-
-def _configs_of(module: nn.Module) -> list[Any]:
+def _configs_of(module: Any) -> list[Any]:
     configs = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
     return [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
-
-
-def _default_capacity(device: torch.device, width: int) -> int:
-    """Tokens of `width` bytes of KV each that DEFAULT_BYTES, or half of a GPU's free memory, hold."""
-    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else DEFAULT_BYTES
-    return max(1024, min(budget // max(1, width), 1 << 20))

@@ -1,0 +1,34 @@
+"""How long a path may be, and how much KV to hold, by what a model's config and its machine say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+DEFAULT_BYTES = 4 << 30  # of KV a model on a CPU
+
+
+def context_of(config: Any) -> int | None:
+    """Tokens of the longest path a model takes exactly, where its (text) config says so."""
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    limits = [int(limit)] if limit and limit > 0 else []
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        limits += _rope_limit(part, limits)
+    return min(limits, default=None)
+
+
+def _rope_limit(rope: dict[str, Any], context: list[int]) -> list[int]:
+    """Tokens up to which rotary frequencies do not depend on how long the longest path of a forward is."""
+    kind = str(rope.get("rope_type", rope.get("type", "")))
+    if kind == "longrope" and rope.get("original_max_position_embeddings"):
+        return [int(rope["original_max_position_embeddings"])]
+    # Frequencies of a longer sequence outlive it, until one shorter than the original context resets them.
+    return [min(context) - 1] if "dynamic" in kind and context else []
+
+
+def default_capacity(device: torch.device, width: int) -> int:
+    """Tokens of `width` bytes of KV each that DEFAULT_BYTES, or half of a GPU's free memory, hold."""
+    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else DEFAULT_BYTES
+    return max(1024, min(budget // max(1, width), 1 << 20))

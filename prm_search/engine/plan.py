@@ -1,0 +1,112 @@
+"""What has to be encoded for a call, cut into forwards that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .kv_tree import Branch
+
+
+@dataclass
+class Piece:
+    """Own tokens [begin, end) of a branch, to be encoded."""
+
+    branch: Branch
+    begin: int
+    end: int
+
+
+def missing(branch: Branch) -> list[Piece]:
+    """What has to be encoded so that the whole path is resident and its last hidden row known, root first."""
+    if branch.row() is not None:
+        return []
+    pieces: list[Piece] = []
+    need = len(branch.token_ids)
+    tip: Branch | None = branch
+    while tip is not None:
+        if tip.encoded < need:
+            pieces.append(Piece(tip, tip.encoded, need))
+        need = tip.start - (tip.parent.start if tip.parent is not None else 0)
+        tip = tip.parent
+    pieces.reverse()
+    return pieces
+
+
+@dataclass
+class Batch:
+    """Branches that are encoded together, and what that takes.
+
+    Attributes:
+        branches: how many of the pending branches, from the first.
+        pieces: what to encode, ancestors first.
+        path: every branch on their paths, to be pinned meanwhile.
+    """
+
+    branches: int
+    pieces: list[Piece]
+    path: list[Branch]
+
+
+def next_batch(pending: Sequence[Branch], capacity: int, limit: int) -> Batch:
+    """As many of the pending branches as fit together, but at least one.
+
+    Args:
+        pending: branches with something missing.
+        capacity: KV slots for what is resident on their paths and what is new.
+        limit: new tokens.
+    """
+    pieces: dict[int, Piece] = {}
+    path: dict[int, Branch] = {}
+    tokens = held = taken = 0
+    for branch in pending:
+        parts = missing(branch)
+        cost = sum(max(0, part.end - max(part.begin, _end(pieces, part.branch))) for part in parts)
+        hold = sum(b.encoded for b in branch.lineage() if id(b) not in path)
+        if taken and (held + hold + tokens + cost > capacity or tokens + cost > limit):
+            break
+        for part in parts:
+            end = max(part.end, _end(pieces, part.branch))
+            pieces[id(part.branch)] = Piece(part.branch, part.begin, end)
+        path.update((id(b), b) for b in branch.lineage())
+        tokens, held, taken = tokens + cost, held + hold, taken + 1
+    return Batch(taken, list(pieces.values()), list(path.values()))
+
+
+def _end(pieces: dict[int, Piece], branch: Branch) -> int:
+    return pieces[id(branch)].end if id(branch) in pieces else 0
+
+
+def split(pieces: list[Piece], limit: int) -> list[list[Piece]]:
+    """Cut pieces into runs of at most `limit` tokens, in order."""
+    waves: list[list[Piece]] = [[]]
+    room = limit
+    for piece in pieces:
+        begin = piece.begin
+        while begin < piece.end:
+            if room == 0:
+                waves.append([])
+                room = limit
+            end = min(piece.end, begin + room)
+            waves[-1].append(Piece(piece.branch, begin, end))
+            room -= end - begin
+            begin = end
+    return waves
+
+
+def chains(wave: Sequence[Piece]) -> list[list[int]]:
+    """Pieces that follow one another on one path, joined into runs of new tokens without a gap."""
+    tips: dict[int, list[int]] = {}  # id of the branch at a run's end -> the run
+    joined: list[list[int]] = []
+    for i, piece in enumerate(wave):
+        parent = piece.branch.parent
+        run = tips.pop(id(parent), None) if parent is not None and piece.begin == 0 else None
+        if run is not None and wave[run[-1]].branch.start + wave[run[-1]].end == piece.branch.start:
+            run.append(i)
+        else:
+            if run is not None:
+                tips[id(parent)] = run
+            run = [i]
+            joined.append(run)
+        tips[id(piece.branch)] = run
+    return joined
