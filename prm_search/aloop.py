@@ -120,11 +120,14 @@ class AsyncSearch:
         self._settings = settings
         self._driver = Driver(clock=loop.clock)
         self._running: Running = {}
+        self._settled: list[Node] = []
         self.tree = loop.models.begin(self._driver, prompt, settings, occurrence)
 
     def committed(self) -> list[Node]:
-        """The steps that the answer will begin with, while the search runs; see Driver.committed."""
-        return self._driver.committed(self.tree, self._settings.eligible)
+        """The steps that the answer begins with, as far as that is settled; see Driver.committed."""
+        if self._driver.active:
+            self._settled = self._driver.committed(self.tree, self._settings.eligible)
+        return self._settled
 
     def cancel(self) -> None:
         """Make run() return with what has finished. (Cancelling the task that awaits run() leaves no result.)"""
@@ -148,7 +151,9 @@ class AsyncSearch:
             (outcome,) = driver.ended()
             await self._stop()
             async with loop.quiet:
-                return models.finish(outcome, self._settings)
+                result = models.finish(outcome, self._settings)
+            self._settled = [] if result.node is None else result.node.path()
+            return result
         except BaseException:
             with suppress(Exception):  # the first error is the one to report
                 await asyncio.shield(asyncio.ensure_future(self._abandon()))

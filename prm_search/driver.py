@@ -108,7 +108,9 @@ class Driver:
                 expansion.drawn[slot].append(child)
                 if child.finish == "budget":
                     search.limits.add("seconds" if late else "tokens")
-            elif not late:
+            elif late:
+                search.limits.add("seconds")
+            else:
                 raise ValueError(f"the policy answered a request for {len(slots)} children without one of them")
         promised = sum(request.caps)
         expansion.task.purse.spend(spent - promised, len(fresh) - len(slots))
