@@ -1,0 +1,126 @@
+"""PRMGuidance: how a response is to be searched for, as users give it to `generate` and to servers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, Literal
+
+from .answers import Answer, Select
+from .budget import Budget
+from .models import require
+from .protocols import Scorer
+from .settings import Settings
+from .steps import StepRule
+from .strategies import Strategy
+from .tree import Prompt
+from .values import Value
+
+
+@dataclass(frozen=True)
+class PRMGuidance:
+    """A search, but for its prompts, its policy and how that draws tokens. The fields mean what they mean to `search`.
+
+    Pass it as an argument of each call, never inside a config object: configs are deep-copied, models and all.
+
+    Args:
+        pair: an ImplicitPRM, or another Scorer.
+        strategy: how to search, or the name of a strategy for its default configuration.
+        steps: where a step ends; None for StepRule(), blank lines.
+        select: "best", "majority" or "weighted".
+        answer: finds the final answer in a response: "boxed", "####", "number", a function, or None.
+        prover: a second scorer.
+        budget: limits of each prompt's search; an integer limits its sampled tokens. Its seconds are joined with
+            generate's max_time.
+        value: what nodes are ranked by; None for the strategy's, or else q.
+        seed: of every draw; None leaves it to the caller (`generate` draws one from torch's generator, so
+            torch.manual_seed decides).
+        weight, weight_temperature: of a weighted vote.
+        prompts: the prompts as text or messages, one a row of generate's inputs. Only a pair with another tokenizer or
+            chat template than the policy's needs them, to render the prompts itself.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong kind or out of range; the message names it.
+    """
+
+    pair: Scorer
+    _: KW_ONLY
+    strategy: Strategy | str = "beam"
+    steps: StepRule | None = None
+    select: Select = "best"
+    answer: str | Answer | None = None
+    prover: Scorer | None = None
+    budget: Budget | int | None = None
+    value: Value | str | None = None
+    seed: int | None = None
+    weight: Literal["softmax", "sigmoid"] = "softmax"
+    weight_temperature: float = 1.0
+    prompts: Sequence[Prompt | str | Sequence[Mapping[str, Any]]] | None = None
+
+    def __post_init__(self) -> None:
+        require("pair", self.pair, Scorer)
+        if self.prover is not None:
+            require("prover", self.prover, Scorer)
+            if self.prover.name == self.pair.name:
+                raise ValueError(f"prover and pair are both named {self.pair.name!r}; give one of them another name")
+        if self.prompts is not None:
+            object.__setattr__(self, "prompts", _rendered(self.prompts))
+        self.settings(max_new_tokens=1, seed=0)
+
+    def settings(
+        self,
+        *,
+        max_new_tokens: int,
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seconds: float | None = None,
+    ) -> Settings:
+        """What the search loops take: these fields and what the caller decides.
+
+        Args:
+            max_new_tokens: tokens of a response.
+            seed: used where the field is None.
+            temperature, top_p, top_k, min_p: see protocols.Sampling.
+            seconds: a further limit on each prompt's search.
+
+        Raises:
+            TypeError, ValueError: an argument is out of range.
+        """
+        budget = Budget.of(self.budget)
+        if seconds is not None and seconds < (budget.seconds or float("inf")):
+            budget = replace(budget, seconds=seconds)
+        return Settings.make(
+            strategy=self.strategy,
+            steps=self.steps,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed if self.seed is None else self.seed,
+            select=self.select,
+            answer=self.answer,
+            budget=budget,
+            value=self.value,
+            weight=self.weight,
+            weight_temperature=self.weight_temperature,
+        )
+
+
+def _rendered(prompts: Any) -> tuple[Prompt, ...]:
+    """Prompts that say what their tokens stand for."""
+    if isinstance(prompts, str | Prompt | Mapping) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a list with text or messages for each row, got {type(prompts).__name__}")
+    found = []
+    for place, given in enumerate(prompts):
+        try:
+            prompt = Prompt.of(given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"prompts[{place}]: {error}") from error
+        if prompt.text is None and prompt.messages is None:
+            raise ValueError(f"prompts[{place}] must be text or messages: its token ids are what generate has already")
+        found.append(prompt)
+    return tuple(found)
