@@ -103,9 +103,10 @@ class Driver:
             child = by_lineage.get(lineage)
             if child is not None:
                 spent += child.end - request.node.end
-                if late and request.until == "end":
+                if late and request.until == "end":  # an interrupted chain may stop between two steps
                     self._finish(search, child, "seconds")
-                expansion.drawn[slot].append(child)
+                if child.finished or request.until == "step":  # else its twin got further
+                    expansion.drawn[slot].append(child)
                 if child.finish == "budget":
                     search.limits.add("seconds" if late else "tokens")
             elif late:

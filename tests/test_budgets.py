@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-from fakes import Clock, FakePolicy, FakeScorer, ScriptedPolicy, ToyLM, sampling
+from fakes import Clock, FakePolicy, FakeScorer, ScriptedPolicy, ToyLM, ids, sampling
 from hypothesis import given, strategies as st
 from search_cases import ALL, SEEDS, answer, drawn_paths, drive, plant
 
 from prm_search.budget import Budget, Purse, share
 from prm_search.driver import Driver
-from prm_search.protocols import Request
+from prm_search.protocols import Request, Segment, commit
 from prm_search.strategies import DVTS, Beam, BestOfN, Expand, Lookahead, Parallel, Strategy
 from prm_search.strategies.base import Run
 from prm_search.tree import Node
@@ -251,6 +251,23 @@ def test_no_time_at_all() -> None:
         (outcome,) = driver.ended()
         assert (outcome.candidates, outcome.stopped, len(tree.nodes)) == ([], "seconds", 1)
         assert tree.root.finish is None
+
+
+def test_chains_that_are_interrupted_between_two_steps() -> None:
+    clock, tree = Clock(), plant()
+    driver = Driver(clock=clock)
+    driver.add(tree, BestOfN(3), sampling=sampling(), budget=Budget(seconds=1))
+    (request,) = driver.pending()
+    clock.now = 1
+    step, rest, other = (Segment(list(ids(text)), [-1.0] * 2, text, "step") for text in ("a;", "b;", "c;"))
+    rest.finish = "budget"
+    children = [nodes[-1] for nodes in commit(request, [[step], [step, rest], [other]], "toy")]
+    FakeScorer().score_nodes(children)
+    driver.tell(request, children)
+    (outcome,) = driver.ended()
+    # the first chain stands where its twin went on; the third is finished where it stands
+    assert [(node.path_text(), node.finish) for node in outcome.candidates] == [("a;b;", "budget"), ("c;", "budget")]
+    assert outcome.stopped == "seconds"
 
 
 def test_seconds_left() -> None:

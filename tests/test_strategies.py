@@ -107,6 +107,18 @@ def test_per_parent_spreads_the_slots() -> None:
     assert free.text == spread.text == "d;d;a"
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_per_parent_takes_duplicates_for_one_parent(merge: bool) -> None:
+    scores = {**LETTERS, "f": 5.0, "g": 4.5}
+    script = {
+        "": ["d;", "d;", "c;", "a;", "a;", "a;"], "d;": ["d;", "a;"], "c;": ["f;", "g;"],
+        "d;d;": ["a."], "c;f;": ["a."], "c;g;": ["a."],
+    }  # fmt: skip
+    # kept: d; d; c; with children 6 3, 6 3 and 7 6.5. One child each of "d;" and "c;", then the best of the rest, 6.5
+    _, policy = play(script, Beam(width=3, expansions=2, per_parent=1, merge=merge), scores)
+    assert policy.asked[-3:] == [("c;f;", 2), ("c;g;", 2), ("d;d;", 2)]
+
+
 def test_per_parent_leaves_no_slot_empty() -> None:
     script = {"": ["d;", "c."], "d;": ["d;", "c;", "b;", "a;"], "d;d;": ["a."], "d;c;": ["b."], "d;b;": ["a."]}
     _, policy = play(script, Beam(width=2, expansions=4, per_parent=1))  # root: 8 draws, "d;" four times
