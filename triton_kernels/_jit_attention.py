@@ -2,7 +2,9 @@
 
 The rows of a tile are (token, query head) pairs: the G query heads that share a KV head are packed beside the tokens,
 so one decoded token already gives the tensor cores G rows and every key is read once for all of them. Keys and values
-are gathered from the pools by slot. Softmax runs online in base 2, fp32.
+are gathered from the pools by slot. The softmax runs online, fp32, in base 2: scores keep their own unit (the raw
+product, or the capped score) and `factor` turns *differences* of them into powers of two: rounding does not grow with
+the scores' size. A sink is brought to that unit by `sink_scale`.
 
 With `PARTIAL` a program writes its unnormalised sums and (maximum, sum), fp32, and `merge_kernel` combines the splits
 in a fixed order: splits of a long path (decode), or the pass over a shared prefix and the pass over a row's own keys.
@@ -13,15 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
 def _block(
-    q, top, total, acc, k_ptr, v_ptr, table_ptr, key0, hi, position, stride_ks, stride_vs, scale, softcap, window,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BDK: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, top, total, acc, k_ptr, v_ptr, table_ptr, key0, hi, position,
+    stride_ks, stride_vs, scale, softcap, factor, window, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BDK: tl.constexpr,
+    BDV: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [key0, key0 + BN) into the running softmax of a tile. Without MASKED every row sees all of them."""
     keys = key0 + tl.arange(0, BN)
@@ -38,12 +38,12 @@ def _block(
         k = tl.load(k_ptrs, mask=keys[None, :] < hi, other=0.0)
     else:
         k = tl.load(k_ptrs)
-    s = tl.dot(q, k, input_precision=PRECISION) * scale  # scale and softcap come with log2(e) folded in
+    s = tl.dot(q, k, input_precision=PRECISION)
     if HAS_CAP:
-        # tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2|y|)
-        e = tl.exp2(tl.abs(s) * (-2.0 * 1.4426950408889634))
+        y = s * scale / softcap  # tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2|y|)
+        e = tl.exp(-2.0 * tl.abs(y))
         t = (1.0 - e) / (1.0 + e)
-        s = softcap * tl.where(s < 0, -t, t)
+        s = softcap * tl.where(y < 0, -t, t)
     if MASKED:
         visible = keys[None, :] < hi
         if CAUSAL:
@@ -53,8 +53,8 @@ def _block(
         s = tl.where(visible, s, -float("inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # a tile row that has seen no key yet
-    p = tl.exp2(s - shift[:, None])
-    rescale = tl.exp2(top - shift)
+    p = tl.exp2((s - shift[:, None]) * factor)
+    rescale = tl.exp2((top - shift) * factor)
     total = total * rescale + tl.sum(p, 1)
     v_ptrs = v_ptr + slots[:, None] * stride_vs + dv[None, :]
     # Values past `hi` must read as 0: 0 * (whatever an unwritten slot holds) may be nan.
@@ -72,7 +72,7 @@ def _block(
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, stat_ptr, table_ptr, len_ptr, start_ptr, group_ptr, prefix_ptr, sink_ptr,
     stride_qt, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_table,
-    T, HQ, tiles, splits, first_split, scale, softcap, window,
+    T, HQ, tiles, splits, first_split, scale, softcap, factor, sink_scale, window,
     G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BDK: tl.constexpr, BDV: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, PARTIAL: tl.constexpr,
     PASS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -142,12 +142,12 @@ def attention_kernel(
         for key0 in range(lo, clear, BN):
             top, total, acc = _block(
                 q, top, total, acc, k_base, v_base, table, key0, hi, position, stride_ks, stride_vs, scale, softcap,
-                window, HAS_CAP, HAS_WINDOW, PASS != 1, False, DK, DV, BDK, BDV, BN, PRECISION,
+                factor, window, HAS_CAP, HAS_WINDOW, PASS != 1, False, DK, DV, BDK, BDV, BN, PRECISION,
             )  # fmt: skip
     for key0 in range(clear, hi, BN):
         top, total, acc = _block(
             q, top, total, acc, k_base, v_base, table, key0, hi, position, stride_ks, stride_vs, scale, softcap,
-            window, HAS_CAP, HAS_WINDOW, PASS != 1, True, DK, DV, BDK, BDV, BN, PRECISION,
+            factor, window, HAS_CAP, HAS_WINDOW, PASS != 1, True, DK, DV, BDK, BDV, BN, PRECISION,
         )  # fmt: skip
 
     dv = tl.arange(0, BDV)
@@ -160,10 +160,10 @@ def attention_kernel(
         tl.store(part_ptr + (plane + out_row[:, None]) * DV + dv[None, :], acc, mask=keep)
     else:
         if HAS_SINKS:
-            sink = tl.load(sink_ptr + head, mask=live, other=0.0).to(tl.float32) * LOG2E
+            sink = tl.load(sink_ptr + head, mask=live, other=0.0).to(tl.float32) * sink_scale
             new_top = tl.maximum(top, sink)
-            rescale = tl.exp2(top - new_top)
-            total = total * rescale + tl.exp2(sink - new_top)
+            rescale = tl.exp2((top - new_top) * factor)
+            total = total * rescale + tl.exp2((sink - new_top) * factor)
             acc = acc * rescale[:, None]
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(out_ptr + out_row[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty), mask=keep)
@@ -171,7 +171,7 @@ def attention_kernel(
 
 @triton.jit
 def merge_kernel(
-    part_ptr, stat_ptr, sink_ptr, out_ptr, rows, HQ, splits, HAS_SINKS: tl.constexpr,
+    part_ptr, stat_ptr, sink_ptr, out_ptr, rows, HQ, splits, factor, sink_scale, HAS_SINKS: tl.constexpr,
     DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(rows, BR),), rows = T * Hq: combine the splits' partial sums into out [T, Hq, Dv]."""
@@ -184,7 +184,7 @@ def merge_kernel(
     total = tl.zeros([BR], tl.float32)
     acc = tl.zeros([BR, BDV], tl.float32)
     if HAS_SINKS:
-        top = tl.load(sink_ptr + row % HQ, mask=live, other=0.0).to(tl.float32) * LOG2E
+        top = tl.load(sink_ptr + row % HQ, mask=live, other=0.0).to(tl.float32) * sink_scale
         total += 1.0
     for split in range(splits):
         at = row + tl.full([BR], split, tl.int64) * rows
@@ -193,8 +193,8 @@ def merge_kernel(
         part = tl.load(part_ptr + at[:, None] * DV + dv[None, :], mask=keep, other=0.0)
         new_top = tl.maximum(top, other_top)
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        ours = tl.exp2(top - shift)
-        theirs = tl.exp2(other_top - shift)
+        ours = tl.exp2((top - shift) * factor)
+        theirs = tl.exp2((other_top - shift) * factor)
         total = total * ours + other * theirs
         acc = acc * ours[:, None] + part * theirs[:, None]
         top = new_top

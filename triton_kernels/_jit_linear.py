@@ -179,9 +179,10 @@ def _merged(part_ptr, rows, target, N, V, splits, BN: tl.constexpr):
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         total = total * tl.exp(top - shift) + other * tl.exp(other_top - shift)
         top = new_top
-    lse = top + tl.log(total)
+    log_total = tl.log(total)
     known = (target >= 0) & (target < V)
-    return tl.where(known, hit - lse, float("nan")), lse
+    # The maximum is taken off before the logarithm is: far from 0, logsumexp itself is rounded to the logits' ulp.
+    return tl.where(known, (hit - top) - log_total, float("nan")), top + log_total
 
 
 @triton.jit

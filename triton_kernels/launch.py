@@ -6,8 +6,9 @@ Each public op has a planner of the same signature; `choice(op, *args)` asks it 
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -66,34 +67,38 @@ def choice(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 # ------------------------------------------------------------------------------------------------ the machine
 
 
-@functools.lru_cache(maxsize=1)
+def _installed_triton() -> str | None:
+    """Triton's version, without importing it; "" where its package has another name; None where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("triton")
+    return ""
+
+
+_TRITON = _installed_triton()
+_DEVICES: dict[int, tuple[tuple[int, int], int]] = {}
+
+
 def interpreting() -> bool:
-    """Whether Triton kernels run in its Python interpreter (TRITON_INTERPRET=1 when Triton was first imported)."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret) or os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether Triton kernels run in its Python interpreter (TRITON_INTERPRET=1, set before they are first used)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.lru_cache(maxsize=1)
 def _missing_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if _TRITON is None:
         return "triton is not installed (pip install 'prm-search[triton]')"
-    import triton
-
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return None if version >= (3, 6) else f"triton is {triton.__version__}; 3.6 or newer is needed"
-
-
-@functools.lru_cache(maxsize=16)
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    if _TRITON and tuple(int(part) for part in _TRITON.split(".")[:2]) < (3, 6):
+        return f"triton is {_TRITON}; 3.6 or newer is needed"
+    return None
 
 
-@functools.lru_cache(maxsize=16)
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _device_facts(device: torch.device) -> tuple[tuple[int, int], int]:
+    index = _index(device)
+    if index not in _DEVICES:
+        properties = torch.cuda.get_device_properties(index)
+        _DEVICES[index] = (properties.major, properties.minor), properties.multi_processor_count
+    return _DEVICES[index]
 
 
 def _index(device: torch.device) -> int:
@@ -102,12 +107,12 @@ def _index(device: torch.device) -> int:
 
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; (0, 0) for a CPU tensor in the interpreter."""
-    return _capability(_index(device)) if device.type == "cuda" else (0, 0)
+    return _device_facts(device)[0] if device.type == "cuda" else (0, 0)
 
 
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 4 in the interpreter, so that its tests split work too."""
-    return _processors(_index(device)) if device.type == "cuda" else 4
+    return _device_facts(device)[1] if device.type == "cuda" else 4
 
 
 # ------------------------------------------------------------------------------------------------ the decision

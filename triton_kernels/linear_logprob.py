@@ -292,7 +292,7 @@ def _backward(
     grad_hidden = torch.zeros_like(hidden, dtype=dtype) if wanted[0] else None
     grad_weight = torch.empty_like(weight) if wanted[1] else None
     grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
-    budget = _GRADIENT_BUDGET.get(hidden.device.type, _GRADIENT_BUDGET["cuda"])
+    budget = _GRADIENT_BUDGET["cpu" if hidden.device.type == "cpu" else "cuda"]
     width = max(budget // max(rows, 1) // 128 * 128, 128)
     for start in range(0, vocabulary, width):
         columns = slice(start, min(start + width, vocabulary))

@@ -77,17 +77,20 @@ def linear_logprob(
     for first in range(0, hidden.shape[0], _ROW_BLOCK):
         rows = slice(first, first + _ROW_BLOCK)
         x, target = hidden[rows], targets[rows].long()
-        lse = x.new_full((x.shape[0],), -torch.inf, dtype=dtype)
+        top = x.new_full((x.shape[0],), -torch.inf, dtype=dtype)  # running maximum, and sum of exp relative to it
+        total = x.new_zeros((x.shape[0],), dtype=dtype)
         target_logit = x.new_full((x.shape[0],), torch.nan, dtype=dtype)
         for start, stop in _vocabulary_chunks(x.shape[0], weight):
             logits = _logits(x, weight[start:stop], None if bias is None else bias[start:stop], softcap, scale)
             inside = (target >= start) & (target < stop)
             column = (target - start).clamp(0, stop - start - 1)
             target_logit = torch.where(inside, logits.gather(1, column[:, None])[:, 0], target_logit)
-            top = logits.amax(dim=1)
-            shift = torch.where(top == -torch.inf, 0.0, top)  # a chunk that is wholly masked must not give nan
-            lse = torch.logaddexp(lse, logits.sub_(shift[:, None]).exp_().sum(dim=1).log_() + shift)
-        logprob[rows], logsumexp[rows] = target_logit - lse, lse
+            new_top = torch.maximum(top, logits.amax(dim=1))
+            shift = torch.where(new_top == -torch.inf, 0.0, new_top)  # all masked so far: keep nan out
+            total = total * (top - shift).exp() + logits.sub_(shift[:, None]).exp_().sum(dim=1)
+            top = new_top
+        # The maximum is taken off before the logarithm is: far from 0, logsumexp itself is rounded to the logits' ulp.
+        logprob[rows], logsumexp[rows] = (target_logit - top) - total.log(), top + total.log()
     return logprob, logsumexp
 
 

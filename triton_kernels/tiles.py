@@ -105,6 +105,9 @@ class AttentionTile:
     warps: int
 
 
+INTERPRETER_ATTENTION = AttentionTile(16, 16, stages=1, warps=1)
+
+
 @dataclass(frozen=True)
 class AttentionSchedule:
     """One call: a pass over each row's keys in `splits` shares and, with `prefix_splits` above 0, one over prefixes."""
@@ -126,14 +129,16 @@ def attention_tile(*, capability: tuple[int, int], half: bool, packed: int, head
     """The tile for `packed` = new tokens x query heads a KV head, at a head dimension of `head_dim`."""
     wide = padded(head_dim) > 128
     if capability == (0, 0):
-        return AttentionTile(16, 16, stages=1, warps=1)
+        return INTERPRETER_ATTENTION
     if not half:
-        return AttentionTile(16, 32, stages=2, warps=4)
+        return AttentionTile(16, 16, stages=2, warps=4)
     if packed <= 16:
         return AttentionTile(16, 32 if wide else 64, stages=3, warps=4)
-    if wide or packed <= 64:
-        return AttentionTile(64, 32 if wide else 64, stages=2, warps=4)
-    return AttentionTile(128, 64, stages=2, warps=8)
+    if capability[0] == 9:  # 64 rows a warp group: wgmma
+        if wide:
+            return AttentionTile(64, 32, stages=2, warps=8)
+        return AttentionTile(64, 32, stages=3, warps=4) if packed <= 64 else AttentionTile(128, 64, stages=2, warps=8)
+    return AttentionTile(32, 16, stages=3, warps=4) if wide else AttentionTile(64, 64, stages=2, warps=8)
 
 
 def prefix_pays(*, max_new: int, group: int, rows: int, groups: int, max_prefix: int) -> bool:

@@ -66,7 +66,7 @@ def tree_attention(
         slot_table: `[B, S]` int32; entries at or past the row's path length are never read.
         path_lens: `[B]` int32, slots of each row's path with its new tokens. A row of 0 slots gives zeros.
         q_starts: `[B + 1]` int32, from 0 to T.
-        scale: of the dot product, usually `Dk ** -0.5`.
+        scale: of the dot product, above 0, usually `Dk ** -0.5`.
         softcap: above 0.
         window: a query sees itself and the `window - 1` positions before it.
         sinks: `[Hq]`, one logit a head that takes probability and gives no value.
@@ -157,6 +157,7 @@ def _check(
     slot_table: Tensor,
     path_lens: Tensor,
     q_starts: Tensor,
+    scale: float,
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
@@ -175,6 +176,7 @@ def _check(
     launch.check_index("slot_table", slot_table, tuple(slot_table.shape), q.device)
     launch.check_index("path_lens", path_lens, (rows,), q.device)
     launch.check_index("q_starts", q_starts, (rows + 1,), q.device)
+    launch.check_positive("scale", scale)
     launch.check_positive("softcap", softcap)
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; None or at least 1 is needed")
@@ -209,7 +211,7 @@ def _plan(
     prefix: SharedPrefix | None = None,
     backend: Backend = "auto",
 ) -> Choice:
-    _check(q, k_pool, v_pool, slot_table, path_lens, q_starts, softcap, window, sinks, prefix)
+    _check(q, k_pool, v_pool, slot_table, path_lens, q_starts, scale, softcap, window, sinks, prefix)
     why_not = None
     if backend != "torch":
         why_not = launch.obstacle(q, k_pool, v_pool) or launch.gradient_obstacle(q, k_pool, v_pool)
@@ -337,8 +339,10 @@ def _forward(
         stats = q.new_empty((splits, tokens, heads, 2), dtype=torch.float32)
     group_rows, lengths = (path_lens, path_lens) if prefix is None else (prefix.group_rows, prefix.lengths)
     sink = q if sinks is None else sinks.contiguous()
-    # Base-2 softmax: log2(e) goes into the scale, or with a cap into the cap.
-    numbers = (scale * _LOG2E, 1.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
+    # (scale, cap, factor, sink_scale): the kernel's scores are raw products, or capped scores where there is a cap.
+    unit = 1.0 if softcap is not None else scale
+    factor, sink_scale = unit * _LOG2E, 1.0 / unit
+    numbers = (scale, 1.0 if softcap is None else float(softcap), factor, sink_scale)
 
     def run(mode: int, tile: tiles.AttentionTile, query_tiles: int, segments: int, share: int, first: int) -> None:
         launch.launch(
@@ -361,6 +365,7 @@ def _forward(
         rows = tokens * heads
         launch.launch(
             jit.merge_kernel, (-(-rows // _MERGE_ROWS),), q.device, parts, stats, sink, out, rows, heads, splits,
+            factor, sink_scale,
             HAS_SINKS=sinks is not None, DV=dv, BDV=tiles.padded(dv), BR=_MERGE_ROWS, num_warps=4,
         )  # fmt: skip
     return out
