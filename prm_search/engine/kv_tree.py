@@ -7,6 +7,7 @@ module does the book-keeping on the host and knows no model; the tensors the slo
 from __future__ import annotations
 
 import heapq
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -117,12 +118,16 @@ class KVTree:
 
     Args:
         capacity: slots, that is tokens whose KV is held at once.
+
+    Attributes:
+        lock: held while slots change hands; whoever calls reserve, take, give_back or evict holds it.
     """
 
     def __init__(self, capacity: int) -> None:
         if capacity < 1:
             raise ValueError(f"capacity={capacity}: at least one token is needed")
         self.capacity = capacity
+        self.lock = threading.RLock()
         self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)  # a stack, lowest slot on top
         self.free = capacity
         self._clock = 0
@@ -148,8 +153,10 @@ class KVTree:
         and is encoded once more, so that the token after it can be scored.
 
         Raises:
-            ValueError: at lies outside parent's path.
+            ValueError: at lies outside parent's path, or parent was released.
         """
+        if parent.released:
+            raise ValueError("a released branch cannot be forked")
         at = parent.length if at is None else at
         if not 0 <= at <= parent.length:
             raise ValueError(f"at={at}: the path has {parent.length} tokens")
@@ -159,15 +166,13 @@ class KVTree:
             parent = parent.parent
         inside = 0 < at < parent.length
         start = at - 1 if inside else at
-        branch = Branch(self, parent if start else None, start, parent.meter)
-        if start and not parent.token_ids and parent.start == start:  # an empty branch only lends its boundary
-            branch.parent = parent.parent
-            branch.boundary = parent.boundary
-        elif start and not inside:
-            branch.boundary = parent.row()
+        above = parent if start > parent.start else parent.parent  # one that lends slots: ancestors stay while it does
+        branch = Branch(self, above if start else None, start, parent.meter)
         if inside:
             branch.token_ids = [parent.token_ids[start - parent.start]]
             branch.seen = 1
+        elif start:
+            branch.boundary = parent.row()
         branch.token_ids += [int(i) for i in token_ids]
         if branch.parent is not None:
             branch.parent.children += 1
@@ -178,8 +183,16 @@ class KVTree:
         self._clock += 1
         branch.tick = self._clock
 
-    def reserve(self, slots: int) -> list[Branch]:
-        """Evict least recently used unpinned leaves until this many slots are free; returns what was evicted.
+    def reserve(self, slots: int, needed: Sequence[tuple[Branch, int]] = ()) -> list[Branch]:
+        """Evict least recently used unpinned leaves until this many slots are free.
+
+        Args:
+            slots: how many.
+            needed: pinned branches, each with how many of its own tokens must stay. What lies behind those gives way
+                when no leaf is left: a path that leaves a long branch early must fit without the rest of it.
+
+        Returns:
+            the branches that were evicted.
 
         Raises:
             ValueError: everything else is pinned.
@@ -188,9 +201,14 @@ class KVTree:
         while self.free < slots:
             branch = self._pop_leaf()
             if branch is None:
-                raise ValueError(f"{slots} free KV slots are needed, {self.free} are left and the rest is in use")
+                break
             self.evict(branch)
             evicted.append(branch)
+        for branch, own in needed:
+            if self.free < slots and branch.encoded > own:
+                self.give_back(branch, branch.encoded - own)
+        if self.free < slots:
+            raise ValueError(f"{slots} free KV slots are needed, {self.free} are left and the rest is in use")
         return evicted
 
     def take(self, branch: Branch, tokens: int) -> np.ndarray:
@@ -222,11 +240,13 @@ class KVTree:
         return slots
 
     def give_back(self, branch: Branch, tokens: int) -> None:
-        """Undo the branch's last take."""
+        """Free the slots of the branch's last `tokens` encoded tokens, on which nothing resident may stand."""
         kept = branch.encoded - tokens
         self._free[self.free : self.free + tokens] = branch.slots[kept : branch.encoded][::-1]
         self.free += tokens
         branch.encoded = kept
+        if kept == 0:
+            branch._path = None  # its ancestors may move to other slots from now on
         if tokens and kept == 0:
             self._resident -= 1
             if branch.parent is not None:
@@ -241,22 +261,22 @@ class KVTree:
             branch.parent.tick = max(branch.parent.tick, branch.tick)
         self.give_back(branch, branch.encoded)
         branch.slots = np.empty(0, np.int64)
-        branch._path = None
 
     def release(self, branch: Branch) -> None:
         """The owner is done with the branch: free it, and with it every released ancestor nothing hangs on."""
-        if branch.released:
-            return
-        branch.released = True
-        tip: Branch | None = branch
-        while tip is not None and tip.released and tip.children == 0:
-            tip.pins = 0
-            self.evict(tip)
-            tip.hidden = tip.boundary = None
-            parent = tip.parent
-            if parent is not None:
-                parent.children -= 1
-            tip = parent
+        with self.lock:
+            if branch.released:
+                return
+            branch.released = True
+            tip: Branch | None = branch
+            while tip is not None and tip.released and tip.children == 0:
+                tip.pins = 0
+                self.evict(tip)
+                tip.hidden = tip.boundary = None
+                parent = tip.parent
+                if parent is not None:
+                    parent.children -= 1
+                tip = parent
 
     def _offer(self, branch: Branch) -> None:
         if branch.queued or not branch.encoded or branch.resident_children:

@@ -173,15 +173,18 @@ class LanguageModel:
                 outside the vocabulary.
         """
         self._validate(branches, ids)
-        heads = [len(branch.token_ids) for branch in branches]
-        for branch, new in zip(branches, ids, strict=True):
-            branch.token_ids.extend(int(i) for i in new)
-        with self._lock, torch.no_grad():
+        with self._lock, self.tree.lock, torch.no_grad():
+            heads = [len(branch.token_ids) for branch in branches]
+            rows_before = [(branch.hidden, branch.hidden_at) for branch in branches]
+            for branch, new in zip(branches, ids, strict=True):
+                branch.token_ids.extend(int(i) for i in new)
             try:
                 found = self._encode(branches, heads if want == "target" else None)
-            except BaseException:
-                for branch, head in zip(branches, heads, strict=True):
-                    del branch.token_ids[max(head, branch.encoded) :]
+            except BaseException:  # as if nothing had been appended: an earlier wave may have gone through
+                for branch, head, row in zip(branches, heads, rows_before, strict=True):
+                    self.tree.give_back(branch, max(0, branch.encoded - head))
+                    del branch.token_ids[head:]
+                    branch.hidden, branch.hidden_at = row
                 raise
             if want == "target":
                 return found
@@ -207,7 +210,7 @@ class LanguageModel:
         self._validate(branches, [()] * len(branches))
         if any(branch.encoded or branch.hidden is not None for branch in branches):
             raise ValueError("a branch has been encoded before: its rows are gone, score a fork of its parent")
-        with self._lock, torch.no_grad():
+        with self._lock, self.tree.lock, torch.no_grad():
             return self._encode(branches, [0] * len(branches) if skip is None else skip)
 
     def _validate(self, branches: Sequence[Branch], ids: Sequence[Sequence[int]]) -> None:
@@ -241,15 +244,15 @@ class LanguageModel:
         pending = [branch for branch in branches if missing(branch)]
         while pending:
             batch = next_batch(pending, self.tree.capacity, self.forward_tokens)
-            for branch in batch.path:
+            for branch, _ in batch.path:
                 branch.pins += 1
                 self.tree.touch(branch)
             try:
                 for wave in split(batch.pieces, self.forward_tokens):
-                    self.tree.reserve(sum(p.end - p.begin for p in wave))
+                    self.tree.reserve(sum(p.end - p.begin for p in wave), batch.path)
                     self._forward(wave, targets, found)
             finally:
-                for branch in batch.path:
+                for branch, _ in batch.path:
                     branch.pins -= 1
             pending = pending[batch.branches :]
         return [np.concatenate(found[id(b)]) if found[id(b)] else np.zeros(0, np.float32) for b in branches]

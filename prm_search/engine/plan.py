@@ -40,12 +40,12 @@ class Batch:
     Attributes:
         branches: how many of the pending branches, from the first.
         pieces: what to encode, ancestors first.
-        path: every branch on their paths, to be pinned meanwhile.
+        path: every branch on their paths, to be pinned meanwhile, with how many of its own tokens the paths take in.
     """
 
     branches: int
     pieces: list[Piece]
-    path: list[Branch]
+    path: list[tuple[Branch, int]]
 
 
 def next_batch(pending: Sequence[Branch], capacity: int, limit: int) -> Batch:
@@ -57,7 +57,7 @@ def next_batch(pending: Sequence[Branch], capacity: int, limit: int) -> Batch:
         limit: new tokens.
     """
     pieces: dict[int, Piece] = {}
-    path: dict[int, Branch] = {}
+    path: dict[int, tuple[Branch, int]] = {}
     tokens = held = taken = 0
     for branch in pending:
         parts = missing(branch)
@@ -68,7 +68,10 @@ def next_batch(pending: Sequence[Branch], capacity: int, limit: int) -> Batch:
         for part in parts:
             end = max(part.end, _end(pieces, part.branch))
             pieces[id(part.branch)] = Piece(part.branch, part.begin, end)
-        path.update((id(b), b) for b in branch.lineage())
+        own = len(branch.token_ids)
+        for b in branch.lineage():
+            path[id(b)] = b, max(own, path[id(b)][1] if id(b) in path else 0)
+            own = b.start - (b.parent.start if b.parent is not None else 0)
         tokens, held, taken = tokens + cost, held + hold, taken + 1
     return Batch(taken, list(pieces.values()), list(path.values()))
 
