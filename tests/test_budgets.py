@@ -143,6 +143,20 @@ def test_nodes_without_budget_are_finished_in_their_own_place() -> None:
     assert outcome.candidates == sent[0]
 
 
+def test_whole_answers_under_a_node_budget_keep_draw_order() -> None:
+    # four draws make three nodes; the one node that is left goes to the first of the twins
+    policy, scorer, driver = ScriptedPolicy({"": ["a;", "a;", "c.", "b;"], "a;": ["d."]}), FakeScorer(), Driver()
+    driver.add(plant(), BestOfN(4), sampling=sampling(), budget=Budget(nodes=4))
+    for _ in range(2):
+        (request,) = driver.pending()
+        answer(driver, policy, scorer, request)
+    (outcome,) = driver.ended()
+    assert [(node.path_text(), node.finish) for node in outcome.candidates] == [
+        ("a;d", "stop"), ("c", "stop"), ("b;", "budget"),
+    ]  # fmt: skip
+    assert outcome.stopped == "nodes"
+
+
 def test_a_node_that_has_children_is_not_finished_by_a_budget() -> None:
     sent: list[list[Node]] = []
 
