@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -51,3 +52,48 @@ def near(model: LlamaForCausalLM, seed: int, scale: float = 0.02) -> LlamaForCau
         for weight in twin.parameters():
             weight += scale * torch.randn(weight.shape, generator=generator)
     return twin
+
+
+def responses(sequences: torch.Tensor, inputs: Any) -> list[list[int]]:
+    """Response tokens of each row, without padding."""
+    return [[i for i in row if i != PAD] for row in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+@pytest.fixture(scope="module", name="tokenizer")
+def _tokenizer():
+    return tokenizer()
+
+
+@pytest.fixture(scope="module")
+def pair_of(tokenizer):
+    """A model and a pair whose reference is that model."""
+    model = llama(0)
+    return model, ps.ImplicitPRM(near(model, 1), model, tokenizer=tokenizer, beta=0.1)
+
+
+@pytest.fixture
+def model(pair_of, tokenizer):
+    """The model, enabled."""
+    ps.enable(pair_of[0], tokenizer)
+    yield pair_of[0]
+    ps.disable(pair_of[0])
+
+
+@pytest.fixture
+def pair(pair_of):
+    return pair_of[1]
+
+
+@pytest.fixture
+def guided(pair):
+    """Makes PRMGuidance with the pair and short steps."""
+    return lambda strategy="beam", **given: ps.PRMGuidance(pair, **{"strategy": strategy, "steps": STEPS, **given})
+
+
+@pytest.fixture(scope="module")
+def inputs(tokenizer):
+    """Three prompts of unequal length."""
+    return tokenizer(["2+2=", "hello there, ", "a"], return_tensors="pt", padding=True)
+
+
+FIXTURES = (_tokenizer, pair_of, model, pair, guided, inputs)
