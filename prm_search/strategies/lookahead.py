@@ -73,7 +73,7 @@ class Lookahead:
         tips = nodes
         for depth in range(self.steps):
             wanted = self.rollouts if depth == 0 else 1
-            need = places([tip for tip in tips if not tip.finished and tip.drawn < wanted])
+            need = places([tip for tip in tips if not tip.finished])
             missing = [wanted - tip.drawn for tip in need]
             yield Expand(need, missing, rollout=True, merge=self.merge, alive=nodes)
             tips = [child for tip in tips for child in tip.children]
