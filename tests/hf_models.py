@@ -16,9 +16,9 @@ VOCAB = 258
 STEPS = ps.StepRule(delimiter="\n", max_tokens=4)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes behind <pad> and <eos>; pads on the left."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def tokenizer(reverse: bool = False) -> PreTrainedTokenizerFast:
+    """Bytes behind <pad> and <eos>, in another order where reversed; pads on the left."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
     vocab = {"<pad>": PAD, "<eos>": EOS, **{letter: i + 2 for i, letter in enumerate(alphabet)}}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

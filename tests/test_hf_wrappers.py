@@ -95,3 +95,58 @@ def test_enable_what_it_is_not_for(pair_of, tokenizer):
         ps.enable(torch.nn.Linear(2, 2), tokenizer)
     with pytest.raises(TypeError, match="tokenizer"):
         ps.enable(pair_of[0], "gpt2")
+
+
+# --- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lora(tokenizer):
+    """A policy with a LoRA adapter, which is also the pair: its reference is the same model without the adapter."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    given = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(hf.llama(0), given).eval()
+    ps.enable(wrapped, tokenizer)
+    return wrapped, ps.ImplicitPRM(wrapped, tokenizer=tokenizer)
+
+
+def test_peft_wrappers_search_with_the_adapter_that_is_on(lora, inputs):
+    wrapped, pair = lora
+    guidance = ps.PRMGuidance(pair, strategy=ONE, steps=hf.STEPS)
+    given = {"max_new_tokens": 8, "do_sample": False}
+    with_adapter = wrapped.generate(**inputs, **given)
+    assert torch.equal(wrapped.generate(**inputs, **given, prm_guidance=guidance), with_adapter)
+    with wrapped.disable_adapter():
+        without = wrapped.generate(**inputs, **given)
+        assert torch.equal(wrapped.generate(**inputs, **given, prm_guidance=guidance), without)
+    assert not torch.equal(with_adapter, without)
+    assert torch.equal(wrapped.generate(**inputs, **given), with_adapter)
+    out = wrapped.generate(
+        **inputs, max_new_tokens=8, num_return_sequences=2, return_dict_in_generate=True,
+        prm_guidance=ps.PRMGuidance(pair, strategy=ps.Beam(2, 2), steps=hf.STEPS, seed=1),
+    )  # fmt: skip
+    assert out.prm[0].node.sampler == pair.prm.id  # one model in two states: the sampler is the trained half
+    assert set(out.prm[0].usage.encoded_tokens) == {"policy", "reference"}
+
+
+def test_peft_task_classes_and_the_bare_module(lora, inputs):
+    wrapped, pair = lora
+    guidance = ps.PRMGuidance(pair, strategy=ps.Beam(2, 2), steps=hf.STEPS, seed=1)
+    given = {"max_new_tokens": 6, "prm_guidance": guidance}
+    assert type(wrapped).__name__ == "PeftModelForCausalLM"
+    wanted = wrapped.generate(**inputs, **given)
+    assert torch.equal(wrapped.get_base_model().generate(**inputs, **given), wanted)
+    custom = type(wrapped).generate(wrapped, **inputs, **given, do_sample=True, custom_generate=ps.generate)
+    assert torch.equal(custom, wanted)
+
+
+def test_several_adapters_at_once_are_refused(tokenizer, inputs, pair):
+    peft = pytest.importorskip("peft")
+    given = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(hf.llama(0), given).eval()
+    wrapped.add_adapter("second", given)
+    wrapped.base_model.set_adapter(["default", "second"])
+    ps.enable(wrapped, tokenizer)
+    with pytest.raises(ValueError, match=r"default.*second"):
+        wrapped.generate(**inputs, max_new_tokens=4, prm_guidance=ps.PRMGuidance(pair, strategy=ONE))
