@@ -391,6 +391,18 @@ def test_errors_propagate_and_leave_nothing(strategy: Strategy, what: str) -> No
     assert not policy.requests
 
 
+def test_an_error_in_a_step_leaves_nothing_outside_with_either() -> None:
+    policy, scorer = FakePolicy(fail_at=3), FakeScorer()
+    loop = SearchLoop(policy, scorer)
+    for i in (1, 2):
+        loop.add(Prompt(token_ids=(i,)), Settings.make(strategy=Beam(2, 2), steps=RULE))
+    with pytest.raises(RuntimeError, match="the policy failed"):
+        while True:
+            loop.step()
+    assert not loop.active
+    assert not policy.trees | scorer.trees
+
+
 def test_the_first_error_is_the_one_to_report() -> None:
     class Clumsy(FakeScorer):
         def release(self, tree: SearchTree) -> None:
