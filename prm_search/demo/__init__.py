@@ -1,4 +1,4 @@
-"""The demo that ships: a task that can be checked exactly (`chains`), a policy and an implicit PRM trained on it, and their recipe.
+"""The demo that ships: a task that can be checked exactly (`chains`), a policy and an implicit PRM for it.
 
 Importing this package imports neither torch nor transformers.
 """

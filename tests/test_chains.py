@@ -1,0 +1,354 @@
+"""The demo task, its tokenizer, the pair that ships and the recipe's own measurements."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prm_search.demo import chains, learn, measure, pair_dir, recipe, tokenizer
+from prm_search.demo.sampling import response_log_probs, sample
+
+CHAINS = st.builds(
+    chains.make_problem,
+    st.integers(0, 9),
+    st.lists(st.sampled_from(chains.OPERATIONS), min_size=1, max_size=chains.MAX_LENGTH).map(tuple),
+)
+
+PINNED = ["=7a*7b+5c+3d*9e+1f+8g+1h+2?", "=8a+3b*9c+1d+3e+4f+4g+8h*7?"]
+
+
+def response(problem: chains.Problem) -> str:
+    return "".join(problem.steps)
+
+
+# The task
+
+
+def test_a_problem_worked_by_hand():
+    problem = chains.make_problem(5, ("*7", "+3", "*9"))
+    assert problem.prompt == "=5a*7b+3c*9?"
+    assert problem.steps == ("a*7=5;", "b+3=8;", "c*9=2")
+    assert problem.answer == "2"
+
+
+@pytest.mark.parametrize("operation", chains.OPERATIONS)
+def test_operations_are_invertible_and_half_of_their_facts_flawed(operation):
+    assert sorted(chains.apply(d, operation) for d in range(10)) == list(range(10))
+    flawed = {d: wrong for (d, op), wrong in chains.FLAWED_FACTS.items() if op == operation}
+    assert len(flawed) == 5
+    assert all(0 <= wrong <= 9 and wrong != chains.apply(d, operation) for d, wrong in flawed.items())
+
+
+def test_problems_are_reproducible_and_depend_on_the_seed():
+    assert chains.problems(20, seed=3) == chains.problems(20, seed=3)
+    assert chains.problems(20, seed=3) == chains.problems(50, seed=3)[:20]
+    assert chains.problems(20, seed=3) != chains.problems(20, seed=4)
+    # pinned: figures published for a seed must stay reproducible
+    assert [p.prompt for p in chains.problems(2)] == PINNED
+
+
+def test_problems_are_distinct_and_of_their_split_and_length():
+    for split in chains.SPLITS:
+        found = chains.problems(200, split=split, seed=1, length=8)
+        assert len({p.prompt for p in found}) == 200
+        assert {chains.split_of(p.prompt) for p in found} == {split}
+        assert {len(p.steps) for p in found} == {8}
+
+
+def test_splits_share_the_problems_by_their_weights_and_cover_them():
+    prompts = [f"={a}a{x}b{y}?" for a in range(10) for x in chains.OPERATIONS for y in chains.OPERATIONS]
+    counts = {split: sum(chains.split_of(p) == split for p in prompts) for split in chains.SPLITS}
+    assert sum(counts.values()) == len(prompts) == 1440
+    for split, slots in chains.SPLITS.items():
+        expected = 1440 * len(slots) / 16
+        assert abs(counts[split] - expected) < 4 * math.sqrt(expected)
+    assert sorted(s for slots in chains.SPLITS.values() for s in slots) == list(range(16))
+
+
+def test_what_was_trained_on_is_in_no_test_split():
+    trained = {p.prompt for n in (1, 2, 8) for p in islice(chains.stream("policy", 0, n), 500)}
+    trained |= {p.prompt for n in (2, 3, 4) for p in chains.problems(200, split="prm", length=n)}
+    for seed in range(3):
+        for n in (2, 8):
+            assert trained.isdisjoint(p.prompt for p in chains.problems(50, seed=seed, length=n))
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda: chains.problems(-1), "n must be"),
+        (lambda: chains.problems(1, split="train"), "split must be"),
+        (lambda: chains.problems(1, length=0), "length must be"),
+        (lambda: chains.problems(1, length=11), "length must be"),
+        (lambda: chains.problems(100, length=1), "n must be at most"),
+        (lambda: chains.make_problem(10, ("+1",)), "start must be"),
+        (lambda: chains.make_problem(1, ("*2",)), "'\\*2'"),
+        (lambda: chains.make_problem(1, ()), "ops must hold"),
+        (lambda: chains.stream("test", 0, 12), "length must be"),
+    ],
+)
+def test_bad_arguments_are_named(call, word):
+    with pytest.raises(ValueError, match=word):
+        call()
+
+
+@given(CHAINS)
+def test_the_right_response_checks(problem):
+    assert chains.check(problem, response(problem)) == chains.Check(True, -1, problem.answer)
+    assert chains.check(problem, response(problem) + ";") == chains.Check(True, -1, problem.answer)
+    assert not any(chains.wrong_steps(problem, response(problem)))
+
+
+@given(CHAINS, st.data())
+def test_one_error_is_found_where_it_is_and_never_absorbed(problem, data):
+    at = data.draw(st.integers(0, len(problem.ops) - 1))
+    values, value = [], problem.start
+    for i, op in enumerate(problem.ops):
+        value = chains.apply(value, op)
+        if i == at:
+            value = (value + data.draw(st.integers(1, 9))) % 10
+        values.append(value)
+    written = ";".join(
+        f"{chains.VARIABLES[i]}{op}={v}" for i, (op, v) in enumerate(zip(problem.ops, values, strict=True))
+    )
+    found = chains.check(problem, written)
+    assert not found.correct
+    assert found.first_wrong_step == at
+    assert found.answer != problem.answer
+    assert chains.wrong_steps(problem, written) == [i == at for i in range(len(problem.ops))]
+
+
+@pytest.mark.parametrize(
+    ("text", "first_wrong", "answer"),
+    [
+        ("a*7=5;b+3=8", 2, "8"),  # a step is missing
+        ("a*7=5;b+3=8;c*9=2;d+1=3", 3, "3"),  # one too many
+        ("a*7=5;c*9=5;b+3=8", 1, "8"),  # out of order
+        ("a*7=5;b+3=", 1, None),  # cut
+        ("a*7=5;;b+3=8;c*9=2", 1, "2"),  # an empty step
+        ("", 0, None),
+        ("nonsense", 0, None),
+        ("a*7=5;b+4=9;c*9=1", 1, "1"),  # another operation than asked
+    ],
+)
+def test_malformed_responses(text, first_wrong, answer):
+    problem = chains.make_problem(5, ("*7", "+3", "*9"))
+    assert chains.check(problem, text) == chains.Check(False, first_wrong, answer)
+    assert chains.answer(text) == answer
+
+
+def test_two_errors_can_cancel_and_the_check_still_sees_them():
+    problem = chains.make_problem(5, ("+1", "+1"))
+    found = chains.check(problem, "a+1=0;b+1=7")
+    assert (found.answer, found.correct, found.first_wrong_step) == (problem.answer, False, 0)
+    assert chains.wrong_steps(problem, "a+1=0;b+1=7") == [True, True]
+
+
+def test_demonstrations_err_on_flawed_facts_only_and_at_the_stated_rate():
+    rng = random.Random(0)
+    met = erred = 0
+    for problem in islice(chains.stream("policy", 0, 8), 500):
+        text, nll = chains.demonstrate(problem, rng)
+        value, expected = problem.start, 0.0
+        for step, op, wrong in zip(text.split(";"), problem.ops, chains.wrong_steps(problem, text), strict=True):
+            flaw = chains.FLAWED_FACTS.get((value, op))
+            value = int(step[-1])
+            if flaw is None:
+                assert not wrong
+                continue
+            assert value == flaw or not wrong
+            met, erred = met + 1, erred + wrong
+            expected -= math.log(0.6 if wrong else 0.4)
+        assert nll == pytest.approx(expected)
+    assert erred / met == pytest.approx(0.6, abs=4 * math.sqrt(0.24 / met))
+
+
+# The tokenizer
+
+
+@pytest.fixture(scope="module")
+def words():
+    return AutoTokenizer.from_pretrained(pair_dir() / "policy")
+
+
+@given(problem=CHAINS)
+def test_text_and_tokens_determine_each_other(words, problem):
+    ids = words(problem.prompt)["input_ids"]
+    assert ids == tokenizer.prompt_ids(problem.prompt)
+    assert ids[0] == words.bos_token_id
+    assert words.decode(ids, skip_special_tokens=True) == problem.prompt
+    steps = [words.encode(step, add_special_tokens=False) for step in problem.steps]
+    assert [len(step) for step in steps] == [4] * (len(steps) - 1) + [3]
+    written = [token for step in steps for token in step]
+    assert [*written, words.eos_token_id] == tokenizer.response_ids(response(problem))
+    assert words.decode(written) == tokenizer.text(written) == response(problem)
+    assert [words.decode(step) for step in steps] == list(problem.steps)
+
+
+def test_special_tokens(words):
+    assert (words.pad_token_id, words.bos_token_id, words.eos_token_id) == (0, 1, 2)
+    assert len(words) == len(tokenizer.TOKENS)
+    assert words.decode([4]) == chains.DELIMITER
+    batch = words(["=1a+1?", "=1a+1b+2?"], padding=True, return_tensors="pt")
+    assert batch["input_ids"][0, :2].tolist() == [0, 0]  # on the left, as generate wants it
+    assert batch["attention_mask"].sum(1).tolist() == [5, 7]
+    assert words.unk_token_id in words.encode("=1a%2?")
+
+
+# The pair that ships
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return tuple(AutoModelForCausalLM.from_pretrained(pair_dir() / name).eval() for name in ("policy", "prm"))
+
+
+def test_the_pair_is_small_and_its_card_says_how_it_was_made(pair):
+    card = json.loads((pair_dir() / "pair.json").read_text())
+    assert (card["model"], card["reference"]) == ("prm", "policy")
+    assert card["beta"] == learn.PRMRecipe().beta
+    assert card["task"] == chains.CONSTRUCTED
+    assert card["policy"]["gate_passed"]
+    assert card["policy"]["gate_ratios"][-1] < card["policy_recipe"]["gate_ratio"]
+    assert [run["seed"] for run in card["all_seeds"]] == [0, 1, 2]
+    assert next(run["seed"] for run in card["all_seeds"] if run["policy"]["gate_passed"]) == card["seed"]
+    assert sum(f.stat().st_size for f in pair_dir().rglob("*")) < 3_000_000
+    for model in pair:
+        assert model.config.model_type == "llama"
+        assert model.dtype == torch.float32
+        assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 0)
+
+
+def test_the_policy_is_at_its_entropy_floor(pair):
+    assert learn.gate_ratio(pair[0], learn.PolicyRecipe(), seed=99) < 1.15
+
+
+def test_the_policy_generates_whole_responses_through_generate(pair, words):
+    asked = [chains.problems(1, length=n)[0] for n in (3, 8)]
+    inputs = words([p.prompt for p in asked], padding=True, return_tensors="pt")
+    out = pair[0].generate(**inputs, max_new_tokens=40, do_sample=False)
+    for problem, row in zip(asked, out[:, inputs["input_ids"].shape[1] :], strict=True):
+        text = words.decode(row, skip_special_tokens=True)
+        assert len(chains.wrong_steps(problem, text)) == len(problem.steps)
+        assert [s[:3] for s in text.split(";")] == [s[:3] for s in problem.steps]
+
+
+def test_the_pair_searches_better_than_it_votes(pair):
+    """The claim of the demo, on problems that the published figures do not use."""
+    policy, prm = pair
+    asked = chains.problems(100, seed=12345)  # enough for the test's power: 40 would leave it to luck
+    groups = measure.complete_candidates(policy, prm, 0.05, asked, 16, seed=1)
+    best = [max(group, key=lambda c: sum(c.rewards)) for group in groups]
+    found, tokens = measure.beam(policy, prm, 0.05, asked, width=4, expansions=4, rank=lambda c: min(c.rewards), seed=1)
+    spent = sum(len(c.ids) for group in groups for c in group) / len(asked)
+    assert tokens == pytest.approx(spent, rel=0.02)
+    any_right = [any(chains.check(p, c.text).correct for c in g) for p, g in zip(asked, groups, strict=True)]
+    solved = [chains.check(p, c.text).correct for p, c in zip(asked, found, strict=True)]
+    chosen = [chains.check(p, c.text).correct for p, c in zip(asked, best, strict=True)]
+    assert sum(solved) > sum(any_right) >= sum(chosen)  # beyond what any choice among the samples could reach
+    assert measure.sign_test(solved, chosen) < 0.01
+
+
+# The recipe's tools
+
+
+@pytest.fixture(scope="module")
+def small():
+    return learn.new_model(0).eval()
+
+
+def test_sampled_log_probs_equal_a_full_forward(small):
+    prefixes = [tokenizer.prompt_ids(p.prompt) for n in (1, 3) for p in chains.problems(2, length=n)]
+    other = learn.new_model(1).eval()
+    drawn = sample((small, other), prefixes, copies=3, max_new_tokens=6, generator=torch.Generator().manual_seed(0))
+    assert len(drawn) == 12
+    assert len({tuple(s.ids) for s in drawn}) > 1
+    for k, s in enumerate(drawn):
+        assert tokenizer.EOS_ID not in s.ids[:-1]
+        prompt, ids = torch.tensor([prefixes[k // 3]]), torch.tensor([s.ids])
+        for model, log_probs in zip((small, other), s.log_probs, strict=True):
+            with torch.inference_mode():
+                full = response_log_probs(model, prompt, ids)[0]
+            torch.testing.assert_close(torch.tensor(log_probs), full, atol=1e-5, rtol=0)
+
+
+def test_greedy_takes_the_most_likely_token(small):
+    prefix = tokenizer.prompt_ids("=1a+1?")
+    (drawn,) = sample((small,), [prefix], max_new_tokens=3)
+    with torch.inference_mode():
+        for k, token in enumerate(drawn.ids):
+            assert small(torch.tensor([prefix + drawn.ids[:k]])).logits[0, -1].argmax() == token
+
+
+def test_prm_training_separates_right_from_wrong_answers(small):
+    """CE on outcome labels: the reward's sign comes to agree with the label, and the policy stays as it was."""
+    asked = chains.problems(24, split="prm", length=2)
+    rollouts = []
+    for k, problem in enumerate(asked):
+        text = response(problem) if k % 2 else response(problem)[:-1] + str((int(problem.answer) + 1) % 10)
+        ids = tokenizer.response_ids(text)
+        with torch.inference_mode():
+            reference = response_log_probs(
+                small, torch.tensor([tokenizer.prompt_ids(problem.prompt)]), torch.tensor([ids])
+            )
+        rollouts.append(learn.Rollout(problem, ids, reference[0].tolist(), bool(k % 2)))
+    before = {name: weight.clone() for name, weight in small.state_dict().items()}
+    lines: list[str] = []
+    prm = learn.train_prm(small, rollouts, 0, learn.PRMRecipe(epochs=60, batch=8, learning_rate=2e-3), lines.append)
+    with torch.inference_mode():
+        rewards = 0.05 * learn.log_ratios(prm, rollouts)
+    labels = torch.tensor([r.label for r in rollouts])
+    assert float(lines[-1].split()[-1]) < 0.5 < math.log(2)
+    assert rewards[labels].mean() > 0 > rewards[~labels].mean()
+    assert all(torch.equal(before[name], weight) for name, weight in small.state_dict().items())
+
+
+def test_steps_end_at_delimiters_and_at_the_end():
+    d, e = tokenizer.DELIMITER_ID, tokenizer.EOS_ID
+    assert measure.step_ends([9, 20, 30, d, 9, 20, 30, e]) == [4, 8]
+    assert measure.step_ends([9, 20, d, 9]) == [3, 4]
+
+
+def test_wilson_interval_and_sign_test_by_hand():
+    assert measure.wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert measure.wilson(0, 10)[0] == 0.0
+    assert measure.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    # 5 discordant pairs, all one way: 2 / 2^5
+    assert measure.sign_test([True] * 6, [True] + [False] * 5) == pytest.approx(2 / 32)
+    assert measure.sign_test([True, False], [False, True]) == 1.0
+
+
+def test_shipping_takes_the_first_run_that_passed_the_gate_not_the_best(tmp_path):
+    def write(name, seed, passed, accuracy):
+        run = tmp_path / name
+        run.mkdir()
+        card = {"seed": seed, "policy": {"gate_passed": passed}, "metrics": {"accuracy": accuracy}}
+        (run / "pair.json").write_text(json.dumps(card))
+        return run
+
+    runs = [write("a", 0, False, 0.5), write("b", 1, True, 0.1), write("c", 2, True, 0.9)]
+    card = recipe.ship(runs, tmp_path / "out")
+    assert card["seed"] == 1
+    assert [c["seed"] for c in json.loads((tmp_path / "out" / "pair.json").read_text())["all_seeds"]] == [0, 1, 2]
+    with pytest.raises(ValueError, match="gate"):
+        recipe.ship(runs[:1], tmp_path / "none")
+
+
+def test_the_task_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, types; sys.modules['prm_search'] = p = types.ModuleType('prm_search');"
+        f"p.__path__ = [{str(pair_dir().parent.parent)!r}];"
+        "import prm_search.demo.chains, prm_search.demo.tokenizer;"
+        "print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
