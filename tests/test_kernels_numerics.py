@@ -481,6 +481,16 @@ def test_write_kv_fills_slots_and_skips_negative_ones(run, dtype, index):
         assert torch.equal(pool, expected)
 
 
+def test_write_kv_may_skip_every_token(run):
+    device, backend = run
+    k_pool, v_pool, new = (normal(4, 1, 16, seed=seed, device=device) for seed in range(3))
+    before = k_pool.clone(), v_pool.clone()
+    write_kv(k_pool, v_pool, new[:2], new[:2], torch.tensor([-1, -5], device=device), backend=backend)
+    write_kv(k_pool, v_pool, new[:0], new[:0], torch.zeros(0, dtype=torch.int32, device=device), backend=backend)
+    assert torch.equal(k_pool, before[0])
+    assert torch.equal(v_pool, before[1])
+
+
 def test_write_kv_from_a_fused_projection(run):
     """New keys and values as slices of one packed projection: strides of their own, no copy asked of the caller."""
     device, backend = run
@@ -523,3 +533,43 @@ def test_attention_replays_in_a_cuda_graph():
     graph.replay()
     truth = attend(case["q"], case["k_pool"], case["v_pool"], slots, new, dtype=torch.float64, scale=0.25)
     torch.testing.assert_close(out.cpu().double(), truth, rtol=0, atol=2e-3)
+
+
+# ------------------------------------------------------------------------------------------------ torch.compile
+
+
+def test_compiled_calls_equal_eager_ones(run):
+    """Whole graphs, no break: while compiling, the Triton launches are opaque operators."""
+    device, backend = run
+    hidden, weight, targets, bias, softcap, scale = head((5, 24, 70), HEADS[1], torch.float32, device, seed=81)
+    operands = [t.requires_grad_() for t in (hidden, weight, bias)]
+    offsets = torch.tensor([0, 2, 5], device=device)
+    case, _ = tree_case(HEADS_OF["gqa"], [2, 1], [3, 8], torch.float32)
+    case = {name: tensor.to(device) for name, tensor in case.items()}
+
+    def rewards(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_logprob(hidden, weight, targets, bias, softcap, scale, backend=backend).square().sum()
+
+    def rows(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        ratio = linear_log_ratio(hidden, weight, hidden + 1, weight, targets, backend=backend)
+        logits = hidden @ weight.T
+        return step_rewards(ratio, offsets, backend=backend), guide_logits(
+            logits, logits + 1, -logits, 0.5, backend=backend
+        )
+
+    def attend(q: Tensor, k_pool: Tensor, v_pool: Tensor, new: Tensor) -> Tensor:
+        write_kv(k_pool, v_pool, new, new, torch.tensor([1, 3], device=device), backend=backend)
+        tables = {name: case[name] for name in ("slot_table", "path_lens", "q_starts")}
+        return tree_attention(q, k_pool, v_pool, **tables, scale=0.25, max_new=2, max_path=9, backend=backend)
+
+    whole = {"backend": "aot_eager", "fullgraph": True}
+    ours, plain = (torch.autograd.grad(f(*operands), operands) for f in (torch.compile(rewards, **whole), rewards))
+    torch.testing.assert_close(ours, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(rows, **whole)(hidden, weight), rows(hidden, weight))
+        pools = [[case["k_pool"].clone(), case["v_pool"].clone()] for _ in range(2)]
+        new = normal(2, 2, 16, seed=82, device=device)
+        torch.testing.assert_close(
+            torch.compile(attend, **whole)(case["q"], *pools[0], new), attend(case["q"], *pools[1], new)
+        )
+        torch.testing.assert_close(pools[0], pools[1], equal_nan=True)

@@ -4,11 +4,12 @@ Every op takes `backend="auto" | "torch" | "triton"`; `choice(op, *args)` says w
 this package does not import Triton.
 """
 
+from prm_search.triton_kernels._attention_launch import SharedPrefix
 from prm_search.triton_kernels.guide_logits import guide_logits
 from prm_search.triton_kernels.launch import Choice, choice
 from prm_search.triton_kernels.linear_logprob import linear_log_ratio, linear_logprob
 from prm_search.triton_kernels.step_rewards import step_rewards
-from prm_search.triton_kernels.tree_attention import SharedPrefix, tree_attention, write_kv
+from prm_search.triton_kernels.tree_attention import tree_attention, write_kv
 
 __all__ = [
     "Choice",

@@ -68,7 +68,7 @@ def _block(
     return new_top, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "tiles", "splits", "first_split", "window"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, stat_ptr, table_ptr, len_ptr, start_ptr, group_ptr, prefix_ptr, sink_ptr,
     stride_qt, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_table,
@@ -169,7 +169,7 @@ def attention_kernel(
         tl.store(out_ptr + out_row[:, None] * DV + dv[None, :], acc.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def merge_kernel(
     part_ptr, stat_ptr, sink_ptr, out_ptr, rows, HQ, splits, factor, sink_scale, HAS_SINKS: tl.constexpr,
     DV: tl.constexpr, BDV: tl.constexpr, BR: tl.constexpr,

@@ -4,7 +4,8 @@
 
 Forward: program (row tile, split) walks its share of the vocabulary tiles, keeps each row's running (maximum, sum of
 exp, target logit) in registers and writes them, fp32, to partials [3, splits, N]; a merge kernel combines the splits
-in a fixed order. No lock, no atomic, no host sync: the same call gives the same bits.
+in a fixed order. No lock, no atomic, no host sync: the same call gives the same bits. Sizes that change from call to
+call are not specialised: each variant would be a compilation in the middle of a search.
 Backward: one tile kernel writes the gradient of a vocabulary chunk's logits; the two matrix products that follow are
 plain GEMMs (linear_logprob.py).
 """
@@ -127,7 +128,7 @@ def _split(
     tl.store(out + 2 * plane, hit, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def split_kernel(
     x_ptr, w_ptr, bias_ptr, target_ptr, part_ptr, N, V, D, stride_x, stride_w, scale, softcap, splits,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
@@ -140,7 +141,7 @@ def split_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def split_pair_kernel(
     x_ptr, w_ptr, bias_ptr, part_ptr, V, D, stride_x, stride_w, scale, softcap,
     ref_x_ptr, ref_w_ptr, ref_bias_ptr, ref_part_ptr, ref_V, ref_D, ref_stride_x, ref_stride_w, ref_scale,
@@ -185,7 +186,7 @@ def _merged(part_ptr, rows, target, N, V, splits, BN: tl.constexpr):
     return tl.where(known, (hit - top) - log_total, float("nan")), top + log_total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def merge_kernel(part_ptr, target_ptr, logprob_ptr, lse_ptr, N, V, splits, BN: tl.constexpr):
     """Grid (cdiv(N, BN),): partials of one model to logprob [N] and logsumexp [N]."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -195,7 +196,7 @@ def merge_kernel(part_ptr, target_ptr, logprob_ptr, lse_ptr, N, V, splits, BN: t
     tl.store(lse_ptr + rows, lse, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits", "ref_splits"])
 def merge_pair_kernel(
     part_ptr, ref_part_ptr, target_ptr, out_ptr, N, V, ref_V, splits, ref_splits, beta, BN: tl.constexpr
 ):
@@ -207,7 +208,7 @@ def merge_pair_kernel(
     tl.store(out_ptr + rows, beta * (logprob - reference), mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "first"])
 def logit_gradient_kernel(
     x_ptr, w_ptr, bias_ptr, target_ptr, lse_ptr, grad_logprob_ptr, grad_lse_ptr, out_ptr,
     N, V, D, stride_x, stride_w, stride_out, first, scale, softcap,

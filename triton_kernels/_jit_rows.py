@@ -21,7 +21,7 @@ def _row_part(x_ptr, V, split, share, BLOCK: tl.constexpr):
     return top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def logsumexp_parts_kernel(
     prm_ptr, ref_ptr, alpha_ptr, part_ptr, prm_V, ref_V, stride_prm, stride_ref, splits, share, BLOCK: tl.constexpr
 ):
@@ -49,7 +49,7 @@ def _logsumexp(part_ptr, splits, SPLITS: tl.constexpr):
     return best + tl.log(tl.sum(total * tl.exp(top - shift), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def guide_kernel(
     policy_ptr, prm_ptr, ref_ptr, alpha_ptr, part_ptr, out_ptr, V, WIDTH, stride_policy, stride_prm, stride_ref,
     stride_out, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -75,7 +75,7 @@ def guide_kernel(
         tl.store(out, value.to(out_ptr.dtype.element_ty), mask=cols < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def step_rewards_kernel(reward_ptr, offset_ptr, out_ptr, T, BLOCK: tl.constexpr):
     """Grid (S,): the sum of one step's token rewards. Offsets are clamped to [0, T], so none reads out of bounds."""
     step = tl.program_id(0)

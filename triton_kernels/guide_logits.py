@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import torch
-from prm_search.triton_kernels import launch, reference, tiles
+from prm_search.triton_kernels import _rows_launch, launch, reference
 from prm_search.triton_kernels.launch import Backend, Choice
 from torch import Tensor
-
-_BLOCK = 2048
-_PART_BLOCK = 1024
 
 
 def guide_logits(
@@ -52,9 +49,14 @@ def guide_logits(
     rows = policy_logits.shape[0]
     if not isinstance(alpha, Tensor):
         alpha = torch.full((rows,), float(alpha), dtype=torch.float32, device=policy_logits.device)
+    if plan.backend == "triton" and not torch.compiler.is_compiling():
+        return _rows_launch.guide_logits(policy_logits, prm, reference_logits, alpha, out)
+    run = reference.guide_logits
     if plan.backend == "triton":
-        return _forward(policy_logits, prm, reference_logits, alpha.contiguous(), out)
-    steered = reference.guide_logits(policy_logits, prm, reference_logits, alpha)
+        from prm_search.triton_kernels import compiled
+
+        run = compiled.guide_logits
+    steered = run(policy_logits, prm, reference_logits, alpha)
     return steered if out is None else out.copy_(steered)
 
 
@@ -96,29 +98,6 @@ def _plan(
             if why_not is None and operand.shape[1] > 1 and operand.stride(1) != 1:
                 why_not = f"{name} has strides {operand.stride()}; its last dimension must be contiguous"
     return launch.decide("guide_logits", backend, why_not, policy_logits)
-
-
-def _forward(policy: Tensor, prm: Tensor, ref: Tensor, alpha: Tensor, out: Tensor | None) -> Tensor:
-    if out is None:
-        out = torch.empty_like(policy, memory_format=torch.contiguous_format)
-    rows, vocabulary = policy.shape
-    if out.numel() == 0:
-        return out
-    from prm_search.triton_kernels import _jit_rows as jit
-
-    widest = max(prm.shape[1], ref.shape[1], 1)
-    splits, share = tiles.row_splits(rows * 2, widest, launch.processors(policy.device), _PART_BLOCK)
-    parts = policy.new_empty((rows, 2, splits, 2), dtype=torch.float32)
-    launch.launch(
-        jit.logsumexp_parts_kernel, (splits, rows, 2), policy.device, prm, ref, alpha, parts, prm.shape[1],
-        ref.shape[1], prm.stride(0), ref.stride(0), splits, share, BLOCK=_PART_BLOCK, num_warps=4,
-    )  # fmt: skip
-    launch.launch(
-        jit.guide_kernel, (-(-vocabulary // _BLOCK), rows), policy.device, policy, prm, ref, alpha, parts, out,
-        vocabulary, min(vocabulary, prm.shape[1], ref.shape[1]), policy.stride(0), prm.stride(0), ref.stride(0),
-        out.stride(0), splits, SPLITS=tiles.power_of_two(splits), BLOCK=_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return out
 
 
 launch.register(guide_logits, _plan)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
-from prm_search.triton_kernels import _linear_launch, launch, reference
+from prm_search.triton_kernels import _linear_launch, launch
+from prm_search.triton_kernels._linear_autograd import LinearLogprob, forward
 from prm_search.triton_kernels._linear_launch import Head
 from prm_search.triton_kernels.launch import Backend, Choice
 from torch import Tensor
-
-# Elements of the backward pass's one temporary, the logits' gradient for a vocabulary chunk.
-_GRADIENT_BUDGET = {"cuda": 1 << 27, "cpu": 1 << 23}
 
 
 @overload
@@ -79,9 +78,9 @@ def linear_logprob(
     """
     plan = _plan(hidden, weight, targets, bias, softcap, scale, backend=backend)
     operands = (hidden, weight) if bias is None else (hidden, weight, bias)
-    run: Callable[..., Any] = _forward
+    run: Callable[..., Any] = forward
     if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-        run = _LinearLogprob.apply
+        run = LinearLogprob.apply
     logprob, logsumexp = run(hidden, weight, bias, targets, softcap, float(scale), plan.backend)
     return (logprob, logsumexp) if return_logsumexp else logprob
 
@@ -130,9 +129,13 @@ def linear_log_ratio(
         ours = linear_logprob(hidden, weight, targets, bias, softcap, scale, backend=plan.backend)
         theirs = linear_logprob(ref_hidden, ref_weight, targets, ref_bias, ref_softcap, ref_scale, backend=plan.backend)
         return beta * (ours - theirs)
-    prm = Head(hidden, weight, bias, softcap, scale)
-    ref = Head(ref_hidden, ref_weight, ref_bias, ref_softcap, ref_scale)
-    return _linear_launch.forward_pair(prm, ref, targets, float(beta))
+    prm = (hidden, weight, bias, softcap, float(scale))
+    ref = (ref_hidden, ref_weight, ref_bias, ref_softcap, float(ref_scale))
+    if torch.compiler.is_compiling():
+        from prm_search.triton_kernels import compiled
+
+        return compiled.linear_log_ratio(*prm, *ref, targets, float(beta))
+    return _linear_launch.forward_pair(Head(*prm), Head(*ref), targets, float(beta))
 
 
 # ------------------------------------------------------------------------------------------ checks and the choice
@@ -189,11 +192,23 @@ def _plan(
 ) -> Choice:
     _check(hidden, weight, targets, bias, softcap)
     why_not = None if backend == "torch" else _obstacle(hidden, weight, bias)
-    choice = launch.decide("linear_logprob", backend, why_not, hidden)
-    if choice.backend == "torch":
-        return choice
+    return launch.decide("linear_logprob", backend, why_not, hidden)
+
+
+def _describe(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    **others: Any,
+) -> Choice:
+    plan = _plan(hidden, weight, targets, bias, softcap, scale, **others)
+    if plan.backend == "torch":
+        return plan
     tile, splits = Head(hidden, weight, bias, softcap, scale).schedule()
-    return Choice("triton", choice.reason, f"{tile}, {splits} vocabulary splits")
+    return replace(plan, detail=f"{tile}, {splits} vocabulary splits")
 
 
 def _plan_ratio(
@@ -217,94 +232,34 @@ def _plan_ratio(
     why_not = None
     if backend != "torch":
         why_not = _obstacle(hidden, weight, bias) or _obstacle(ref_hidden, ref_weight, ref_bias)
-    choice = launch.decide("linear_log_ratio", backend, why_not, hidden)
-    if choice.backend == "torch":
-        return choice
-    joint = _linear_launch.joint(
-        Head(hidden, weight, bias, softcap, scale), Head(ref_hidden, ref_weight, ref_bias, ref_softcap, ref_scale)
-    )
-    return Choice("triton", choice.reason, "one launch for both heads" if joint else "a launch for each head")
+    return launch.decide("linear_log_ratio", backend, why_not, hidden)
 
 
-# ------------------------------------------------------------------------------------------------------- backward
-
-
-def _forward(
+def _describe_ratio(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
     targets: Tensor,
-    softcap: float | None,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if backend == "torch":
-        return reference.linear_logprob(hidden, weight, targets, bias, softcap, scale)
-    return _linear_launch.forward(Head(hidden, weight, bias, softcap, scale), targets)
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    softcap: float | None = None,
+    ref_softcap: float | None = None,
+    **others: Any,
+) -> Choice:
+    plan = _plan_ratio(
+        hidden, weight, ref_hidden, ref_weight, targets, bias=bias, ref_bias=ref_bias, softcap=softcap,
+        ref_softcap=ref_softcap, **others,
+    )  # fmt: skip
+    if plan.backend == "torch":
+        return plan
+    prm = Head(hidden, weight, bias, softcap, others.get("scale", 1.0))
+    ref = Head(ref_hidden, ref_weight, ref_bias, ref_softcap, others.get("ref_scale", 1.0))
+    return replace(
+        plan, detail="one launch for both heads" if _linear_launch.joint(prm, ref) else "a launch for each head"
+    )
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        softcap: float | None,
-        scale: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        logprob, logsumexp = _forward(hidden, weight, bias, targets, softcap, scale, backend)
-        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
-        ctx.options = softcap, scale, backend
-        return logprob, logsumexp
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_logprob: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
-        softcap, scale, backend = ctx.options
-        grad_logprob, grad_logsumexp = grad_logprob.contiguous(), grad_logsumexp.contiguous()
-
-        def logit_gradient(part: Tensor, part_bias: Tensor | None, first: int) -> Tensor:
-            if backend == "triton":
-                head = Head(hidden, part, part_bias, softcap, scale)
-                return _linear_launch.logit_gradient(head, targets, logsumexp, grad_logprob, grad_logsumexp, first)
-            grad = reference.logit_gradient(
-                hidden, part, targets, part_bias, softcap, scale, logsumexp, grad_logprob, grad_logsumexp, first
-            )
-            return grad.to(hidden.dtype)
-
-        return (*_backward(hidden, weight, bias, ctx.needs_input_grad[:3], logit_gradient), None, None, None, None)
-
-
-def _backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    wanted: tuple[bool, bool, bool],
-    logit_gradient: Callable[[Tensor, Tensor | None, int], Tensor],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias, from the logits' gradient of one vocabulary chunk at a time."""
-    rows, (vocabulary, _) = hidden.shape[0], weight.shape
-    dtype = reference.accumulate_dtype(hidden.dtype)
-    grad_hidden = torch.zeros_like(hidden, dtype=dtype) if wanted[0] else None
-    grad_weight = torch.empty_like(weight) if wanted[1] else None
-    grad_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
-    budget = _GRADIENT_BUDGET["cpu" if hidden.device.type == "cpu" else "cuda"]
-    width = max(budget // max(rows, 1) // 128 * 128, 128)
-    for start in range(0, vocabulary, width):
-        columns = slice(start, min(start + width, vocabulary))
-        grad = logit_gradient(weight[columns], None if bias is None else bias[columns], start)  # [N, Vc]
-        if grad_hidden is not None:
-            grad_hidden += reference.matmul(grad, weight[columns])
-        if grad_weight is not None:
-            grad_weight[columns] = reference.matmul(grad.t(), hidden)
-        if grad_bias is not None:
-            grad_bias[columns] = grad.sum(dim=0, dtype=dtype)
-    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
-
-
-launch.register(linear_logprob, _plan)
-launch.register(linear_log_ratio, _plan_ratio)
+launch.register(linear_logprob, _describe)
+launch.register(linear_log_ratio, _describe_ratio)

@@ -218,10 +218,15 @@ def tree_attention(
 
 
 def write_kv(k_pool: Tensor, v_pool: Tensor, k_new: Tensor, v_new: Tensor, slots: Tensor) -> None:
-    """`k_pool[slots[t]] = k_new[t]`, the same for v; a negative slot is skipped."""
-    keep = slots >= 0
-    if not slots.is_cuda and bool(keep.all()):  # the usual case: no copy of the new rows
-        k_pool[slots.long()], v_pool[slots.long()] = k_new, v_new
+    """`k_pool[slots[t]] = k_new[t]`, the same for v; a negative slot is skipped, without waiting for the device."""
+    if slots.shape[0] == 0:
         return
-    index = slots[keep].long()
-    k_pool[index], v_pool[index] = k_new[keep], v_new[keep]
+    keep, index = slots >= 0, slots.long()
+    if not slots.is_cuda and not torch.compiler.is_compiling() and bool(keep.all()):  # the usual case: nothing to skip
+        k_pool[index], v_pool[index] = k_new, v_new
+        return
+    # A skipped token repeats the first kept token's write; where none is kept, slot 0 is given its own value.
+    first = keep.int().argmax(dim=0, keepdim=True)  # [1]
+    index = torch.where(keep, index, index[first]).clamp(min=0)
+    for pool, new in ((k_pool, k_new), (v_pool, v_new)):
+        pool[index] = torch.where(keep[:, None, None], new, torch.where(keep[first, None, None], new[first], pool[:1]))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from prm_search.triton_kernels import launch, reference
+from prm_search.triton_kernels import _rows_launch, launch, reference
 from prm_search.triton_kernels.launch import Backend, Choice
 from torch import Tensor
-
-_BLOCK = 128
 
 
 def step_rewards(token_rewards: Tensor, step_offsets: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -31,16 +29,11 @@ def step_rewards(token_rewards: Tensor, step_offsets: Tensor, *, backend: Backen
     plan = _plan(token_rewards, step_offsets, backend=backend)
     if plan.backend == "torch":
         return reference.step_rewards(token_rewards, step_offsets)
-    out = token_rewards.new_empty(step_offsets.shape[0] - 1, dtype=torch.float32)
-    if out.numel() == 0:
-        return out
-    from prm_search.triton_kernels import _jit_rows as jit
+    if torch.compiler.is_compiling():
+        from prm_search.triton_kernels import compiled
 
-    launch.launch(
-        jit.step_rewards_kernel, (out.shape[0],), out.device, token_rewards.contiguous(), step_offsets.contiguous(),
-        out, token_rewards.shape[0], BLOCK=_BLOCK, num_warps=1,
-    )  # fmt: skip
-    return out
+        return compiled.step_rewards(token_rewards, step_offsets)
+    return _rows_launch.step_rewards(token_rewards, step_offsets)
 
 
 def _plan(token_rewards: Tensor, step_offsets: Tensor, *, backend: Backend = "auto") -> Choice:

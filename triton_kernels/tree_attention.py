@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-from prm_search.triton_kernels import launch, reference, tiles
+from prm_search.triton_kernels import _attention_launch, launch, reference, tiles
+from prm_search.triton_kernels._attention_launch import SharedPrefix
 from prm_search.triton_kernels.launch import Backend, Choice
-from prm_search.triton_kernels.tiles import AttentionSchedule
 from torch import Tensor
-
-_LOG2E = 1.4426950408889634
-_MERGE_ROWS = 8
-_COPY_BLOCK = 1024
-
-
-@dataclass(frozen=True)
-class SharedPrefix:
-    """Groups of neighbouring rows whose paths begin with the same slots: a hint, which changes speed and no result.
-
-    Fields: `group_rows` int32 `[groups + 1]`, the first row of each group, from 0 to B; `lengths` int32 `[B]`, how many
-    leading slots row b shares with its whole group (equal within a group, at most path minus new tokens; 0 for none);
-    `max_group_tokens`, `max_length`: host ints, the most new tokens of a group and the longest prefix.
-    """
-
-    group_rows: Tensor
-    lengths: Tensor
-    max_group_tokens: int
-    max_length: int
 
 
 def tree_attention(
@@ -93,10 +74,15 @@ def tree_attention(
             q, k_pool, v_pool, slot_table=slot_table, path_lens=path_lens, q_starts=q_starts, scale=scale,
             softcap=softcap, window=window, sinks=sinks, max_new=max_new, max_path=max_path,
         )  # fmt: skip
-    schedule = _schedule(q, k_pool, v_pool, slot_table, path_lens, window, max_new, max_path, prefix)
-    return _forward(
-        q, k_pool, v_pool, slot_table, path_lens, q_starts, float(scale), softcap, window, sinks, prefix, schedule
-    )
+    arguments = (
+        q, k_pool, v_pool, slot_table, path_lens, q_starts, float(scale), softcap, window, sinks, max_new, max_path
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        from prm_search.triton_kernels import compiled
+
+        hint = (None, None, 0, 0) if prefix is None else vars(prefix).values()
+        return compiled.tree_attention(*arguments, *hint)
+    return _attention_launch.forward(*arguments, prefix)
 
 
 def write_kv(
@@ -108,7 +94,7 @@ def write_kv(
         k_pool, v_pool: `[slots, Hkv, Dk]` and `[slots, Hkv, Dv]`.
         k_new, v_new: `[T, Hkv, Dk]` and `[T, Hkv, Dv]` of the pools' dtype.
         slots: `[T]` int32 or int64, no slot twice.
-        backend: as in `tree_attention`. Only the torch backend on a GPU waits for the device.
+        backend: as in `tree_attention`; neither waits for the device.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or backend="triton" is impossible.
@@ -116,17 +102,12 @@ def write_kv(
     """
     if _plan_write(k_pool, v_pool, k_new, v_new, slots, backend=backend).backend == "torch":
         reference.write_kv(k_pool, v_pool, k_new, v_new, slots)
-        return
-    if k_new.shape[0] == 0:
-        return
-    from prm_search.triton_kernels import _jit_attention as jit
+    elif torch.compiler.is_compiling():
+        from prm_search.triton_kernels import compiled
 
-    k_new, v_new = _rows(k_new), _rows(v_new)
-    launch.launch(
-        jit.write_kv_kernel, (k_new.shape[0],), k_pool.device, k_pool, v_pool, k_new, v_new, slots.contiguous(),
-        *k_pool.stride()[:2], *v_pool.stride()[:2], *k_new.stride()[:2], *v_new.stride()[:2], k_pool.shape[1],
-        DK=k_pool.shape[2], DV=v_pool.shape[2], BLOCK=_COPY_BLOCK, num_warps=4,
-    )  # fmt: skip
+        compiled.write_kv(k_pool, v_pool, k_new, v_new, slots)
+    else:
+        _attention_launch.copy_kv(k_pool, v_pool, k_new, v_new, slots)
 
 
 # ------------------------------------------------------------------------------------------ checks and the choice
@@ -222,7 +203,7 @@ def _plan(
     return launch.decide("tree_attention", backend, why_not, q)
 
 
-def describe(
+def _describe(
     q: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
@@ -242,8 +223,10 @@ def describe(
     )  # fmt: skip
     if plan.backend == "torch":
         return plan
-    schedule = _schedule(q, k_pool, v_pool, slot_table, path_lens, window, max_new, max_path, prefix)
-    return Choice("triton", plan.reason, str(schedule))
+    schedule = _attention_launch.schedule_of(
+        q, k_pool, v_pool, slot_table, path_lens, window, max_new, max_path, prefix
+    )
+    return replace(plan, detail=str(schedule))
 
 
 def _plan_write(
@@ -272,104 +255,5 @@ def _strided(**pools: Tensor) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------- the launch
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with a contiguous last dimension: a copy of the new tokens, never of a pool."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
-
-
-def _schedule(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    slot_table: Tensor,
-    path_lens: Tensor,
-    window: int | None,
-    max_new: int | None,
-    max_path: int | None,
-    prefix: SharedPrefix | None,
-) -> AttentionSchedule:
-    tokens, rows = q.shape[0], path_lens.shape[0]
-    longest = slot_table.shape[1] if max_path is None else min(max_path, slot_table.shape[1])
-    usable = prefix is not None and window is None and prefix.group_rows.shape[0] > 1
-    return tiles.attention_schedule(
-        capability=launch.capability(q.device),
-        slots=launch.processors(q.device),
-        half=q.dtype != torch.float32,
-        rows=rows,
-        kv_heads=k_pool.shape[1],
-        group=q.shape[1] // k_pool.shape[1],
-        head_dim=max(k_pool.shape[2], v_pool.shape[2]),
-        max_new=tokens if max_new is None else min(max_new, tokens),
-        max_path=longest,
-        groups=prefix.group_rows.shape[0] - 1 if prefix is not None and usable else 0,
-        max_group_tokens=min(prefix.max_group_tokens, tokens) if prefix is not None else 0,
-        max_prefix=min(prefix.max_length, longest) if prefix is not None else 0,
-    )
-
-
-def _forward(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    slot_table: Tensor,
-    path_lens: Tensor,
-    q_starts: Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-    prefix: SharedPrefix | None,
-    schedule: AttentionSchedule,
-) -> Tensor:
-    (tokens, heads, dk), (_, kv_heads, dv) = q.shape, v_pool.shape
-    out = q.new_empty(tokens, heads, dv)
-    if tokens == 0 or path_lens.shape[0] == 0:
-        return out.zero_()
-    from prm_search.triton_kernels import _jit_attention as jit
-
-    q, slot_table = _rows(q), slot_table if slot_table.stride(1) == 1 else slot_table.contiguous()
-    splits = schedule.splits + schedule.prefix_splits
-    partial = splits > 1
-    parts = stats = out
-    if partial:
-        parts = q.new_empty((splits, tokens, heads, dv), dtype=torch.float32)
-        stats = q.new_empty((splits, tokens, heads, 2), dtype=torch.float32)
-    group_rows, lengths = (path_lens, path_lens) if prefix is None else (prefix.group_rows, prefix.lengths)
-    sink = q if sinks is None else sinks.contiguous()
-    # (scale, cap, factor, sink_scale): the kernel's scores are raw products, or capped scores where there is a cap.
-    unit = 1.0 if softcap is not None else scale
-    factor, sink_scale = unit * _LOG2E, 1.0 / unit
-    numbers = (scale, 1.0 if softcap is None else float(softcap), factor, sink_scale)
-
-    def run(mode: int, tile: tiles.AttentionTile, query_tiles: int, segments: int, share: int, first: int) -> None:
-        launch.launch(
-            jit.attention_kernel, (query_tiles * segments * share, kv_heads), q.device,
-            q, k_pool, v_pool, out, parts, stats, slot_table, path_lens.contiguous(), q_starts.contiguous(),
-            group_rows, lengths, sink, *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2],
-            slot_table.stride(0), tokens, heads, query_tiles, share, first, *numbers, window or 0,
-            G=heads // kv_heads, DK=dk, DV=dv, BDK=tiles.padded(dk), BDV=tiles.padded(dv),
-            HAS_CAP=softcap is not None, HAS_WINDOW=window is not None, HAS_SINKS=sinks is not None, PARTIAL=partial,
-            PASS=mode, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", BM=tile.m, BN=tile.n,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-
-    own = 2 if schedule.prefix_splits else 0
-    run(own, schedule.tile, schedule.query_tiles, path_lens.shape[0], schedule.splits, schedule.prefix_splits)
-    if schedule.prefix_splits:
-        groups = group_rows.shape[0] - 1
-        run(1, schedule.prefix_tile, schedule.prefix_query_tiles, groups, schedule.prefix_splits, 0)
-    if partial:
-        rows = tokens * heads
-        launch.launch(
-            jit.merge_kernel, (-(-rows // _MERGE_ROWS),), q.device, parts, stats, sink, out, rows, heads, splits,
-            factor, sink_scale,
-            HAS_SINKS=sinks is not None, DV=dv, BDV=tiles.padded(dv), BR=_MERGE_ROWS, num_warps=4,
-        )  # fmt: skip
-    return out
-
-
-launch.register(tree_attention, describe)
+launch.register(tree_attention, _describe)
 launch.register(write_kv, _plan_write)
