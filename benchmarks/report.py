@@ -1,0 +1,116 @@
+"""One report of every benchmark: JSON, Markdown and (with matplotlib) a plot, under benchmarks/results/<device>/.
+
+python benchmarks/report.py                       # everything that this machine is meant for
+python benchmarks/report.py --suite scoring --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import decoding
+import scoring
+import searching
+import torch
+from common import Machine
+from render import markdown, plot
+
+
+def run_scoring(machine: Machine, quick: bool) -> list[dict[str, Any]]:
+    """S swept, because the rivals that re-encode grow with it."""
+    every = list(scoring.RIVALS)
+    if machine.device == "cuda":
+        lines = [("0.5b", 512, 16, 64, s, every) for s in (5, 20)]
+        lines += [("1.5b", 512, 16, 64, s, every) for s in (5, 20, 50)]
+        lines += [("7b", 512, 16, 64, s, every if s < 50 else ["dynamic_cache"]) for s in (5, 20, 50)]
+    else:
+        lines = [("small", 150, 8, 50, s, every) for s in (5, 10, 20, 40)]
+        lines += [("smollm2", 150, 8, 50, s, every) for s in (5, 10)]
+    if quick:
+        lines = [("small", 150, 8, 50, 5, every)]
+    repeats = 1 if quick else 3
+    return [
+        scoring.compare(machine, shape, prompt, beams, length, steps, repeats, methods)
+        for shape, prompt, beams, length, steps, methods in progress("scoring", lines)
+    ]
+
+
+def run_decoding(machine: Machine, quick: bool) -> list[dict[str, Any]]:
+    """Equal rows: four siblings a parent, as a beam search decodes, and the worst case of no sibling at all."""
+    shapes = ["1.5b", "7b"] if machine.device == "cuda" else ["small", "smollm2"]
+    lines = [(shape, 550, rows, families) for shape in shapes for rows, families in ((16, 4), (16, 16), (64, 16))]
+    if quick:
+        lines = [("small", 550, 16, 4)]
+    return [
+        decoding.compare(machine, shape, context, rows, families, tokens=24, repeats=1 if quick else 5)
+        for shape, context, rows, families in progress("decoding", lines)
+    ]
+
+
+def run_searching(machine: Machine, quick: bool) -> list[dict[str, Any]]:
+    """`generate` three ways."""
+    if machine.device == "cuda":
+        lines = [("1.5b", 1, 512, 640, 64, 16), ("7b", 1, 512, 640, 64, 16)]
+    else:
+        lines = [("small", 2, 150, 200, 25, 16), ("smollm2", 1, 150, 100, 25, 8)]
+    if quick:
+        lines = [("small", 1, 60, 50, 25, 8)]
+    return [
+        row
+        for shape, prompts, prompt, new, step, n in progress("searching", lines)
+        for row in searching.measure(machine, shape, prompts, prompt, new, step, n, repeats=1 if quick else 3)
+    ]
+
+
+SUITES: dict[str, Callable[[Machine, bool], list[dict[str, Any]]]] = {
+    "scoring": run_scoring,
+    "decoding": run_decoding,
+    "searching": run_searching,
+}
+
+
+def progress(name: str, lines: list[Any]) -> Any:
+    """The lines, told on stderr as they are taken."""
+    for i, line in enumerate(lines, 1):
+        print(f"{name} {i}/{len(lines)}: {line}", file=sys.stderr, flush=True)
+        yield line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default=",".join(SUITES), help=f"comma-separated, of {', '.join(SUITES)}")
+    parser.add_argument("--quick", action="store_true", help="one small line of each suite, once: does it run?")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    parser.add_argument("--out", type=Path, default=None, help="folder (default: benchmarks/results/<device>)")
+    given = parser.parse_args()
+    chosen = given.suite.split(",")
+    if unknown := [name for name in chosen if name not in SUITES]:
+        parser.error(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    machine = Machine.here()
+    folder = given.out or Path(__file__).parent / "results" / _slug(machine)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    report: dict[str, Any] = {"date": stamp, "machine": asdict(machine), "quick": given.quick, "suites": {}}
+    for name in chosen:
+        report["suites"][name] = SUITES[name](machine, given.quick)
+        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")  # what is finished is kept
+    (folder / "report.md").write_text(markdown(report))
+    drawn = plot(report, folder / "scoring.png")
+    print(f"{folder}/report.json, report.md{', scoring.png' if drawn else ' (no plot: matplotlib is not installed)'}")
+
+
+def _slug(machine: Machine) -> str:
+    return "cpu" if machine.device == "cpu" else machine.name.lower().replace(" ", "-")
+
+
+if __name__ == "__main__":
+    main()

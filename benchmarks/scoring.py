@@ -1,0 +1,177 @@
+"""Scoring a growing tree: ours against naive re-encoding, prompt-cached re-encoding and an incremental DynamicCache.
+
+Every method computes the token rewards of the same N x L new tokens at each of S steps, for beams that fork: after a
+step, each group of four children goes on from one survivor. The rivals are written as well as the public API allows:
+one batch, no padding (all beams are of one length), the head only on rows that are scored.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from common import Machine, model, paired, ratio
+from transformers import DynamicCache
+
+from prm_search import ImplicitPRM, Prompt, SearchTree
+
+BETA = 0.05
+
+
+@dataclass
+class Work:
+    """A prompt, and for each step every beam's parent beam and new tokens."""
+
+    prompt: list[int]
+    parents: list[list[int]]
+    tokens: list[list[list[int]]]
+
+    @classmethod
+    def draw(cls, vocab: int, prompt: int, beams: int, length: int, steps: int, seed: int = 0) -> Work:
+        rnd = random.Random(seed)
+        ids = lambda n: [rnd.randrange(vocab) for _ in range(n)]  # noqa: E731
+        parents, tokens = [[0] * beams], []
+        for step in range(steps):
+            if step:
+                kept = rnd.sample(range(beams), max(1, beams // 4))
+                parents.append([kept[i * len(kept) // beams] for i in range(beams)])
+            tokens.append([ids(length) for _ in range(beams)])
+        return cls(ids(prompt), parents, tokens)
+
+    def paths(self, step: int) -> list[list[int]]:
+        """Response tokens of every beam up to and with a step."""
+        paths = self.tokens[0]
+        for s in range(1, step + 1):
+            paths = [paths[p] + new for p, new in zip(self.parents[s], self.tokens[s], strict=True)]
+        return paths
+
+
+def _pick(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None]).squeeze(-1)
+
+
+def _tail(lm: Any, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """log p of ids from the hidden rows before them."""
+    return _pick(lm.get_output_embeddings()(hidden), ids)
+
+
+@torch.no_grad()
+def naive(lm: Any, work: Work, device: str) -> list[torch.Tensor]:
+    """Every beam's whole prefix at every step (search-and-learn, its_hub, ThinkBooster)."""
+    found = []
+    for step in range(len(work.tokens)):
+        rows = torch.tensor([work.prompt + path for path in work.paths(step)], device=device)
+        new = len(work.tokens[step][0])
+        hidden = lm.base_model(rows, use_cache=False)[0]
+        found.append(_tail(lm, hidden[:, -new - 1 : -1], rows[:, -new:]))
+    return found
+
+
+@torch.no_grad()
+def prompt_cached(lm: Any, work: Work, device: str) -> list[torch.Tensor]:
+    """The prompt's KV kept, a beam's own tokens encoded again at every step."""
+    beams = len(work.tokens[0])
+    prompt = torch.tensor([work.prompt], device=device)
+    cache = DynamicCache()
+    first = lm.base_model(prompt, past_key_values=cache, use_cache=True)[0][:, -1:]
+    cache.batch_repeat_interleave(beams)
+    found = []
+    for step in range(len(work.tokens)):
+        rows = torch.tensor(work.paths(step), device=device)
+        new = len(work.tokens[step][0])
+        hidden = lm.base_model(rows, past_key_values=cache, use_cache=True)[0]
+        cache.crop(-rows.shape[1])
+        hidden = torch.cat([first.expand(beams, -1, -1), hidden], 1)
+        found.append(_tail(lm, hidden[:, -new - 1 : -1], rows[:, -new:]))
+    return found
+
+
+@torch.no_grad()
+def dynamic_cache(lm: Any, work: Work, device: str) -> list[torch.Tensor]:
+    """KV kept per beam and reordered at every fork, the last hidden row kept beside it."""
+    beams = len(work.tokens[0])
+    cache = DynamicCache()
+    prompt = torch.tensor([work.prompt], device=device)
+    last = lm.base_model(prompt, past_key_values=cache, use_cache=True)[0][:, -1:].expand(beams, -1, -1)
+    cache.batch_repeat_interleave(beams)
+    found = []
+    for step, tokens in enumerate(work.tokens):
+        if step:
+            order = torch.tensor(work.parents[step], device=device)
+            cache.reorder_cache(order)
+            last = last[order]
+        rows = torch.tensor(tokens, device=device)
+        hidden = lm.base_model(rows, past_key_values=cache, use_cache=True)[0]
+        found.append(_tail(lm, torch.cat([last, hidden[:, :-1]], 1), rows))
+        last = hidden[:, -1:]
+    return found
+
+
+RIVALS: dict[str, Callable[..., list[torch.Tensor]]] = {
+    "naive": naive,
+    "prompt_cached": prompt_cached,
+    "dynamic_cache": dynamic_cache,
+}
+
+
+def rival_rewards(method: str, prm: Any, ref: Any, work: Work, device: str) -> list[np.ndarray]:
+    """Token rewards [beams, L] of each step by one of RIVALS."""
+    run = RIVALS[method]
+    pairs = zip(run(prm, work, device), run(ref, work, device), strict=True)
+    return [(BETA * (a - b)).cpu().numpy() for a, b in pairs]
+
+
+def our_rewards(pair: ImplicitPRM, work: Work) -> tuple[list[np.ndarray], dict[str, int]]:
+    """The same through SearchTree and ImplicitPRM, with the counts of the tree's meter."""
+    tree = SearchTree(Prompt(token_ids=tuple(work.prompt)))
+    beams, found = [tree.root] * len(work.tokens[0]), []
+    for parents, tokens in zip(work.parents, work.tokens, strict=True):
+        beams = [tree.add(beams[p], new) for p, new in zip(parents, tokens, strict=True)]
+        pair.score_nodes(beams)
+        found.append(np.stack([node.token_rewards for node in beams]))
+    counts = {f"{kind}": 0 for kind in ("encoded", "reencoded")}
+    for (kind, model_id), n in tree.meter.counts.items():
+        if model_id == pair.models["prm"] and kind in counts:
+            counts[kind] += n
+    pair.release(tree)
+    return found, counts
+
+
+def compare(
+    machine: Machine, shape: str, prompt: int, beams: int, length: int, steps: int, repeats: int, methods: list[str]
+) -> dict[str, Any]:
+    """One line of the report: seconds, ratios to ours, tokens encoded a model, largest difference in rewards."""
+    prm, ref = model(shape, 1, machine), model(shape, 2, machine)
+    pair = ImplicitPRM(prm, ref, beta=BETA)
+    work = Work.draw(prm.config.vocab_size, prompt, beams, length, steps)
+    ours, counts = our_rewards(pair, work)
+    runs: dict[str, Callable[[], Any]] = {"ours": lambda: our_rewards(pair, work)}
+    differences = {}
+    for method in methods:
+        theirs = rival_rewards(method, prm, ref, work, machine.device)
+        differences[method] = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+        runs[method] = lambda m=method: rival_rewards(m, prm, ref, work, machine.device)
+    seconds = paired(runs, repeats, warmup=0 if methods else 1)  # the comparison above warmed them up
+    own = [step * length for step in range(1, steps + 1)]
+    encoded = {
+        "ours": counts["encoded"],
+        "naive": beams * sum(prompt + n for n in own),
+        "prompt_cached": prompt + beams * sum(own),
+        "dynamic_cache": prompt + beams * steps * length,
+    }
+    return {
+        "shape": shape,
+        "prompt": prompt,
+        "beams": beams,
+        "length": length,
+        "steps": steps,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "over_ours": {name: ratio(seconds[name], seconds["ours"]) for name in methods},
+        "encoded_tokens": {name: encoded[name] for name in seconds},
+        "largest_difference": differences,
+    }
