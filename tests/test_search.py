@@ -396,9 +396,9 @@ def test_an_error_in_a_step_leaves_nothing_outside_with_either() -> None:
     loop = SearchLoop(policy, scorer)
     for i in (1, 2):
         loop.add(Prompt(token_ids=(i,)), Settings.make(strategy=Beam(2, 2), steps=RULE))
+    assert loop.step() == loop.step() == []
     with pytest.raises(RuntimeError, match="the policy failed"):
-        while True:
-            loop.step()
+        loop.step()
     assert not loop.active
     assert not policy.trees | scorer.trees
 
