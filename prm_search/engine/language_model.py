@@ -173,7 +173,7 @@ class LanguageModel:
                 outside the vocabulary.
         """
         self._validate(branches, ids)
-        with self._lock, self.tree.lock, torch.no_grad():
+        with self.exclusive(), self.tree.lock, torch.no_grad():  # the head may have an adapter too
             heads = [len(branch.token_ids) for branch in branches]
             rows_before = [(branch.hidden, branch.hidden_at) for branch in branches]
             for branch, new in zip(branches, ids, strict=True):
@@ -210,7 +210,9 @@ class LanguageModel:
         self._validate(branches, [()] * len(branches))
         if any(branch.encoded or branch.hidden is not None for branch in branches):
             raise ValueError("a branch has been encoded before: its rows are gone, score a fork of its parent")
-        with self._lock, self.tree.lock, torch.no_grad():
+        for part in {id(part): part for branch in branches for part in branch.lineage() if not part.encoded}.values():
+            self._check_ids(part.token_ids)
+        with self.exclusive(), self.tree.lock, torch.no_grad():  # the head may have an adapter too
             return self._encode(branches, [0] * len(branches) if skip is None else skip)
 
     def _validate(self, branches: Sequence[Branch], ids: Sequence[Sequence[int]]) -> None:
@@ -221,8 +223,7 @@ class LanguageModel:
         for branch, new in zip(branches, ids, strict=True):
             if branch.released:
                 raise ValueError("a released branch cannot be extended")
-            if len(new) and not (min(new) >= 0 and max(new) < self.head.vocab):
-                raise ValueError(f"token ids {min(new)}..{max(new)} lie outside the vocabulary of {self.head.vocab}")
+            self._check_ids(new)
             length = branch.length + len(new)
             if length > self.tree.capacity:
                 raise ValueError(f"a path of {length} tokens exceeds the KV capacity of {self.tree.capacity} tokens")
@@ -230,6 +231,10 @@ class LanguageModel:
                 raise ValueError(f"a path of {length} tokens exceeds the model's context of {self.context} tokens")
             if length == 0:
                 raise ValueError("an empty path cannot be encoded: a prompt needs at least one token")
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if len(ids) and not (min(ids) >= 0 and max(ids) < self.head.vocab):
+            raise ValueError(f"token ids {min(ids)}..{max(ids)} lie outside the vocabulary of {self.head.vocab}")
 
     def _encode(self, branches: Sequence[Branch], score_from: Sequence[int] | None) -> list[np.ndarray]:
         """Encode what is missing, cut into forwards that fit the capacity and forward_tokens; pins while one runs.
@@ -302,7 +307,7 @@ class LanguageModel:
         if self.module.training:
             raise ValueError("the model is in training mode, where dropout randomises probabilities: call .eval()")
         device = self.device
-        with self.exclusive(), packed(self._configs, forward):
+        with packed(self._configs, forward):
             out = self.module.base_model(
                 input_ids=torch.tensor([ids], dtype=torch.long, device=device),
                 position_ids=torch.from_numpy(positions).to(device)[None],
