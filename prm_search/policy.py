@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -66,6 +67,37 @@ class HFPolicy:
         self.sampler = sampler or Sampler()
         self._stop = stop
         self._decoder = self._make_decoder()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | PathLike[str],
+        *,
+        tokenizer: Any = None,
+        max_rows: int = 128,
+        capacity: int | None = None,
+        stop_ids: Iterable[int] | None = None,
+        sampler: Sampler | None = None,
+        stop: Callable[[Row], bool] | None = None,
+        **options: Any,
+    ) -> HFPolicy:
+        """Load a policy by name. A checkpoint that a pair has loaded, or will load, is shared with it.
+
+        Args:
+            model: hub id, folder of a checkpoint or of a PEFT adapter, or path of a GGUF file.
+            tokenizer: a tokenizer, or where to load it from; None for the model's own.
+            max_rows, capacity, stop_ids, sampler, stop: see HFPolicy.
+            options: see loading.load: revision, gguf_file, dtype, device_map, ...
+
+        Raises:
+            OSError, ValueError, ImportError: see loading.load; or the model comes without a tokenizer.
+        """
+        from .loading import load
+
+        lm, words = load(model, tokenizer=tokenizer, capacity=capacity, **options)
+        if words is None:
+            raise ValueError(f"{str(model)!r} comes without a tokenizer: pass tokenizer=")
+        return cls(lm, words, max_rows=max_rows, stop_ids=stop_ids, sampler=sampler, stop=stop)
 
     def _make_decoder(self) -> Decoder:
         return self._decoder_over([self.lm])

@@ -83,6 +83,7 @@ class Node:
             under the policy that sampled them; None for nodes built by hand.
         sampler: id of the model that sampled the tokens; a scorer whose model has this id reads logprobs.
         rewards: pair name -> [T] fp32 token rewards, in beta * nats (see set_rewards).
+        reward_ids: pair name -> the tokens that its rewards speak of, for a pair with another tokenizer only.
         value: the number a strategy ranks the node by; None until scored.
         finish: "step" (a StepRule ended it), "stop" (end of sequence or a stop condition), "length" (the
             response or the context is full), "budget" (the search's budget ended it), None for the root.
@@ -95,7 +96,8 @@ class Node:
 
     __slots__ = (
         "__weakref__", "_q", "_reward", "children", "depth", "drawn", "end", "finish", "index", "lineages",
-        "logprobs", "parent", "rewards", "rollout", "sampler", "start", "text", "token_ids", "tree", "value",
+        "logprobs", "parent", "reward_ids", "rewards", "rollout", "sampler", "start", "text", "token_ids", "tree",
+        "value",
     )  # fmt: skip
 
     def __init__(self, tree: SearchTree, parent: Node | None, token_ids: Sequence[int]) -> None:
@@ -107,6 +109,7 @@ class Node:
         self.logprobs: np.ndarray | None = None
         self.sampler: Hashable | None = None
         self.rewards: dict[str, np.ndarray] = {}
+        self.reward_ids: dict[str, tuple[int, ...]] = {}
         self.value: float | None = None
         self.finish: str | None = None
         self.depth: int = 0 if parent is None else parent.depth + 1
@@ -129,7 +132,13 @@ class Node:
         """Whether nothing may follow: the response ended, is full, or the budget is spent."""
         return self.finish in ("stop", "length", "budget")
 
-    def set_rewards(self, name: str, token_rewards: np.ndarray, reward: float | None = None) -> None:
+    def set_rewards(
+        self,
+        name: str,
+        token_rewards: np.ndarray,
+        reward: float | None = None,
+        token_ids: Sequence[int] | None = None,
+    ) -> None:
         """Record a pair's token rewards of this step; the parent must have been scored by it before.
 
         Args:
@@ -137,6 +146,7 @@ class Node:
             token_rewards: [T] fp32, beta * nats. T differs from len(token_ids) only for a pair with another
                 tokenizer, which reports its own tokens.
             reward: the step's reward where it is not the sum of token_rewards (that same case).
+            token_ids: that pair's own tokens, one a reward.
 
         Raises:
             ValueError: the parent has no rewards of this pair yet.
@@ -148,6 +158,8 @@ class Node:
             parent_q = self.parent._q[name]
         rewards = np.asarray(token_rewards, dtype=np.float32)
         self.rewards[name] = rewards
+        if token_ids is not None:
+            self.reward_ids[name] = tuple(token_ids)
         self._reward[name] = float(rewards.sum(dtype=np.float64)) if reward is None else float(reward)
         self._q[name] = parent_q + self._reward[name]
 
@@ -334,6 +346,7 @@ def _node_record(node: Node) -> dict[str, Any]:
         "logprobs": None if node.logprobs is None else node.logprobs.tolist(),
         "sampler": None if node.sampler is None else str(node.sampler),
         "rewards": {name: values.tolist() for name, values in node.rewards.items()},
+        "reward_ids": {name: list(ids) for name, ids in node.reward_ids.items()},
         "reward": dict(node._reward),
         "q": dict(node._q),
         "value": node.value,
@@ -349,5 +362,6 @@ def _restore(node: Node, item: Mapping[str, Any]) -> None:
     node.logprobs = None if item["logprobs"] is None else np.asarray(item["logprobs"], np.float32)
     node.sampler = item["sampler"]
     node.rewards = {name: np.asarray(values, np.float32) for name, values in item["rewards"].items()}
+    node.reward_ids = {name: tuple(ids) for name, ids in item["reward_ids"].items()}
     node._reward, node._q = dict(item["reward"]), dict(item["q"])
     node.lineages, node.drawn, node.rollout = tuple(item["lineages"]), item["drawn"], item["rollout"]
