@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
-from fakes import FakeBlockingPolicy, FakeScorer, ToyLM
+from fakes import RULE, FakeBlockingPolicy, FakePolicy, FakeScorer, ToyLM
 from hypothesis import strategies as st
 
 from prm_search.driver import Driver
 from prm_search.protocols import Request
+from prm_search.result import Result
+from prm_search.search import search
 from prm_search.strategies import DVTS, Beam, BestOfN, Lookahead
 from prm_search.tasks import Outcome, chain
 from prm_search.tree import Node, Prompt, SearchTree
@@ -80,3 +83,15 @@ def summary(tree: SearchTree, outcome: Outcome) -> object:
     """All that must not depend on timing."""
     ends = [(node.path_ids(), node.value, node.finish, node.lineages) for node in outcome.candidates]
     return outcome.stopped, ends, drawn_paths(tree)
+
+
+def look(prompts: Any, policy: Any = None, scorer: Any = None, **options: Any) -> list[Result]:
+    options = {"steps": RULE, "max_new_tokens": 12, **options}
+    return search(prompts, policy=policy or FakePolicy(), scorer=scorer or FakeScorer(), **options)
+
+
+def facts(result: Result) -> object:
+    """All that must not depend on batching."""
+    return result.token_ids, result.value, result.stopped, result.tree.prompt, result.usage.sampled_tokens, [
+        (node.path_ids(), node.value, node.count, node.finish) for node in result.candidates
+    ]  # fmt: skip
