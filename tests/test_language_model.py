@@ -211,7 +211,7 @@ def test_an_empty_branch_speaks_for_its_parent(lm: LanguageModel, model: Any) ->
 
 def test_bad_calls(lm: LanguageModel) -> None:
     root = lm.tree.root()
-    with pytest.raises(ValueError, match="path of 301 tokens exceeds the model's context of 256|KV capacity of 300"):
+    with pytest.raises(ValueError, match="path of 301 tokens exceeds the KV capacity of 300"):
         lm.extend([root], [ids(301)])
     with pytest.raises(ValueError, match="path of 257 tokens exceeds the model's context of 256"):
         lm.extend([root], [ids(257)])

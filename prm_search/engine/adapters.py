@@ -51,10 +51,12 @@ def adapter_state(given: Any, adapter: str | None) -> tuple[str, ...] | None:
         adapter: "auto", an adapter's name, or None for the base weights.
 
     Raises:
-        ValueError: the adapter does not exist, or a bare module carries injected adapters and it is not said
-            whether they are meant.
+        ValueError: the adapter does not exist, other adapters are merged in place, or a bare module carries injected
+            adapters and it is not said whether they are meant.
     """
     layers = tuner_layers(unwrap(given))
+    if adapter is None:
+        refuse_merged(layers, None)
     if adapter is None or not layers:
         if adapter not in (None, AUTO):
             raise ValueError(f"adapter={adapter!r}: the model has no adapters")
@@ -63,6 +65,7 @@ def adapter_state(given: Any, adapter: str | None) -> tuple[str, ...] | None:
     if adapter != AUTO:
         if adapter not in names:
             raise ValueError(f"adapter={adapter!r} is not loaded; the model has {names}")
+        refuse_merged(layers, (adapter,))
         return (adapter,)
     inner = given
     while hasattr(inner, "_orig_mod"):
@@ -73,7 +76,28 @@ def adapter_state(given: Any, adapter: str | None) -> tuple[str, ...] | None:
             "(adapter=None for the base weights, adapter='name' for an adapter's)"
         )
     active = inner.active_adapters
-    return tuple(active() if callable(active) else active)
+    state = tuple(active() if callable(active) else active)
+    refuse_merged(layers, state)
+    return state
+
+
+def refuse_merged(layers: list[Any], state: tuple[str, ...] | None) -> None:
+    """Adapters merged in place are in the base weights, for every state; PEFT would take them out where we run without.
+
+    Raises:
+        ValueError: other adapters are merged than the state's own.
+    """
+    for layer in layers:
+        merged = getattr(layer, "merged_adapters", None)
+        if merged and (state is None or set(merged) != set(state)):
+            raise ValueError(
+                f"the adapters {list(merged)} are merged into the base weights, so {_words(state)} cannot be run: "
+                "call unmerge_adapter(), or merge_and_unload() for a plain model"
+            )
+
+
+def _words(state: tuple[str, ...] | None) -> str:
+    return "the base weights alone" if state is None else f"adapters {list(state)}"
 
 
 def _names(layer: Any) -> list[str]:
@@ -82,7 +106,12 @@ def _names(layer: Any) -> list[str]:
 
 @contextmanager
 def switched(layers: list[Any], state: tuple[str, ...] | None) -> Iterator[None]:
-    """Run with these adapters, or none. Plain attributes are set, so gradients' requires_grad stays as it is."""
+    """Run with these adapters, or none. Plain attributes are set, so gradients' requires_grad stays as it is.
+
+    Raises:
+        ValueError: see `refuse_merged`.
+    """
+    refuse_merged(layers, state)
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     try:
         for layer in layers:

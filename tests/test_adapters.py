@@ -1,0 +1,184 @@
+"""Adapter states of one module: shared weights, separate KV, switched for one forward and put back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import naive_logprobs, tiny
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+
+from prm_search.engine.adapters import tuner_layers, unwrap
+from prm_search.engine.language_model import LanguageModel
+
+NATS = 1e-4
+TEXT = [7, 21, 8, 55, 90, 3, 14, 14, 60, 33, 41, 12]
+
+
+def with_lora(model: Any, seed: int = 0, name: str = "default", into: PeftModel | None = None) -> PeftModel:
+    """LoRA layers whose effect is large."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_alpha=8)
+    if into is None:
+        into = get_peft_model(model, config, adapter_name=name)
+    else:
+        into.add_adapter(name, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, weight in into.named_parameters():
+            if "lora_" in key and f".{name}." in key:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return into.eval()
+
+
+def said(lm: LanguageModel) -> np.ndarray:
+    """TEXT in three uneven forked steps."""
+    tip, values = None, []
+    for part in (TEXT[:5], TEXT[5:6], TEXT[6:]):
+        tip = lm.tree.root() if tip is None else lm.tree.fork(tip)
+        values += lm.extend([tip], [part]) or []
+    return np.concatenate(values)
+
+
+def flags(model: Any) -> list[Any]:
+    trained = [(name, weight.requires_grad) for name, weight in model.named_parameters()]
+    return [(layer._disable_adapters, layer._active_adapter) for layer in tuner_layers(unwrap(model))] + trained
+
+
+def test_a_pair_on_shared_weights_is_two_models() -> None:
+    base = tiny("llama")
+    alone = naive_logprobs(copy.deepcopy(base), TEXT)
+    peft = with_lora(base)
+    merged = with_lora(tiny("llama")).merge_and_unload()
+    adapted = naive_logprobs(merged, TEXT)
+    assert np.nanmax(np.abs(adapted - alone)) > 0.5
+    model, reference = LanguageModel.of(peft), LanguageModel.of(peft, adapter=None)
+    assert model.module is reference.module is base
+    assert (model.state, reference.state) == (("default",), None)
+    assert model.id != reference.id
+    before = flags(peft)
+    for _ in range(2):
+        np.testing.assert_allclose(said(model), adapted, rtol=0, atol=NATS)
+        np.testing.assert_allclose(said(reference), alone, rtol=0, atol=NATS)
+    assert flags(peft) == before
+    assert model.tree is not reference.tree
+    assert model.pool.layers[0][0].data_ptr() != reference.pool.layers[0][0].data_ptr()
+    assert model.tree.used == reference.tree.used == 2 * len(TEXT)
+
+
+def test_interned_by_state() -> None:
+    peft = with_lora(tiny("llama"))
+    model, reference = LanguageModel.of(peft), LanguageModel.of(peft, adapter=None)
+    assert LanguageModel.of(peft, adapter="default") is model
+    assert LanguageModel.of(peft.get_base_model(), adapter=None) is reference
+    assert LanguageModel.of(peft.get_base_model(), adapter="default") is model
+
+
+def test_two_adapters() -> None:
+    peft = with_lora(tiny("llama"), seed=1, name="one")
+    with_lora(None, seed=2, name="two", into=peft)
+    expected = {}
+    for name in ("one", "two"):
+        peft.set_adapter(name)
+        expected[name] = naive_logprobs(peft, TEXT)
+    assert np.nanmax(np.abs(expected["one"] - expected["two"])) > 0.5
+    assert LanguageModel.of(peft).state == ("two",)  # the active one
+    before = flags(peft)
+    for name in ("one", "two", "one"):
+        np.testing.assert_allclose(said(LanguageModel.of(peft, adapter=name)), expected[name], rtol=0, atol=NATS)
+    assert flags(peft) == before
+
+
+def test_plain_use_of_the_peft_model_is_untouched() -> None:
+    peft = with_lora(tiny("llama"))
+    inputs = {"input_ids": torch.tensor([TEXT]), "attention_mask": torch.ones(1, len(TEXT), dtype=torch.long)}
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    before = peft.generate(**inputs, **options)
+    reference = LanguageModel.of(peft, adapter=None)
+    model = LanguageModel.of(peft)
+    said(reference)
+    said(model)
+    assert torch.equal(peft.generate(**inputs, **options), before)
+
+
+def test_the_switch_is_put_back_after_a_failure() -> None:
+    peft = with_lora(tiny("llama"))
+    reference = LanguageModel.of(peft, adapter=None)
+    before = flags(peft)
+    inside = []
+
+    def fail(*args: Any) -> None:
+        inside.append(flags(peft))
+        raise RuntimeError("stop")
+
+    hook = peft.get_base_model().model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        said(reference)
+    hook.remove()
+    assert inside != [before]
+    assert flags(peft) == before
+
+
+def test_disabled_adapters_are_still_those_that_were_asked_for() -> None:
+    """`disable_adapter()` around a call is the caller's business with the PeftModel, not with the states of ours."""
+    peft = with_lora(tiny("llama"))
+    adapted = naive_logprobs(peft, TEXT)
+    model = LanguageModel.of(peft)
+    with peft.disable_adapter():
+        np.testing.assert_allclose(said(model), adapted, rtol=0, atol=NATS)
+        assert all(layer._disable_adapters for layer in tuner_layers(unwrap(peft)))
+
+
+def test_merged_and_unloaded_is_a_plain_model() -> None:
+    merged = with_lora(tiny("llama")).merge_and_unload()
+    lm = LanguageModel.of(merged)
+    assert lm.state is None
+    np.testing.assert_allclose(said(lm), naive_logprobs(merged, TEXT), rtol=0, atol=NATS)
+
+
+def test_merged_in_place() -> None:
+    """The base weights then hold the adapter, so they cannot be run without it."""
+    peft = with_lora(tiny("llama"), name="one")
+    with_lora(None, seed=1, name="two", into=peft)
+    peft.set_adapter("one")
+    adapted = naive_logprobs(peft, TEXT)
+    peft.merge_adapter(["one"])
+    for adapter in (None, "two"):
+        with pytest.raises(ValueError, match=r"adapters \['one'\] are merged into the base weights"):
+            LanguageModel.of(peft, adapter=adapter)
+    model = LanguageModel.of(peft)
+    np.testing.assert_allclose(said(model), adapted, rtol=0, atol=NATS)
+    peft.unmerge_adapter()
+    np.testing.assert_allclose(said(model), adapted, rtol=0, atol=NATS)
+
+
+def test_merged_in_place_later() -> None:
+    peft = with_lora(tiny("llama"))
+    lm = LanguageModel.of(peft, adapter=None)
+    peft.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the base weights"):
+        said(lm)
+    peft.unmerge_adapter()
+    said(lm)
+
+
+def test_a_bare_module_with_injected_adapters() -> None:
+    peft = with_lora(tiny("llama"))
+    with pytest.raises(ValueError, match=r"injected adapters \['default'\]: pass the PeftModel, or say which"):
+        LanguageModel.of(peft.get_base_model())
+
+
+def test_unknown_adapters() -> None:
+    peft = with_lora(tiny("llama"))
+    with pytest.raises(ValueError, match=r"adapter='other' is not loaded; the model has \['default'\]"):
+        LanguageModel.of(peft, adapter="other")
+    with pytest.raises(ValueError, match="adapter='other': the model has no adapters"):
+        LanguageModel.of(tiny("llama"), adapter="other")
+
+
+def test_virtual_tokens() -> None:
+    peft = get_peft_model(tiny("llama"), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).eval()
+    with pytest.raises(ValueError, match="adds virtual tokens"):
+        LanguageModel.of(peft)
