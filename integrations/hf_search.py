@@ -50,7 +50,8 @@ def search(
     """A Result a prompt. `ids` learns the trees; `streamer` gets the steps of the one prompt as they are settled."""
     stream = None if streamer is None else _StepStream(streamer)
     try:
-        with SearchLoop(policy, guidance.pair, guidance.prover, on_event=stream and stream.noticed) as loop:
+        on_event = None if stream is None else stream.noticed
+        with SearchLoop(policy, guidance.pair, guidance.prover, on_event=on_event) as loop:
             trees = []
             for number, (prompt, occurrence) in enumerate(encode_all(prompts, policy)):
                 trees.append(loop.add(prompt, settings, occurrence=occurrence))

@@ -54,7 +54,23 @@ def test_copies_answer_with_their_own_weights(model, inputs, guided, tokenizer):
         assert not torch.equal(mine, model.generate(**inputs, **given, prm_guidance=guidance))
 
 
-def test_saving_and_moving(model, inputs, guided, tmp_path):
+def test_moving_and_casting(tokenizer, inputs):
+    model = hf.llama(0)
+    pair = ps.ImplicitPRM(hf.near(model, 1), model, tokenizer=tokenizer)
+    ps.enable(model, tokenizer)
+    guidance = ps.PRMGuidance(pair, strategy=ONE, steps=hf.STEPS)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model.to("cpu", dtype)
+        pair.prm.module.to(dtype)
+        plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        guided = model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, prm_guidance=guidance
+        )
+        assert torch.equal(guided.sequences, plain)
+        assert {pool.dtype for pools in pair.prm.pool.layers.values() for pool in pools} == {dtype}
+
+
+def test_saving(model, inputs, guided, tmp_path):
     model.generate(**inputs, max_new_tokens=4, prm_guidance=guided(ps.BestOfN(2)))
     model.save_pretrained(tmp_path)
     saved = (tmp_path / "config.json").read_text() + (tmp_path / "generation_config.json").read_text()
@@ -64,8 +80,6 @@ def test_saving_and_moving(model, inputs, guided, tmp_path):
     assert "generate" not in again.__dict__
     plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert torch.equal(again.generate(**inputs, max_new_tokens=6, do_sample=False), plain)
-    model.to("cpu").float()
-    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False, prm_guidance=guided(ONE)), plain)
 
 
 def test_a_generate_of_the_models_own_is_kept(pair_of, tokenizer, inputs, guided):

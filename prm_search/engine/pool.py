@@ -20,6 +20,7 @@ class KVPool:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._made_for: tuple[torch.dtype, torch.device] | None = None
 
     def write(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -41,6 +42,17 @@ class KVPool:
             self.layers[layer] = pools
         write_kv(*pools, keys, values, slots)
         return pools
+
+    def follow(self, weight: torch.Tensor) -> None:
+        """Drop pools made before the model was moved or cast. For when no slot is in use.
+
+        Args:
+            weight: one of the model's, always the same one.
+        """
+        made_for = weight.dtype, weight.device
+        if made_for != self._made_for:
+            self.layers.clear()
+            self._made_for = made_for
 
     def bytes(self) -> int:
         """Bytes of all pools, used or not."""
