@@ -99,7 +99,10 @@ NOTES = {
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
-    """Rivals' time over ours against the number of steps. Returns False where matplotlib is not installed."""
+    """Rivals' time over ours against the number of steps. Returns False without scoring lines or matplotlib."""
+    rows = report["suites"].get("scoring", [])
+    if not rows:
+        return False
     try:
         import matplotlib
     except ImportError:
@@ -107,7 +110,6 @@ def plot(report: dict[str, Any], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = report["suites"].get("scoring", [])
     figure, axes = pyplot.subplots(figsize=(6, 4))
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in rows:

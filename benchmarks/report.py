@@ -105,7 +105,7 @@ def main() -> None:
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")  # what is finished is kept
     (folder / "report.md").write_text(markdown(report))
     drawn = plot(report, folder / "scoring.png")
-    print(f"{folder}/report.json, report.md{', scoring.png' if drawn else ' (no plot: matplotlib is not installed)'}")
+    print(f"{folder}/report.json, report.md{', scoring.png' if drawn else ' (no plot)'}")
 
 
 def _slug(machine: Machine) -> str:

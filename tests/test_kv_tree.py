@@ -64,11 +64,12 @@ class Trees(RuleBasedStateMachine):
         """What LanguageModel does for one call, without a model."""
         pending = [b for b in wanted if 0 < b.length <= self.tree.capacity and missing(b)]
         while pending:
-            batch = next_batch(pending, self.tree.capacity, 1000)
+            batch = next_batch(pending, self.tree.capacity, self.tree.free, 1000)
             pinned = {id(branch) for branch, _ in batch.path}
+            for branch in pending[: batch.branches]:
+                self.tree.touch(branch)
             for branch, _ in batch.path:
                 branch.pins += 1
-                self.tree.touch(branch)
             before = self.resident()
             evicted = self.tree.reserve(sum(p.end - p.begin for p in batch.pieces), batch.path)
             self.check_eviction(before, evicted, pinned)
@@ -197,7 +198,7 @@ def test_a_path_that_leaves_a_long_branch_early_takes_the_place_of_its_rest() ->
     long = tree.root(range(9))
     encode(tree, long)
     side = tree.fork(long, [20, 21, 22, 23], at=4)
-    batch = next_batch([side], 10, 100)
+    batch = next_batch([side], 10, 0, 100)
     for branch, _ in batch.path:
         branch.pins += 1
     tree.reserve(sum(p.end - p.begin for p in batch.pieces), batch.path)

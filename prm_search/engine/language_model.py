@@ -142,6 +142,8 @@ class LanguageModel:
 
         memo = self._memos.get(tree)
         if memo is None:
+            if not self.tree.used:
+                self.pool.follow(self.module.get_input_embeddings().weight)
             memo = self._memos[tree] = Memo(self, tree)
         return memo
 
@@ -248,10 +250,11 @@ class LanguageModel:
             targets = {id(b): (low, len(b.token_ids)) for b, low in zip(branches, score_from, strict=True)}
         pending = [branch for branch in branches if missing(branch)]
         while pending:
-            batch = next_batch(pending, self.tree.capacity, self.forward_tokens)
+            batch = next_batch(pending, self.tree.capacity, self.tree.free, self.forward_tokens)
+            for branch in pending[: batch.branches]:
+                self.tree.touch(branch)  # an ancestor is as young as its youngest resident child
             for branch, _ in batch.path:
                 branch.pins += 1
-                self.tree.touch(branch)
             try:
                 for wave in split(batch.pieces, self.forward_tokens):
                     self.tree.reserve(sum(p.end - p.begin for p in wave), batch.path)

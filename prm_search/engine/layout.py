@@ -111,7 +111,6 @@ class Group:
         self._tables[key] = torch.from_numpy(slots).to(device), mask
         return self._tables[key]
 
-
     def bias(self, window: int | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
         """[B, 1, L, S] additive mask of `tables`: 0 where allowed, -inf elsewhere."""
         key = (window, device, dtype)

@@ -27,6 +27,8 @@ def missing(branch: Branch) -> list[Piece]:
     while tip is not None:
         if tip.encoded < need:
             pieces.append(Piece(tip, tip.encoded, need))
+        if tip.encoded:
+            break  # what is resident stands on resident ancestors
         need = tip.start - (tip.parent.start if tip.parent is not None else 0)
         tip = tip.parent
     pieces.reverse()
@@ -48,14 +50,23 @@ class Batch:
     path: list[tuple[Branch, int]]
 
 
-def next_batch(pending: Sequence[Branch], capacity: int, limit: int) -> Batch:
+def next_batch(pending: Sequence[Branch], capacity: int, free: int, limit: int) -> Batch:
     """As many of the pending branches as fit together, but at least one.
 
     Args:
         pending: branches with something missing.
         capacity: KV slots for what is resident on their paths and what is new.
+        free: slots that are free: as long as they suffice nothing is evicted, and nothing needs a pin.
         limit: new tokens.
     """
+    if sum(len(branch.token_ids) - branch.encoded for branch in pending) <= limit:
+        every: dict[int, Piece] = {}
+        for branch in pending:
+            for part in missing(branch):
+                known = every.get(id(part.branch))
+                every[id(part.branch)] = part if known is None or known.end < part.end else known
+        if sum(piece.end - piece.begin for piece in every.values()) <= min(free, limit):
+            return Batch(len(pending), list(every.values()), [])
     pieces: dict[int, Piece] = {}
     path: dict[int, tuple[Branch, int]] = {}
     tokens = held = taken = 0
