@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements of the largest temporary: 32 MiB of fp32 logits, 64 MiB of widened head rows.
-_LOGIT_BUDGET = 1 << 23
-_WEIGHT_BUDGET = 1 << 24
+# Elements of the largest temporaries, sized to stay in cache: 4 MiB of fp32 logits, 8 MiB of widened head rows.
+_LOGIT_BUDGET = 1 << 20
+_WEIGHT_BUDGET = 1 << 21
 _ROW_BLOCK = 8192
 
 
