@@ -170,7 +170,8 @@ def _judge(module: nn.Module, make: Make) -> str | None:
         if duplicate is None or length > LONGEST_COPY:
             return f"no small copy of it could be made to check it on ({_short(problem)})"
         model = duplicate
-    return examine(make(model, None, capacity=2 * length), length)
+    lm = make(model, None, capacity=2 * length)
+    return examine(lm, length if lm.context is None else min(length, lm.context))
 
 
 def examine(lm: LanguageModel, length: int = LENGTH) -> str | None:

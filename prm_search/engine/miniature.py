@@ -283,7 +283,8 @@ def _shrink_dict(config: Any, values: dict[str, Any], limit: int) -> None:
             half = _rotary(config, values) // 2
             values[name] = [half - 2 * (half // 3), half // 3, half // 3]
         elif name in ("short_factor", "long_factor"):
-            values[name] = value[: _rotary(config, values) // 2]
+            half = _rotary(config, values) // 2
+            values[name] = (value * half)[:half]
         elif type(value) is int and (is_limit(name) or name.endswith("_attention")) and value > limit:
             values[name] = limit
         elif name in ("head_dim", "global_head_dim") and type(value) is int:
