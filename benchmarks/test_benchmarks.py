@@ -6,6 +6,7 @@ import pytest
 import scoring
 from common import SHAPES, Machine, model
 from decoding import Ours, Theirs
+
 from prm_search import ImplicitPRM
 from prm_search.engine.language_model import LanguageModel
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
+
 from prm_search.engine import torch_layout
 from prm_search.engine.kernel_layout import KernelLayout
 from prm_search.engine.layout import Scores, Unit, buckets
