@@ -25,6 +25,7 @@ _PUBLIC = {
     "Parallel": ".strategies",
     "Strategy": ".strategies",
     "Budget": ".budget",
+    "ConstantReference": ".implicit_prm",
     "Driver": ".driver",
     "HFPolicy": ".policy",
     "ImplicitPRM": ".implicit_prm",
@@ -68,7 +69,11 @@ if TYPE_CHECKING:
     from .budget import Budget as Budget
     from .driver import Driver as Driver
     from .guidance import PRMGuidance as PRMGuidance
-    from .implicit_prm import ImplicitPRM as ImplicitPRM, Scores as Scores
+    from .implicit_prm import (
+        ConstantReference as ConstantReference,
+        ImplicitPRM as ImplicitPRM,
+        Scores as Scores,
+    )
     from .integrations.huggingface import disable as disable, enable as enable, generate as generate
     from .policy import HFPolicy as HFPolicy, Steered as Steered
     from .protocols import Policy as Policy, Sampling as Sampling, Scorer as Scorer

@@ -26,6 +26,7 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 _modules: weakref.WeakValueDictionary[tuple[object, ...], nn.Module] = weakref.WeakValueDictionary()
+_tokenizers: weakref.WeakValueDictionary[tuple[object, ...], Any] = weakref.WeakValueDictionary()
 _loading = threading.RLock()
 
 
@@ -95,8 +96,7 @@ def _load_module(source: Source, options: Mapping[str, Any]) -> nn.Module:
     if source.local and source.gguf_file is None and source.file("config.json", {}) is None:
         raise FileNotFoundError(f"there is no model in {source.path!r}: no config.json")
     options = _normal(options)
-    place = os.path.realpath(source.path) if source.local else source.path
-    key = (place, *source.where().items(), source.gguf_file, source.stamp(), repr(sorted(options.items(), key=str)))
+    key = _key(source, options)
     module = _modules.get(key)
     if module is not None:
         return module
@@ -190,11 +190,23 @@ def _own_tokenizer(source: Source, hub: Mapping[str, Any]) -> Any:
 
 
 def _load_tokenizer(source: Source, hub: Mapping[str, Any]) -> Any:
+    """A tokenizer; the same one while it is in use (a GGUF file's takes as long to read as its weights)."""
     from transformers import AutoTokenizer
 
-    given = dict(hub) | source.where() | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
-    with _named("the tokenizer", source):
-        return AutoTokenizer.from_pretrained(source.path, **given)
+    key = _key(source, hub)
+    found = _tokenizers.get(key)
+    if found is None:
+        given = dict(hub) | source.where() | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
+        with _named("the tokenizer", source):
+            found = AutoTokenizer.from_pretrained(source.path, **given)
+        _tokenizers[key] = found
+    return found
+
+
+def _key(source: Source, options: Mapping[str, Any]) -> tuple[object, ...]:
+    """Equal for what would be loaded alike."""
+    place = os.path.realpath(source.path) if source.local else source.path
+    return (place, *source.where().items(), source.gguf_file, source.stamp(), repr(sorted(options.items(), key=str)))
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class HFPolicy:
         capacity: int | None = None,
         stop_ids: Iterable[int] | None = None,
         sampler: Sampler | None = None,
-        stop: Callable[[Row], bool] | None = None,
+        stop: Callable[[Sequence[Row]], Sequence[bool]] | None = None,
         **options: Any,
     ) -> HFPolicy:
         """Load a policy by name. A checkpoint that a pair has loaded, or will load, is shared with it.

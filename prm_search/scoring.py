@@ -80,7 +80,9 @@ def score_responses(
         for tree, _ in trees.values():
             pair.release(tree)
     piece = pair.token_text.piece
-    return [Scores(tuple(ids[i]), rewards[i], ends[i], text_pieces(ids[i], piece)) for i in range(len(given))]
+    return [
+        Scores(tuple(ids[i]), rewards[i], np.asarray(ends[i]), text_pieces(ids[i], piece)) for i in range(len(given))
+    ]
 
 
 def _listed(name: str, given: Iterable[Any]) -> list[Any]:

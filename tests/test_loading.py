@@ -84,6 +84,7 @@ def test_one_checkpoint_is_loaded_once_and_let_go(folders):
     pair = ImplicitPRM.from_pretrained(folders / "prm", folders / "base")
     assert pair.reference is policy.lm
     assert policy.max_rows == 3
+    assert HFPolicy.from_pretrained(folders / "base").tokenizer is policy.tokenizer
     (result,) = search([PROMPT], policy=policy, scorer=pair, strategy=BestOfN(2), steps=RULE, max_new_tokens=8)
     assert result.usage.encoded_tokens.keys() == {"policy", "prm"}
     in_bf16 = load(folders / "base", dtype="bfloat16").lm

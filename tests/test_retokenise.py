@@ -156,6 +156,16 @@ def test_a_node_without_text_adds_nothing(pair, policy):
     assert pair.prm.tree.used == 0
 
 
+def test_complete_responses_are_the_pairs_own_whatever_policy_it_met(pair, policy):
+    """score() takes the pair's prompts and ids; a bound policy changes nothing."""
+    ids = encode_text(pair.tokenizer, "Step 1: add")
+    fresh = ImplicitPRM(pair.prm, pair.reference, tokenizer=pair.tokenizer, beta=BETA)
+    pair.bind(policy)
+    for prompt in (MESSAGES, [5, 6, 7]):
+        (bound,), (free,) = pair.score([prompt], [ids]), fresh.score([prompt], [ids])
+        np.testing.assert_array_equal(bound.token_rewards, free.token_rewards)
+
+
 def test_token_ids_alone_are_refused(pair, policy):
     with pytest.raises(ValueError, match=r"Prompt\(text=...\).*PRMGuidance\(prompts=...\)"):
         search([[5, 6, 7]], policy=policy, scorer=pair, strategy=BestOfN(2), steps=RULE, max_new_tokens=4)
