@@ -20,7 +20,8 @@ def naive(model, ids):
     logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
     return np.array([logprobs[i - 1, ids[i]].item() for i in range(1, len(ids))])
 
-shape = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+shape = dict(vocab_size=97, hidden_size=32, intermediate_size=32, **heads)
 for config in (
     LlamaConfig(**shape, num_hidden_layers=2),
     GptOssConfig(**shape, num_hidden_layers=2, num_local_experts=2, num_experts_per_tok=1, sliding_window=6),
