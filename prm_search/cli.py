@@ -1,0 +1,97 @@
+"""The command line: `prm-search`. Each command is a module of `prm_search.commands`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .commands.demo import demo
+from .commands.generate import generate
+from .commands.score import score
+
+app = typer.Typer(
+    name="prm-search",
+    help="Reward-guided decoding with implicit process rewards.",
+    epilog="prm-search COMMAND --help says what a command takes.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+)
+for command in (demo, generate, score):
+    app.command()(command)
+
+INTERRUPTED = 130
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        print(f"prm-search {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status.
+
+    Args:
+        args: the words after the program's name; None for this process's own.
+
+    Returns:
+        0; 2 for bad input, said in one line on standard error; 130 for Ctrl-C, with what was finished kept; 1 where
+        nobody reads the output any more. Errors of the program itself leave as exceptions.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
+    try:
+        status = int(app(words, prog_name="prm-search", standalone_mode=False) or 0)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        line = _one_line(error)
+        if line is None:
+            raise
+        _say(line)
+        return 2
+    if status == INTERRUPTED:  # also from typer, which makes an exit of Ctrl-C
+        _say("interrupted")
+    return status
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell a user whose input was wrong; None where the program is."""
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own, of whatever typer that is
+        if type(error).__name__ == "NoArgsIsHelpError":
+            return "a command is needed: demo, generate or score; --help says more"
+        return " ".join(str(error.format_message()).split())
+    if isinstance(error, ValueError | OSError | ImportError):
+        from .commands.records import reason
+
+        name = getattr(error, "filename", None)
+        return f"{name}: {reason(error)}" if name else reason(error)
+    return None
+
+
+def _say(line: str) -> None:
+    print(f"prm-search: {line}", file=sys.stderr)

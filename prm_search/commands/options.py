@@ -1,0 +1,169 @@
+"""Options that commands share, and what is made of them. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..budget import Budget
+from ..demo import pair_dir
+from ..steps import StepRule
+from ..strategies import STRATEGIES, Strategy, resolve_strategy
+from . import BadInput
+
+MODELS, STEPS, OUTPUT = "Models", "Steps", "Output"  # panels of --help
+
+Pair = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub id with a pair card (pair.json), or 'demo'.", rich_help_panel=MODELS),
+]
+Prm = Annotated[
+    str | None,
+    typer.Option("--prm", help="The reward LM: hub id, folder, PEFT adapter or .gguf file.", rich_help_panel=MODELS),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="With --prm: the model that it was initialised from.", rich_help_panel=MODELS),
+]
+Beta = Annotated[
+    float | None, typer.Option(help="Scale of the rewards; None: the pair card's, else 0.05.", rich_help_panel=MODELS)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=MODELS)]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=MODELS)]
+Delimiter = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=r"Ends a step; may be repeated; \n and \t are read as such. Default: the pair card's, else \n\n.",
+        rich_help_panel=STEPS,
+    ),
+]
+StepTokens = Annotated[
+    int | None, typer.Option(help="Tokens of a step at most; 0: no limit.", rich_help_panel=STEPS, show_default="256")
+]
+StepRegex = Annotated[
+    str | None, typer.Option(help="A pattern that ends a step, instead of a delimiter.", rich_help_panel=STEPS)
+]
+Out = Annotated[
+    str | None,
+    typer.Option(help="Write JSON Lines here, each record as soon as it is finished.", rich_help_panel=OUTPUT),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the file of --out, if it exists.", rich_help_panel=OUTPUT)
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON Lines on standard output.", rich_help_panel=OUTPUT)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
+
+
+def check_models(pair: str | None, prm: str | None, reference: str | None, *, needed: bool) -> None:
+    """Whether --pair, --prm and --reference say one pair. Raises BadInput where they do not.
+
+    Args:
+        pair, prm, reference: as given.
+        needed: there must be one.
+    """
+    if pair is not None and (prm is not None or reference is not None):
+        raise BadInput("--pair names both models: give it, or --prm and --reference")
+    if reference is not None and prm is None:
+        raise BadInput("--reference needs --prm beside it")
+    if needed and pair is None and prm is None:
+        raise BadInput("a pair is needed: --pair, or --prm and --reference")
+
+
+def one_of(option: str, given: str, allowed: Sequence[str]) -> Any:
+    """The word, if it is allowed. Raises BadInput naming the option otherwise."""
+    if given not in allowed:
+        raise BadInput(f"{option} {given!r} is unknown; it is one of {', '.join(allowed)}")
+    return given
+
+
+def at_least(option: str, given: int, least: int = 1) -> int:
+    """The number, if it is not below `least`. Raises BadInput naming the option otherwise."""
+    if given < least:
+        raise BadInput(f"{option} {given}: at least {least} is needed")
+    return given
+
+
+def make_strategy(name: str, given: Mapping[str, Any]) -> Strategy:
+    """The named strategy, configured by those options that were given (not None).
+
+    Raises:
+        BadInput: an option that this strategy does not have.
+        ValueError: no strategy of that name, or a number is out of range.
+    """
+    key = name.replace("-", "_")
+    resolve_strategy(key)
+    own = [each.name for each in dataclasses.fields(STRATEGIES[key])]  # type: ignore[arg-type]
+    chosen = {option: value for option, value in given.items() if value is not None}
+    for option in chosen:
+        if option not in own:
+            takes = ", ".join(_flag(each) for each in own if each in given)
+            raise BadInput(f"{_flag(option)} is not an option of --strategy {key}; it takes {takes}")
+    return STRATEGIES[key](**chosen)
+
+
+def make_steps(
+    delimiter: Sequence[str] | None,
+    max_tokens: int | None,
+    regex: str | None,
+    *,
+    default: str | Sequence[str] | None = None,
+    confidence: float | None = None,
+) -> StepRule:
+    r"""A StepRule from options; a backslash and n in a delimiter is a line feed.
+
+    Args:
+        delimiter, max_tokens, regex, confidence: as given; None for the default, max_tokens=0 for no limit.
+        default: the delimiter where neither one nor a regex was given; None for StepRule's own.
+
+    Raises:
+        ValueError: see StepRule.
+    """
+    rule = StepRule()
+    found: str | Sequence[str] | None = rule.delimiter if default is None else default
+    if delimiter:
+        found = [unescape(each) for each in delimiter]
+    elif regex is not None:
+        found = None
+    tokens = rule.max_tokens if max_tokens is None else None if max_tokens == 0 else max_tokens
+    return StepRule(delimiter=found, max_tokens=tokens, regex=regex, confidence=confidence)
+
+
+def make_budget(tokens: int | None, nodes: int | None, depth: int | None, seconds: float | None) -> Budget:
+    """A Budget from options. Raises ValueError as Budget does."""
+    return Budget(tokens=tokens, nodes=nodes, depth=depth, seconds=seconds)
+
+
+def card_delimiter(pair: str | None) -> str | None:
+    """The delimiter that the card of a pair on this machine names; None without one. Raises BadInput for a bad card."""
+    if pair is None:
+        return None
+    path = (pair_dir() if pair == "demo" else Path(pair)) / "pair.json"
+    if not path.is_file():
+        return None
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--pair {pair}: its card {path} cannot be read: {error}") from error
+    found = card.get("delimiter") if isinstance(card, dict) else None
+    return found if isinstance(found, str) and found else None
+
+
+def unescape(text: str) -> str:
+    r"""Backslash escapes (\n, \t, \r, \\) as a shell passes them."""
+    found, rest = [], iter(text)
+    for char in rest:
+        if char != "\\":
+            found.append(char)
+            continue
+        after = next(rest, "")
+        found.append({"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}.get(after, "\\" + after))
+    return "".join(found)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")

@@ -1,0 +1,257 @@
+"""JSON Lines in and out: prompts and responses to read, and result files that survive being stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..tree import Prompt
+from . import BadInput
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt of the input, and the response to score where there is one.
+
+    Attributes:
+        where: what to call it in messages: "prompts.jsonl, line 3".
+        prompt: what to search or score under.
+        response: text or token ids; None where only prompts are read.
+        extra: the record's other fields; "id" is copied to the output.
+    """
+
+    where: str
+    prompt: Prompt
+    response: str | list[int] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def digest(self, *settings: object) -> str:
+        """A short name for this input under these settings, which are plain values: equal ones have equal names."""
+        messages = None if self.prompt.messages is None else [dict(message) for message in self.prompt.messages]
+        words = [self.prompt.text, messages, self.prompt.token_ids, self.response, *settings]
+        return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
+
+
+def digests(items: Sequence[Item], *settings: object) -> list[str]:
+    """A name for each item; equal items are told apart by how many equal ones came before."""
+    seen: Counter[str] = Counter()
+    names = []
+    for item in items:
+        name = item.digest(*settings)
+        names.append(f"{name}.{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return names
+
+
+def lines_of(path: str) -> Iterator[tuple[str, str]]:
+    """The lines of a text file ("-" is standard input) that are not blank, each with what to call it."""
+    name = "standard input" if path == "-" else path
+    try:
+        content = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{name} cannot be read: {reason(error)}") from error
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            yield f"{name}, line {number}", line
+
+
+def json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a JSON Lines file, each with what to call it. Raises BadInput where a line is no JSON object."""
+    for where, line in lines_of(path):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+        if not isinstance(record, dict):
+            raise BadInput(f"{where}: a JSON object is needed, got {type(record).__name__}")
+        yield where, record
+
+
+def read_items(path: str, *, chat: bool = False, system: str | None = None, responses: bool = False) -> list[Item]:
+    """Prompts, or prompts with responses, of a JSON Lines file; of any other file, a prompt a line.
+
+    Args:
+        path: "-" is standard input, read as JSON Lines.
+        chat, system: see prompt_of.
+        responses: each record needs a "response".
+
+    Raises:
+        BadInput: the file cannot be read or holds none, or a record lacks a field or has one of the wrong kind.
+    """
+    if path != "-" and not path.endswith((".jsonl", ".json")) and not responses:
+        items = [Item(where, prompt_of(line, where, chat, system)) for where, line in lines_of(path)]
+    else:
+        items = [_item(where, record, chat, system, responses) for where, record in json_lines(path)]
+    if not items:
+        raise BadInput(f"{path} holds no {'responses' if responses else 'prompts'}")
+    return items
+
+
+def _item(where: str, record: dict[str, Any], chat: bool, system: str | None, responses: bool) -> Item:
+    given = [name for name in ("prompt", "messages", "question") if name in record]
+    if len(given) != 1:
+        raise BadInput(f'{where}: one of "prompt", "messages" and "question" is needed, got {given or list(record)}')
+    prompt = prompt_of(record[given[0]], where, chat, system)
+    response = None
+    if responses:
+        if "response" not in record:
+            raise BadInput(f'{where}: there is no "response"')
+        response = record["response"]
+        if not (isinstance(response, str) or _is_ids(response)) or not response:
+            raise BadInput(f'{where}: "response" must be a text or a list of token ids, and not empty')
+    return Item(where, prompt, response, {k: v for k, v in record.items() if k not in (*given, "response")})
+
+
+def prompt_of(given: object, where: str, chat: bool = False, system: str | None = None) -> Prompt:
+    """A Prompt from a text, token ids or chat messages. Raises BadInput where it is none of them, or empty.
+
+    Args:
+        given: what the user wrote.
+        where: what to call it.
+        chat: a text becomes a user's message, for the model's chat template.
+        system: with chat: the system's message before it.
+    """
+    if isinstance(given, str) and given.strip():
+        if not chat:
+            return Prompt(text=given)
+        before = [] if system is None else [{"role": "system", "content": system}]
+        return Prompt(messages=(*before, {"role": "user", "content": given}))
+    if _is_ids(given) and given:
+        return Prompt(token_ids=tuple(given))  # type: ignore[arg-type]
+    if isinstance(given, list) and given and all(_is_message(item) for item in given):
+        return Prompt(messages=tuple(given))
+    if not given or isinstance(given, str):
+        raise BadInput(f"{where}: the prompt is empty")
+    raise BadInput(f'{where}: a prompt is a text, a list of token ids, or messages with "role" and "content"')
+
+
+def _is_ids(given: object) -> bool:
+    return isinstance(given, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given)
+
+
+def _is_message(given: object) -> bool:
+    return isinstance(given, dict) and isinstance(given.get("role"), str) and "content" in given
+
+
+class RecordFile:
+    """A JSON Lines file of results. Each record is on disk before the next one is made, and a stopped run can go on.
+
+    Args:
+        path: the file.
+        keys: the key of each input (`digests`), in order; a record carries its input's "index" and "key".
+        resume: go on with a file that exists.
+
+    Attributes:
+        done: index -> record of what the file held already.
+
+    Raises:
+        BadInput: the file exists and `resume` is False, it holds results of other inputs or settings, or it cannot be
+            written.
+    """
+
+    def __init__(self, path: str, keys: Sequence[str], *, resume: bool) -> None:
+        self.path, self.keys = Path(path), list(keys)
+        self.done: dict[int, dict[str, Any]] = {}
+        self._empty = not self.path.exists()  # goes again if nothing is written
+        if not self._empty and self.path.stat().st_size:
+            if not resume:
+                raise BadInput(f"{path} exists: --resume goes on with it, otherwise name another file")
+            self._read()
+        try:
+            self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written: {reason(error)}") from error
+
+    def _read(self) -> None:
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be read: {reason(error)}") from error
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            where = f"{self.path}, line {number}"
+            try:
+                record = json.loads(line)
+                index, key = record["index"], record["key"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise BadInput(f"{where}: not a result that this command wrote") from error
+            if not isinstance(index, int) or not 0 <= index < len(self.keys) or self.keys[index] != key:
+                raise BadInput(f"{where}: a result of other inputs or settings; --resume needs the same ones")
+            self.done[index] = record
+        if len(whole) < len(content):  # the line that a stopped run was writing
+            os.truncate(self.path, len(whole))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record, at once."""
+        self._file.write(dumps(record) + "\n")
+        self._file.flush()
+        self._empty = False
+
+    def __enter__(self) -> RecordFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._empty:
+            self.path.unlink(missing_ok=True)
+
+
+def dumps(record: Mapping[str, Any]) -> str:
+    """One line of JSON. NaN and infinities, which JSON has no words for, become null."""
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(given: Any) -> Any:
+    if isinstance(given, float):
+        return given if abs(given) < float("inf") else None
+    if isinstance(given, Mapping):
+        return {name: _finite(value) for name, value in given.items()}
+    if isinstance(given, list | tuple):
+        return [_finite(value) for value in given]
+    return given
+
+
+def asked(item: Item) -> Any:
+    """The prompt as it was given."""
+    prompt = item.prompt
+    if prompt.messages is not None:
+        return [dict(message) for message in prompt.messages]
+    return prompt.text if prompt.text is not None else list(prompt.token_ids or ())
+
+
+def writable(option: str, path: str) -> None:
+    """Raises BadInput where a file cannot be written, before any work is done. An existing one is left as it is."""
+    try:
+        there = Path(path).exists()
+        Path(path).open("a", encoding="utf-8").close()
+        if not there:
+            Path(path).unlink()
+    except OSError as error:
+        raise BadInput(f"{option} {path} cannot be written: {reason(error)}") from error
+
+
+def report(file: RecordFile | None, done: int, total: int) -> None:
+    """Say on standard error what a run that wrote a file has in it, where that is not everything."""
+    if file is not None and 0 < done < total:
+        print(f"{file.path} has {done} of {total} results; --resume goes on", file=sys.stderr)
+
+
+def rounded(values: Iterable[float]) -> list[float]:
+    """fp32 numbers with the digits that they have."""
+    return [float(f"{float(value):.7g}") for value in values]
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line."""
+    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return " ".join(said.split("\n\n")[0].split())

