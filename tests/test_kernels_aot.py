@@ -155,8 +155,10 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
         argument: "constexpr" if argument in fixed else argument_type(argument, case["half"])
         for argument in kernel.arg_names
     }
-    # What a launch finds out by itself: addresses and strides are multiples of 16, and so is an even depth.
-    multiples = [a for a in kernel.arg_names if a.endswith("_ptr") or (a.startswith(("stride", "ref_stride")))]
+    # What a launch finds out by itself: addresses of operands and strides are multiples of 16, and so is an even depth.
+    tables = INDEX_POINTERS | INT64_POINTERS | {"stride_table"}
+    multiples = [a for a in kernel.arg_names if a.endswith("_ptr") or a.startswith(("stride", "ref_stride"))]
+    multiples = [a for a in multiples if a not in tables]
     multiples += [a for a in ("D", "ref_D") if a in kernel.arg_names and case.get("even", True)]
     source = ASTSource(
         fn=kernel, signature=signature, constexprs=fixed,

@@ -68,7 +68,11 @@ def _block(
     return new_top, total, acc
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "splits", "first_split", "window"])
+# Per-call sizes and the index tables' alignment are not specialised: each variant would be a compilation mid-search.
+@triton.jit(
+    do_not_specialize=["T", "tiles", "splits", "first_split", "window", "stride_table"],
+    do_not_specialize_on_alignment=["table_ptr", "len_ptr", "start_ptr", "group_ptr", "prefix_ptr"],
+)
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, stat_ptr, table_ptr, len_ptr, start_ptr, group_ptr, prefix_ptr, sink_ptr,
     stride_qt, stride_qh, stride_ks, stride_kh, stride_vs, stride_vh, stride_table,
@@ -212,7 +216,7 @@ def _copy_heads(new_ptr, pool_ptr, stride_nh, stride_ph, H, D: tl.constexpr, BLO
         tl.store(pool_ptr + head * stride_ph + at % D, value, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_ptr"])
 def write_kv_kernel(
     k_pool_ptr, v_pool_ptr, k_ptr, v_ptr, slot_ptr, stride_pk, stride_pkh, stride_pv, stride_pvh,
     stride_k, stride_kh, stride_v, stride_vh, H, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,

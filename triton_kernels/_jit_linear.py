@@ -128,7 +128,7 @@ def _split(
     tl.store(out + 2 * plane, hit, mask=rows < N)
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["target_ptr"])
 def split_kernel(
     x_ptr, w_ptr, bias_ptr, target_ptr, part_ptr, N, V, D, stride_x, stride_w, scale, softcap, splits,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
@@ -141,7 +141,7 @@ def split_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["target_ptr"])
 def split_pair_kernel(
     x_ptr, w_ptr, bias_ptr, part_ptr, V, D, stride_x, stride_w, scale, softcap,
     ref_x_ptr, ref_w_ptr, ref_bias_ptr, ref_part_ptr, ref_V, ref_D, ref_stride_x, ref_stride_w, ref_scale,
@@ -186,7 +186,7 @@ def _merged(part_ptr, rows, target, N, V, splits, BN: tl.constexpr):
     return tl.where(known, (hit - top) - log_total, float("nan")), top + log_total
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["target_ptr"])
 def merge_kernel(part_ptr, target_ptr, logprob_ptr, lse_ptr, N, V, splits, BN: tl.constexpr):
     """Grid (cdiv(N, BN),): partials of one model to logprob [N] and logsumexp [N]."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -196,7 +196,7 @@ def merge_kernel(part_ptr, target_ptr, logprob_ptr, lse_ptr, N, V, splits, BN: t
     tl.store(lse_ptr + rows, lse, mask=rows < N)
 
 
-@triton.jit(do_not_specialize=["N", "splits", "ref_splits"])
+@triton.jit(do_not_specialize=["N", "splits", "ref_splits"], do_not_specialize_on_alignment=["target_ptr"])
 def merge_pair_kernel(
     part_ptr, ref_part_ptr, target_ptr, out_ptr, N, V, ref_V, splits, ref_splits, beta, BN: tl.constexpr
 ):
@@ -208,7 +208,7 @@ def merge_pair_kernel(
     tl.store(out_ptr + rows, beta * (logprob - reference), mask=rows < N)
 
 
-@triton.jit(do_not_specialize=["N", "first"])
+@triton.jit(do_not_specialize=["N", "first"], do_not_specialize_on_alignment=["target_ptr"])
 def logit_gradient_kernel(
     x_ptr, w_ptr, bias_ptr, target_ptr, lse_ptr, grad_logprob_ptr, grad_lse_ptr, out_ptr,
     N, V, D, stride_x, stride_w, stride_out, first, scale, softcap,

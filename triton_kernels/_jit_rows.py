@@ -75,7 +75,7 @@ def guide_kernel(
         tl.store(out, value.to(out_ptr.dtype.element_ty), mask=cols < V)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["reward_ptr", "offset_ptr"])
 def step_rewards_kernel(reward_ptr, offset_ptr, out_ptr, T, BLOCK: tl.constexpr):
     """Grid (S,): the sum of one step's token rewards. Offsets are clamped to [0, T], so none reads out of bounds."""
     step = tl.program_id(0)
