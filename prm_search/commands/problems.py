@@ -1,0 +1,112 @@
+"""Problems with known answers: of JSON Lines files, or of data sets by name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..training.labels import stated_answer
+from . import BadInput
+from .records import Item, json_lines, prompt_of, reason
+
+PROMPTS = ("prompt", "messages", "question", "problem")
+ANSWERS = ("answer", "solution")
+
+
+def read_problems(
+    data: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    template: str | None = None,
+    chat: bool = False,
+    system: str | None = None,
+) -> list[Item]:
+    """Problems; an item's response is its reference answer.
+
+    A record has a "prompt", "messages", "question" (GSM8K) or "problem" (MATH), and an "answer" or else a "solution".
+    Of a solution in GSM8K's form the answer is what follows "####", of one in MATH's form what is in the box.
+
+    Args:
+        data: a JSON Lines file, "-" for standard input, or a name for datasets.load_dataset.
+        config, split: of a data set.
+        limit: read so many at most.
+        template: a text prompt is put where this has {}.
+        chat, system: see prompt_of.
+
+    Raises:
+        BadInput: data cannot be read or holds none, or a record lacks a field or has one of the wrong kind.
+    """
+    if template is not None and template.count("{}") != 1:
+        raise BadInput(f"--template {template!r}: it needs {{}} once, where the question goes")
+    local = data == "-" or os.path.isfile(data) or data.endswith((".jsonl", ".json"))
+    items: list[Item] = []
+    for where, record in json_lines(data) if local else _rows(data, config, split):
+        if limit is not None and len(items) == limit:
+            break
+        items.append(_problem(where, record, template, chat, system))
+    if not items:
+        raise BadInput(f"{data} holds no problems")
+    return items
+
+
+def _problem(where: str, record: Mapping[str, Any], template: str | None, chat: bool, system: str | None) -> Item:
+    given = [name for name in PROMPTS if record.get(name) is not None]
+    if len(given) != 1:
+        raise BadInput(f"{where}: one of {', '.join(PROMPTS)} is needed, got {given or list(record)}")
+    asked = record[given[0]]
+    if template is not None:
+        if not isinstance(asked, str):
+            raise BadInput(f"{where}: --template needs a prompt that is a text")
+        asked = template.replace("{}", asked)
+    stated = next((record[name] for name in ANSWERS if record.get(name) is not None), None)
+    if isinstance(stated, int | float) and not isinstance(stated, bool):
+        stated = str(stated)
+    if not isinstance(stated, str) or not stated.strip():
+        raise BadInput(f'{where}: an "answer" or a "solution" is needed, a text or a number')
+    extra = {"id": record["id"]} if "id" in record else {}
+    return Item(where, prompt_of(asked, where, chat, system), stated_answer(stated), extra)
+
+
+def _rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise BadInput(
+            f"{name} is no file; a data set of that name needs the package datasets: pip install 'prm-search[train]'"
+        ) from error
+    try:
+        rows = load_dataset(name, config, split=split)
+    except Exception as error:  # of the network, the hub, the file formats: each has its own class
+        raise BadInput(f"the data set {name} cannot be loaded: {reason(error)}") from error
+    for place, row in enumerate(rows):
+        yield f"{name} [{split}], row {place}", row
+
+
+def function_of(option: str, given: str) -> Callable[..., Any]:
+    """The function that "module:name" or "file.py:name" stands for. Raises BadInput where there is none."""
+    module, _, name = given.rpartition(":")
+    try:
+        if module.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+            if spec is None or spec.loader is None:
+                raise BadInput(f"{option} {given}: {module} is no Python file")
+            loaded = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(loaded)
+        else:
+            if "" not in sys.path:
+                sys.path.insert(0, "")
+            loaded = importlib.import_module(module)
+    except (ImportError, OSError, ValueError) as error:
+        raise BadInput(f"{option} {given}: {module or 'a module'} cannot be imported: {reason(error)}") from error
+    found = getattr(loaded, name, None)
+    if not callable(found):
+        raise BadInput(f"{option} {given}: {module} has no function {name}")
+    result: Callable[..., Any] = found
+    return result

@@ -1,0 +1,169 @@
+"""``prm-search rollout``: responses to problems with known answers, labelled, for training."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from ..answers import ANSWERS
+from ..protocols import Sampling
+from ..steps import StepRule
+from ..training.labels import LABELS, Judge
+from ..training.rollouts import Problem, sample_rollouts
+from . import BadInput, options, render
+from .problems import function_of, read_problems
+from .records import Item, RecordFile, digests, reason, report
+
+_DATA, _LABELS, _SAMPLING = "Problems", "Labels", "Sampling"
+
+
+def rollout(
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="The model that samples: hub id, folder, PEFT adapter, .gguf file, or 'demo'.",
+            rich_help_panel=options.MODELS,
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="JSON Lines or a name for the package datasets, with question/problem/prompt/messages and "
+            "answer/solution, as GSM8K and MATH have them; - is stdin.",
+            rich_help_panel=_DATA,
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Option(help="Write JSON Lines here, each response when it is finished.", rich_help_panel=options.OUTPUT),
+    ],
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    config: Annotated[str | None, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = None,
+    split: Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = "train",
+    limit: Annotated[int | None, typer.Option(help="Problems at most.", rich_help_panel=_DATA)] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help=r"Text around the question, which stands for {}; \n is read as such.", rich_help_panel=_DATA),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are user messages to a chat model.", rich_help_panel=_DATA)
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=_DATA)] = None,
+    label: Annotated[
+        str,
+        typer.Option(
+            help="math (math-verify), exact, or module:function of response and answer.", rich_help_panel=_LABELS
+        ),
+    ] = "math",
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            help="The answer in a response: boxed, ####, number or module:function. Default: what there is, in the "
+            "order ####, boxed, number.",
+            rich_help_panel=_LABELS,
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", help="Responses a problem.", rich_help_panel=_SAMPLING)] = 8,
+    temperature: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 1.0,
+    top_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all.", rich_help_panel=_SAMPLING)] = 0,
+    min_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Of one response.", rich_help_panel=_SAMPLING)] = 1024,
+    seed: Annotated[int, typer.Option(help="Of every draw.", rich_help_panel=_SAMPLING)] = 0,
+    batch: Annotated[
+        int, typer.Option(help="Problems sampled together; changes no response.", rich_help_panel=options.OUTPUT)
+    ] = 32,
+    resume: options.Resume = False,
+    debug: options.Debug = False,
+) -> None:
+    """Sample responses to problems with known answers, and label each right or wrong."""
+    options.at_least("--n", n)
+    options.at_least("--batch", batch)
+    if limit is not None:
+        options.at_least("--limit", limit)
+    if system is not None and not chat:
+        raise BadInput("--system needs --chat")
+    judge = make_judge(label, answer)
+    sampling = Sampling(StepRule(), temperature, top_p, top_k, min_p, max_new_tokens, seed)
+    items = read_problems(
+        data,
+        config=config,
+        split=split,
+        limit=limit,
+        template=None if template is None else options.unescape(template),
+        chat=chat,
+        system=system,
+    )
+    keys = digests([item for item in items for _ in range(n)], "rollout", policy, dtype, label, answer, repr(sampling))
+    with RecordFile(out, keys, resume=resume) as file:
+        from .loading import load_policy, quiet
+
+        records = dict(file.done)
+        try:
+            quiet()
+            sampler = load_policy(policy, device=device, dtype=dtype)
+            problems = [_encoded(item, sampler) for item in items]
+            bar, tick = render.progress("responses", len(keys) - len(records))
+            drawn = sample_rollouts(
+                problems,
+                policy=sampler,
+                n=n,
+                sampling=sampling,
+                label=judge,
+                done={divmod(place, n) for place in records},
+                batch=batch,
+            )
+            with bar:
+                for each in drawn:
+                    item, place = items[each.problem], each.problem * n + each.sample
+                    record = {"index": place, "key": keys[place]} | item.extra | each.record()
+                    record["reference_answer"] = item.response
+                    file.write(record)
+                    records[place] = record
+                    tick()
+        finally:
+            report(file, len(records), len(keys))
+    print(summary(records.values()), file=sys.stderr)
+
+
+def make_judge(label: str, answer: str | None) -> Judge:
+    """A Judge of options. Raises BadInput naming the option where one makes no sense."""
+    if label not in LABELS and ":" not in label:
+        raise BadInput(f"--label {label!r} is unknown; it is one of {', '.join(LABELS)}, or module:function")
+    if answer is not None and answer not in ANSWERS and ":" not in answer:
+        raise BadInput(f"--answer {answer!r} is unknown; it is one of {', '.join(ANSWERS)}, or module:function")
+    if answer is not None and label not in LABELS:
+        raise BadInput("--answer is not asked where --label is a function")
+    return Judge(
+        function_of("--label", label) if ":" in label else label,
+        function_of("--answer", answer) if answer is not None and ":" in answer else answer,
+    )
+
+
+def summary(records: Iterable[Mapping[str, Any]]) -> str:
+    """What a file of rollouts holds, by label."""
+    labels: defaultdict[int, Counter[int]] = defaultdict(Counter)
+    cut = 0
+    for record in records:
+        labels[record["problem"]][record["label"]] += 1
+        cut += record["finish"] != "stop"
+    right, wrong = (sum(counts[label] for counts in labels.values()) for label in (1, 0))
+    mixed = sum(len(counts) == 2 for counts in labels.values())
+    share = right / max(1, right + wrong)
+    return (
+        f"{right + wrong} responses to {len(labels)} problems: {right} right ({share:.1%}), {wrong} wrong "
+        f"(of these {cut} cut); {mixed} problems have both"
+    )
+
+
+def _encoded(item: Item, policy: Any) -> Problem:
+    try:
+        prompt = item.prompt.with_ids(policy.encode(item.prompt))
+    except ValueError as error:
+        raise BadInput(f"{item.where}: {reason(error)}") from error
+    return Problem(prompt, str(item.response))

@@ -1,0 +1,146 @@
+"""Rollouts: n whole responses a problem, each labelled by its outcome. No torch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..models import require
+from ..protocols import Policy, Request, Sampling
+from ..search import encode_all
+from ..tree import Prompt, SearchTree
+
+Label = Callable[[str, str], tuple[str | None, bool]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked, and what the right final answer is."""
+
+    prompt: Prompt
+    answer: str
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response, token-exact.
+
+    Attributes:
+        problem: its problem's place in the list.
+        sample: which of the problem's n responses.
+        prompt_ids, response_ids: tokens of the policy; the response's end of sequence is one of them.
+        text: the response, without special tokens.
+        finish: "stop", or "length" where max_new_tokens or the context cut it.
+        answer: the final answer that was found, or None.
+        label: whether it is right. A response that was cut gave no answer: False.
+    """
+
+    problem: int
+    sample: int
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    text: str
+    finish: str
+    answer: str | None
+    label: bool
+
+    def record(self) -> dict[str, Any]:
+        """As a line of rollouts.jsonl has it."""
+        return {
+            "problem": self.problem,
+            "sample": self.sample,
+            "prompt_ids": list(self.prompt_ids),
+            "response_ids": list(self.response_ids),
+            "response": self.text,
+            "finish": self.finish,
+            "answer": self.answer,
+            "label": int(self.label),
+        }
+
+
+def sample_rollouts(
+    problems: Sequence[Problem],
+    *,
+    policy: Policy,
+    n: int,
+    sampling: Sampling,
+    label: Label,
+    done: Collection[tuple[int, int]] = (),
+    batch: int = 32,
+) -> Iterator[Rollout]:
+    """Sample and label n responses a problem; each is given out as soon as it is finished.
+
+    Response k of a problem is what `search` with BestOfN(n) draws as its k-th: a function of seed, prompt and k alone.
+    So a run that goes on after another (`done`) gives what that one would have given. The prompt's KV is shared.
+
+    Args:
+        problems: equal prompts draw differently from each other.
+        policy: samples; its requests are answered by `submit` and `advance`.
+        n: responses a problem.
+        sampling: how; the policy's context may leave fewer tokens.
+        label: see labels.Judge: of a complete response's text and the reference answer, the answer found and the label.
+        done: (problem, sample) of responses that are not wanted.
+        batch: problems sampled together; changes no response.
+
+    Raises:
+        ValueError: n or batch is below 1, or a prompt is empty or too long (which one is said); before anything is
+            sampled.
+        TypeError: policy is none.
+    """
+    for name, given in (("n", n), ("batch", batch)):
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise ValueError(f"{name}={given!r}: an integer >= 1 is needed")
+    require("policy", policy, Policy)
+    encoded = encode_all([problem.prompt for problem in problems], policy)
+    return _sample(problems, encoded, policy, n, sampling, label, frozenset(done), batch)
+
+
+def _sample(
+    problems: Sequence[Problem],
+    encoded: Sequence[tuple[Prompt, int]],
+    policy: Policy,
+    n: int,
+    sampling: Sampling,
+    label: Label,
+    done: frozenset[tuple[int, int]],
+    batch: int,
+) -> Iterator[Rollout]:
+    wanted = {i: [k for k in range(n) if (i, k) not in done] for i in range(len(problems))}
+    waiting = deque(i for i in wanted if wanted[i])
+    places: dict[Request, tuple[int, int]] = {}
+    left: dict[SearchTree, int] = {}
+    try:
+        while waiting or left:
+            while waiting and len(left) < batch:
+                i = waiting.popleft()
+                prompt, occurrence = encoded[i]
+                tree = SearchTree(prompt, occurrence=occurrence)
+                how = _within(sampling, getattr(policy, "context", None), len(tree.prompt_ids))
+                requests = []
+                for k in wanted[i]:
+                    tree.root.drawn = k
+                    requests.append(Request.draw(tree.root, 1, how, until="end", merge=False))
+                places.update(zip(requests, ((i, k) for k in wanted[i]), strict=True))
+                left[tree] = len(requests)
+                policy.submit(requests)
+            for request, (node, *_) in policy.advance():
+                i, k = places.pop(request)
+                tree = request.node.tree
+                text, cut = node.path_text(), node.finish != "stop"
+                found, right = (None, False) if cut else label(text, problems[i].answer)
+                ids = tuple(node.path_ids())
+                left[tree] -= 1
+                if not left[tree]:
+                    del left[tree]
+                    policy.release(tree)
+                yield Rollout(i, k, tree.prompt_ids, ids, text, str(node.finish), found, right)
+    finally:
+        for tree in left:
+            policy.release(tree)
+
+
+def _within(sampling: Sampling, context: int | None, prompt: int) -> Sampling:
+    room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - prompt)
+    return replace(sampling, max_new_tokens=room)
