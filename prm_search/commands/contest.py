@@ -24,6 +24,7 @@ from ..tree import Node
 LENGTH = 8  # steps of a problem
 STEP_TOKENS = 4  # variable, operation, result, and delimiter or end
 SAMPLES, WIDTH, EXPANSIONS = 16, 4, 4
+BEAM = Beam(WIDTH, EXPANSIONS, value="min")  # one wrong step spoils an answer, so a prefix is as good as its worst
 BUDGET = SAMPLES * LENGTH * STEP_TOKENS  # policy tokens a problem: enough for 16 whole answers
 TITLES = {
     "greedy": "greedy",
@@ -157,7 +158,7 @@ class Contest:
             blind = name == "majority"  # needs no rewards, so it is not charged for them
             self._put(name, chosen[name], samples, seconds - scoring if blind else seconds, blind=blind)
 
-        beams, seconds = self._search(["beam"], Beam(WIDTH, EXPANSIONS))
+        beams, seconds = self._search(["beam"], BEAM)
         chosen["beam"] = [result.answer for result in beams]
         self._put("beam", chosen["beam"], beams, seconds)
         return beams, chosen

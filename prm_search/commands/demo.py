@@ -17,7 +17,7 @@ from ..demo.chains import CONSTRUCTED, Problem, problems, wrong_steps
 from ..result import Result
 from ..tree import Node
 from . import BadInput, options, render
-from .contest import BUDGET, EXPANSIONS, LENGTH, SAMPLES, TITLES, WIDTH, Board, Contest
+from .contest import BEAM, BUDGET, EXPANSIONS, LENGTH, SAMPLES, TITLES, WIDTH, Board, Contest
 from .records import writable
 from .savings import Savings
 
@@ -78,7 +78,7 @@ def run(count: int, seed: int, screen: Console) -> dict[str, Any]:
         "seed": seed,
         "length": LENGTH,
         "samples": SAMPLES,
-        "beam": {"width": WIDTH, "expansions": EXPANSIONS},
+        "beam": {"width": WIDTH, "expansions": EXPANSIONS, "value": BEAM.value},
         "budget_tokens": BUDGET,
         "strategies": {name: row.record() for name, row in board.rows.items()},
         "beam_scoring": savings.record(),
@@ -87,8 +87,11 @@ def run(count: int, seed: int, screen: Console) -> dict[str, Any]:
 
 
 def _load(screen: Console) -> tuple[Any, Any]:
+    import torch
+
     from .loading import DEMO, load_pair, load_policy, quiet
 
+    torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
     with render.waiting(screen, "loading the pair"):
         quiet()
         policy = load_policy(DEMO, device="cpu")
@@ -117,7 +120,8 @@ def _show_tree(
     known = f"solves, as do {', '.join(others)}" if others else "alone solves"
     outcome = known if chosen["beam"][place] == problem.answer else "does not solve"
     screen.print()
-    screen.print(Text(f"The search of problem {place + 1} of {len(asked)}, which beam {outcome}:"))
+    which = f"The search of problem {place + 1} of {len(asked)}, which beam {outcome}"
+    screen.print(Text(f"{which} (it ranks a prefix by its lowest step reward):"))
     screen.print(render.tree_view(result.tree, result.node, note=note))
     screen.print(
         Text(

@@ -12,7 +12,6 @@ import torch
 
 from ..demo import pair_dir
 from ..implicit_prm import ImplicitPRM
-from ..loading import load
 from ..policy import HFPolicy
 from . import BadInput
 from .records import reason
@@ -46,11 +45,8 @@ def _show_warning(
 
 
 def load_policy(name: str, *, device: str = "auto", dtype: str = "auto") -> HFPolicy:
-    """The policy of that name, or the demo's. Raises BadInput, or see loading.load."""
-    loaded = load(str(pair_dir() / "policy") if name == DEMO else name, **_options(device, dtype))
-    if loaded.tokenizer is None:
-        raise BadInput(f"--policy {name}: there is no tokenizer beside the model")
-    return HFPolicy(loaded.lm, loaded.tokenizer)
+    """The policy of that name, or the demo's. Raises BadInput, or see HFPolicy.from_pretrained."""
+    return HFPolicy.from_pretrained(pair_dir() / "policy" if name == DEMO else name, **_options(device, dtype))
 
 
 def load_pair(

