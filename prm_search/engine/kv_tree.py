@@ -81,7 +81,7 @@ class Branch:
     def path_slots(self) -> np.ndarray:
         """[start + encoded] int64 slots of the path, which must be resident. A view: do not write."""
         have, want = (0 if self._path is None else len(self._path)), self.start + self.encoded
-        if self._path is None or have < want:
+        if self._path is None or have < want or not self.encoded:  # who holds nothing keeps no ancestor in place
             room = np.empty(max(want, want + min(want, 256)), np.int64)
             if self.parent is not None and self.start:
                 room[: self.start] = self.parent.path_slots()[: self.start]
@@ -222,6 +222,7 @@ class KVTree:
         slots = self._free[self.free - tokens : self.free][::-1].copy()
         self.free -= tokens
         if branch.encoded == 0 and tokens:
+            branch._path = None
             self._resident += 1
             if branch.parent is not None:
                 branch.parent.resident_children += 1
