@@ -102,7 +102,7 @@ def strengthen(module: nn.Module) -> None:
             elif "embed" in name or "wte" in name or "wpe" in name or weight is _output(module):
                 weight.copy_(torch.randn_like(weight) * (0.5 if weight is _output(module) else 1.0))
             else:
-                weight.copy_(torch.randn_like(weight) * 1.2 / math.sqrt(min(weight.shape[-2:])))
+                weight.copy_(torch.randn_like(weight) / math.sqrt(min(weight.shape[-2:])))
 
 
 def _output(module: nn.Module) -> nn.Parameter | None:
