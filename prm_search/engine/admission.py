@@ -72,7 +72,8 @@ def check(module: nn.Module, state: tuple[str, ...] | None, make: Make) -> int:
     key = (type(module), _content(module.config))
     if key not in _verdicts:
         _verdicts[key] = _judge(module, make)
-    name = f"{module.config.model_type} ({type(module).__name__})"
+    config: Any = module.config
+    name = f"{config.model_type} ({type(module).__name__})"
     try:
         found = _verdicts[key] or _look_at(module, state, make)
     except torch.OutOfMemoryError:

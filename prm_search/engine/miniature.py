@@ -106,8 +106,8 @@ def strengthen(module: nn.Module) -> None:
 
 
 def _output(module: nn.Module) -> nn.Parameter | None:
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    return getattr(head, "weight", None)
+    find: Any = getattr(module, "get_output_embeddings", None)
+    return getattr(find(), "weight", None) if find is not None else None
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -272,7 +272,7 @@ def _cut_heads(config: Any) -> None:
     _set(config, ["swa_num_key_value_heads"], few_kv)
 
 
-def _shrink_dict(config: Any, values: dict[str, Any], limit: int) -> None:
+def _shrink_dict(config: Any, values: dict[Any, Any], limit: int) -> None:
     """RoPE parameters (of each layer kind, too), compression rates and layers' own settings."""
     for name, value in values.items():
         if isinstance(value, dict):
@@ -285,7 +285,7 @@ def _shrink_dict(config: Any, values: dict[str, Any], limit: int) -> None:
         elif name in ("short_factor", "long_factor"):
             half = _rotary(config, values) // 2
             values[name] = (value * half)[:half]
-        elif type(value) is int and (is_limit(name) or name.endswith("_attention")) and value > limit:
+        elif type(value) is int and (is_limit(str(name)) or str(name).endswith("_attention")) and value > limit:
             values[name] = limit
         elif name in ("head_dim", "global_head_dim") and type(value) is int:
             values[name] = 2 * HEAD
