@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ from .options import make_budget, make_steps, make_strategy
 from .records import Item, RecordFile, asked, digests, dumps, prompt_of, read_items, reason, report
 
 if TYPE_CHECKING:
+    from ..models import Models
     from ..result import Result
 
 _PROMPTS, _SEARCH, _CHOICE = "Prompts", "Search", "Choice of the answer"
@@ -190,15 +191,14 @@ class Run:
     def go(self, policy: Any, scorer: Any, prover: Any, batch: int) -> None:
         """Search for every item that is not done, at most `batch` at a time."""
         from ..loop import SearchLoop
-        from ..search import encode_all
 
-        encoded = encode_all([_with_ids(item, policy) for item in self.items], policy)
         if isinstance(self.settings.strategy, Steer):
             policy = self.settings.strategy.wrap(policy, scorer)
         waiting = deque(place for place in range(len(self.items)) if place not in self.done)
         bar, tick = render.progress("prompts", len(waiting), beside_output=True)
         running: dict[SearchTree, int] = {}
         with bar, SearchLoop(policy, scorer, prover) as loop:
+            encoded = _encode(self.items, loop.models)
             while waiting or loop.active:
                 while waiting and len(running) < batch:
                     prompt, occurrence = encoded[place := waiting.popleft()]
@@ -269,12 +269,19 @@ def _step(node: Node) -> dict[str, Any]:
     return step
 
 
-def _with_ids(item: Item, policy: Any) -> Prompt:
-    """The item's prompt, encoded. Raises BadInput saying where it stands."""
-    try:
-        return item.prompt.with_ids(policy.encode(item.prompt))
-    except ValueError as error:
-        raise BadInput(f"{item.where}: {reason(error)}") from error
+def _encode(items: Sequence[Item], models: Models[Any]) -> list[tuple[Prompt, int]]:
+    """Prompts with their token ids, and how many equal ones came before. Raises BadInput saying where one stands."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    encoded = []
+    for item in items:
+        try:
+            prompt = models.encode(item.prompt)
+        except ValueError as error:
+            raise BadInput(f"{item.where}: {reason(error)}") from error
+        ids = prompt.token_ids or ()
+        encoded.append((prompt, seen[ids]))
+        seen[ids] += 1
+    return encoded
 
 
 def _prompts(given: list[str] | None, file: str | None, chat: bool, system: str | None) -> list[Item]:
