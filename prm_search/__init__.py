@@ -1,4 +1,4 @@
-"""Reward-guided decoding with implicit process rewards. See DESIGN in docs/ and `search`."""
+"""Reward-guided decoding with implicit process rewards. Start at `search`; docs/index.md has the overview."""
 
 from __future__ import annotations
 

@@ -13,6 +13,9 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from prm_search.engine.adapters import tuner_layers, unwrap
 from prm_search.engine.language_model import LanguageModel
+from prm_search.engine.memo import node_logprobs
+from prm_search.implicit_prm import ImplicitPRM
+from prm_search.tree import Prompt, SearchTree
 
 NATS = 1e-4
 TEXT = [7, 21, 8, 55, 90, 3, 14, 14, 60, 33, 41, 12]
@@ -182,3 +185,17 @@ def test_virtual_tokens() -> None:
     peft = get_peft_model(tiny("llama"), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).eval()
     with pytest.raises(ValueError, match="adds virtual tokens"):
         LanguageModel.of(peft)
+
+
+def test_adapters_injected_after_the_policy_was_made_do_not_change_it() -> None:
+    """get_peft_model changes the module in place; the policy still means its base weights."""
+    model = tiny("llama")
+    lm = LanguageModel.of(model)
+    trees = [SearchTree(Prompt(token_ids=tuple(TEXT[:5]))) for _ in range(2)]
+    nodes = [tree.add(tree.root, TEXT[5:]) for tree in trees]
+    before = node_logprobs(lm, nodes[:1])[0]
+    pair = ImplicitPRM(with_lora(model), lm, beta=1.0)
+    assert pair.reference is lm
+    pair.score_nodes(nodes[1:])
+    assert np.abs(node_logprobs(lm, nodes[1:])[0] - before).max() < NATS
+    assert np.abs(nodes[1].token_rewards).max() > 0.01
