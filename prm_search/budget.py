@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .checks import number
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -19,6 +21,7 @@ class Budget:
 
     Raises:
         ValueError: a limit is not positive, or not an integer (seconds: not finite).
+        TypeError: seconds is no number.
     """
 
     tokens: int | None = None
@@ -31,8 +34,8 @@ class Budget:
             given = getattr(self, name)
             if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
                 raise ValueError(f"budget: {name}={given!r}: an integer >= 1 or None is needed")
-        if self.seconds is not None and not (math.isfinite(self.seconds) and self.seconds > 0):
-            raise ValueError(f"budget: seconds={self.seconds!r}: a finite number > 0 or None is needed")
+        if self.seconds is not None:
+            number("budget: seconds", self.seconds, "a finite number > 0 or None", lambda given: 0 < given < math.inf)
 
     @classmethod
     def of(cls, given: Budget | int | None) -> Budget:

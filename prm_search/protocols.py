@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from .checks import integer, number
 from .rng import child_lineage
 from .tree import Node, Prompt, SearchTree
 
@@ -31,6 +32,7 @@ class Sampling:
 
     Raises:
         ValueError: a number is out of range or not finite.
+        TypeError: what should be a number is none.
     """
 
     steps: StepRule
@@ -42,16 +44,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature={self.temperature!r}: a finite number >= 0 is needed")
-        if not (0 < self.top_p <= 1):
-            raise ValueError(f"top_p={self.top_p!r}: it must be in (0, 1]")
-        if not (0 <= self.min_p <= 1):
-            raise ValueError(f"min_p={self.min_p!r}: it must be in [0, 1]")
-        if self.top_k < 0 or int(self.top_k) != self.top_k:
-            raise ValueError(f"top_k={self.top_k!r}: an integer >= 0 is needed (0 keeps all)")
-        if self.max_new_tokens < 1 or int(self.max_new_tokens) != self.max_new_tokens:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens!r}: an integer >= 1 is needed")
+        number("temperature", self.temperature, "a finite number >= 0", lambda value: 0 <= value < float("inf"))
+        number("top_p", self.top_p, "a number in (0, 1]", lambda value: 0 < value <= 1)
+        number("min_p", self.min_p, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+        integer("top_k", self.top_k, 0, "an integer >= 0 (0 keeps all)")
+        integer("max_new_tokens", self.max_new_tokens, 1, "an integer >= 1")
 
 
 @dataclass(eq=False)
@@ -176,9 +173,10 @@ class Policy(Protocol):
     The driver calls submit and advance until its requests are answered; expand is the same for people who
     drive a search by hand. A policy counts what it did on `node.tree.meter`.
 
-    Two attributes are optional: `context`, the tokens that prompt and response may have together (a search then stops
-    there as it does at max_new_tokens), and `forward_calls`, forwards run so far (otherwise calls of advance are
-    counted). A scorer may have `forward_calls` too.
+    Optional: `context`, the tokens that prompt and response may have together (a search then stops there as it does at
+    max_new_tokens; a scorer says so in `policy_context`); `forward_calls`, forwards run so far (otherwise calls of
+    advance are counted; a scorer may have it too); and `session()`, the same policy for one more loop, with requests
+    of its own: a policy without it serves one loop at a time.
     """
 
     @property

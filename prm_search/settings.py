@@ -8,6 +8,7 @@ from typing import Literal
 
 from .answers import SELECTS, Answer, Select, Selection, resolve_answer, select
 from .budget import Budget
+from .checks import number
 from .protocols import Sampling
 from .steps import StepRule
 from .strategies import Strategy, resolve_strategy
@@ -62,8 +63,7 @@ class Settings:
             raise ValueError(f"select={select!r} is unknown; it is one of {SELECTS}")
         if weight not in ("softmax", "sigmoid"):
             raise ValueError(f"weight={weight!r}: it is 'softmax' or 'sigmoid'")
-        if not 0 < weight_temperature < float("inf"):
-            raise ValueError(f"weight_temperature={weight_temperature!r}: a finite number > 0 is needed")
+        number("weight_temperature", weight_temperature, "a finite number > 0", lambda given: 0 < given < float("inf"))
         if value is not None:
             resolve_value(value)
         sampling = Sampling(

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from codecs import utf_8_decode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .checks import number
 
 if TYPE_CHECKING:
     from .tree import Node
@@ -44,7 +46,7 @@ class StepRule:
     Raises:
         ValueError: a delimiter or the regex is or matches the empty string, max_tokens < 1, or confidence is outside
             [0, 1].
-        TypeError: a delimiter is not a string, or max_tokens not an integer.
+        TypeError: a delimiter is not a string, max_tokens not an integer, or confidence no number.
     """
 
     delimiter: str | Sequence[str] | None = "\n\n"
@@ -58,6 +60,8 @@ class StepRule:
 
     def __post_init__(self) -> None:
         given = self.delimiter
+        if given is not None and not isinstance(given, Iterable):
+            raise TypeError(f"delimiter={given!r}: a string, strings or None is needed, not {type(given).__name__}")
         delimiters = () if given is None else (given,) if isinstance(given, str) else tuple(given)
         for item in delimiters:
             if not isinstance(item, str):
@@ -71,8 +75,8 @@ class StepRule:
                 raise TypeError(f"max_tokens={self.max_tokens!r}: an integer >= 1 or None is needed")
             if self.max_tokens < 1:
                 raise ValueError(f"max_tokens={self.max_tokens!r}: an integer >= 1 or None is needed")
-        if self.confidence is not None and not 0 <= self.confidence <= 1:
-            raise ValueError(f"confidence={self.confidence!r}: a probability in [0, 1] or None is needed")
+        if self.confidence is not None:
+            number("confidence", self.confidence, "a probability in [0, 1] or None", lambda given: 0 <= given <= 1)
         if self.regex is not None:
             try:
                 pattern = re.compile(self.regex)

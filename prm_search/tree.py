@@ -7,8 +7,9 @@ are the truth and text is a rendering of them, so what was sampled is what is sc
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class Prompt:
 
     Raises:
         ValueError: nothing was given, text and messages both were, or what was given is empty.
+        TypeError: something is of the wrong kind.
     """
 
     text: str | None = None
@@ -41,14 +43,23 @@ class Prompt:
             raise ValueError("Prompt takes text or messages, not both")
         if self.text is None and self.messages is None and self.token_ids is None:
             raise ValueError("Prompt needs one of text, messages or token_ids")
+        if self.text is not None and not isinstance(self.text, str):
+            raise TypeError(f"text must be a str, got {type(self.text).__name__}")
+        for name in ("messages", "token_ids"):
+            given = getattr(self, name)
+            if given is not None and (isinstance(given, str | bytes | Mapping) or not hasattr(given, "__len__")):
+                raise TypeError(f"{name} must be a list, got {type(given).__name__}")
         for name in ("text", "messages", "token_ids"):
             given = getattr(self, name)
             if given is not None and len(given) == 0:
                 raise ValueError(f"empty prompt: {name} is {given!r}; at least one token is needed")
         if self.messages is not None:
+            odd = next((message for message in self.messages if not isinstance(message, Mapping)), None)
+            if odd is not None:
+                raise TypeError(f"messages must be dicts with role and content, got {odd!r:.80}")
             object.__setattr__(self, "messages", tuple(self.messages))
         if self.token_ids is not None:
-            object.__setattr__(self, "token_ids", tuple(int(i) for i in self.token_ids))
+            object.__setattr__(self, "token_ids", plain_ids(self.token_ids))
 
     @classmethod
     def of(cls, given: Prompt | str | Sequence[int] | Sequence[Mapping[str, Any]]) -> Prompt:
@@ -57,7 +68,8 @@ class Prompt:
             return given
         if isinstance(given, str):
             return cls(text=given)
-        if isinstance(given, Sequence) or hasattr(given, "__iter__"):
+        # Bytes hold integers too, and sets hold them in no order.
+        if hasattr(given, "__iter__") and not isinstance(given, bytes | bytearray | Set | Mapping):
             items: list[Any] = list(given)
             if items and all(isinstance(item, Mapping) for item in items):
                 return cls(messages=tuple(items))
@@ -69,7 +81,15 @@ class Prompt:
 
     def with_ids(self, token_ids: Sequence[int]) -> Prompt:
         """The same prompt with its token ids filled in."""
-        return replace(self, token_ids=tuple(int(i) for i in token_ids))
+        return replace(self, token_ids=plain_ids(token_ids))
+
+
+def plain_ids(token_ids: Iterable[Any]) -> tuple[int, ...]:
+    """Token ids as plain integers. Raises TypeError for anything that would have to be rounded or read."""
+    try:
+        return tuple(map(index, token_ids))
+    except TypeError as error:
+        raise TypeError(f"token_ids must be integers: {error}") from error
 
 
 class Node:
@@ -281,6 +301,7 @@ class SearchTree:
         Raises:
             ValueError: parent is of another tree or finished, token_ids is empty, logprobs has another length,
                 or finish is unknown.
+            TypeError: a token id is no integer.
         """
         if parent.tree is not self:
             raise ValueError("parent belongs to another tree")
@@ -292,7 +313,7 @@ class SearchTree:
             raise ValueError(f"finish={finish!r} is unknown; it is one of {FINISHES}")
         if logprobs is not None and len(logprobs) != len(token_ids):
             raise ValueError(f"logprobs has {len(logprobs)} entries for {len(token_ids)} tokens")
-        ids = tuple(int(i) for i in token_ids)
+        ids = plain_ids(token_ids)
         node = Node(self, parent, ids)
         node.text, node.sampler, node.finish, node.rollout = text, sampler, finish, rollout
         node.logprobs = None if logprobs is None else np.asarray(logprobs, np.float32)

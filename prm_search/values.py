@@ -7,12 +7,14 @@ search starts with, has value 0 under each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 
+from .checks import number
 from .tree import Node
 
 Value = Callable[[Node], float]
@@ -87,8 +89,7 @@ class Advantage:
     value: Value = q
 
     def __post_init__(self) -> None:
-        if not np.isfinite(self.alpha):
-            raise ValueError(f"alpha={self.alpha!r}: a finite number is needed")
+        number("alpha", self.alpha, "a finite number", math.isfinite)
         object.__setattr__(self, "value", resolve_value(self.value))
 
     def __call__(self, node: Node) -> float:

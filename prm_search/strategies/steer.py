@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..checks import number
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Run, at_least
@@ -27,6 +28,7 @@ class Steer:
 
     Raises:
         ValueError: alpha is not finite, or n < 1.
+        TypeError: alpha is no number.
     """
 
     alpha: float = 1.0
@@ -35,8 +37,7 @@ class Steer:
 
     def __post_init__(self) -> None:
         at_least("n", self.n)
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha={self.alpha!r}: a finite number is needed")
+        number("alpha", self.alpha, "a finite number", math.isfinite)
         if self.value is not None:
             resolve_value(self.value)
 

@@ -1,0 +1,32 @@
+"""Numbers that users pass, checked where they come in, so that a wrong one is named and not what it led to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+
+
+def number(name: str, given: object, needed: str, fits: Callable[[float], bool]) -> None:
+    """Check a number.
+
+    Args:
+        name: of the argument.
+        given: its value.
+        needed: what is allowed, in words.
+        fits: whether a number that is not NaN is allowed.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it does not fit, or is NaN.
+    """
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"{name}={given!r}: {needed} is needed, not {type(given).__name__}")
+    if math.isnan(given) or not fits(float(given)):
+        raise ValueError(f"{name}={given!r}: {needed} is needed")
+
+
+def integer(name: str, given: object, least: int, needed: str) -> None:
+    """Check an integer (numpy's too); a float is none, whole or not. Raises as `number`."""
+    whole = isinstance(given, Real) and hasattr(given, "__index__")
+    number(name, given, needed, lambda value: whole and value >= least)
