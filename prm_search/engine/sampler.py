@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .decoder import Row
 
 
+COLDEST = 1e-30  # temperatures below are this one: the smallest floats are 0 where tensors are divided by them
+
+
 def filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Temperature, top-k, top-p and min-p, in transformers' order and with its conventions.
 
@@ -24,7 +27,8 @@ def filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     Returns:
         [R, V] with -inf for the tokens filtered out.
     """
-    scores = logits / sampling.temperature
+    # The most probable token is at 0, so that a temperature next to 0 leaves it finite.
+    scores = (logits - logits.max(dim=-1, keepdim=True).values) / max(sampling.temperature, COLDEST)
     if sampling.top_k and sampling.top_k < scores.shape[-1]:
         kth = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -torch.inf)
