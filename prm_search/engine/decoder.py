@@ -136,6 +136,12 @@ class Decoder:
             at = torch.tensor([index[id(row)] for row in rows], device=logprobs[0].device)
             spread = [table[at.to(table.device)] for table in logprobs]
             tokens = self.sampler.draw(self.combine(spread, rows) if self.combine else spread[0], rows)
+            for lm, table in zip(self.lms, spread, strict=True):
+                if max(tokens) >= table.shape[1]:
+                    raise ValueError(
+                        f"the policy drew token {max(tokens)}, but {lm.id} has {table.shape[1]} tokens: a pair that "
+                        "steers needs all of the policy's tokens"
+                    )
             chosen = torch.tensor(tokens, device=at.device)[:, None]
             values = [table.gather(1, chosen.to(table.device)).squeeze(1).tolist() for table in spread]
             for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
@@ -165,13 +171,17 @@ class Decoder:
         request = replace(request, lineages=tuple(row.lineage for row in kept))
         return self._finish(request, kept)
 
-    def release(self, tree: SearchTree) -> None:
-        """Drop a tree's requests and free its KV in every model."""
-        for request in [r for r in self._jobs if r.node.tree is tree]:
-            job = self._jobs.pop(request)
+    def drop(self, requests: Sequence[Request]) -> None:
+        """Forget requests and what was drawn for them; those that are answered already are no error."""
+        for request in requests:
+            job = self._jobs.pop(request, [])
             self._forget(job)
             for row in job:
                 self._drop(row)
+
+    def release(self, tree: SearchTree) -> None:
+        """Drop a tree's requests and free its KV in every model."""
+        self.drop([request for request in self._jobs if request.node.tree is tree])
         for lm in self.lms:
             lm.release(tree)
 

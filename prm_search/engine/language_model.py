@@ -7,6 +7,7 @@ forwards as the KV capacity allows. It knows branches, not searches: `memo.py` t
 from __future__ import annotations
 
 import itertools
+import secrets
 import threading
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..checks import integer
 from ..triton_kernels.launch import Backend
 from . import adapters, admission
 from .attention import Layout, Packed, packed
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 Want = Literal["target", "hidden", "log_softmax"]
 
 _ids = itertools.count(1)
+_process = secrets.token_hex(3)  # in ids: a tree that another process saved carries none of this one's models
 _interned: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, weakref.ref[LanguageModel]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -82,7 +85,7 @@ class LanguageModel:
         self._lock = _locks.setdefault(module, threading.RLock())
         self._memos: weakref.WeakKeyDictionary[SearchTree, Memo] = weakref.WeakKeyDictionary()
         name = getattr(module.config, "_name_or_path", "") or type(module).__name__
-        self.id: Hashable = f"{name}{'' if state is None else '+' + '+'.join(state)}#{next(_ids)}"
+        self.id: Hashable = f"{name}{'' if state is None else '+' + '+'.join(state)}#{_process}.{next(_ids)}"
         self.tree = KVTree(capacity)
         self.pool = KVPool(self.tree.capacity)
 
@@ -102,8 +105,10 @@ class LanguageModel:
         Raises:
             TypeError: not a causal LM of transformers.
             ValueError: the model is not served exactly (see admission); its adapters leave open what is meant (see
-                adapters); or capacity differs from the one in use.
+                adapters); or capacity differs from the one in use, or is below 1.
         """
+        if capacity is not None:
+            integer("capacity", capacity, 1, "a number of tokens >= 1, or None,")
         if isinstance(module, LanguageModel):
             return module
         if not isinstance(module, nn.Module):
@@ -142,8 +147,10 @@ class LanguageModel:
 
         memo = self._memos.get(tree)
         if memo is None:
-            if not self.tree.used:
-                self.pool.follow(self.module.get_input_embeddings().weight)
+            with self.tree.lock:  # no forward of another thread is under way
+                if not self.tree.used:
+                    self.pool.follow(self.module.get_input_embeddings().weight)
+            self._layers = adapters.tuner_layers(self.module)  # adapters may have been injected since
             memo = self._memos[tree] = Memo(self, tree)
         return memo
 
@@ -171,8 +178,8 @@ class LanguageModel:
             "hidden": [B, D]; "log_softmax": [B, V] fp32 (fp64 for an fp64 model), nats.
 
         Raises:
-            ValueError: a path with its new tokens exceeds the KV capacity or the context, or a token id lies
-                outside the vocabulary.
+            ValueError: a path with its new tokens exceeds the KV capacity or the context, a token id lies outside the
+                vocabulary, or the model computes NaN.
         """
         self._validate(branches, ids)
         with self.exclusive(), self.tree.lock, torch.no_grad():  # the head may have an adapter too
@@ -182,18 +189,22 @@ class LanguageModel:
                 branch.token_ids.extend(int(i) for i in new)
             try:
                 found = self._encode(branches, heads if want == "target" else None)
+                if want == "target":
+                    return found
+                if want is None:
+                    return None
+                rows = torch.stack([branch.end_row() for branch in branches])
+                if want == "hidden":
+                    return rows
+                table = self.head.log_softmax(rows)
+                self._refuse_nan(bool(table[:, :1].isnan().any()))  # one NaN, or inf, makes a whole row NaN
+                return table
             except BaseException:  # as if nothing had been appended: an earlier wave may have gone through
                 for branch, head, row in zip(branches, heads, rows_before, strict=True):
                     self.tree.give_back(branch, max(0, branch.encoded - head))
                     del branch.token_ids[head:]
                     branch.hidden, branch.hidden_at = row
                 raise
-            if want == "target":
-                return found
-            if want is None:
-                return None
-            rows = torch.stack([branch.end_row() for branch in branches])
-            return rows if want == "hidden" else self.head.log_softmax(rows)
 
     def score(self, branches: Sequence[Branch], skip: Sequence[int] | None = None) -> list[np.ndarray]:
         """Encode branches that were never encoded and return the log-probabilities of their own tokens.
@@ -234,6 +245,13 @@ class LanguageModel:
             if length == 0:
                 raise ValueError("an empty path cannot be encoded: a prompt needs at least one token")
 
+    def _refuse_nan(self, found: bool) -> None:
+        if found:
+            raise ValueError(
+                f"{self.id} gives probabilities that are not numbers: its weights hold NaN or inf, or what it computes "
+                f"is beyond {str(self.module.dtype).removeprefix('torch.')}"
+            )
+
     def _check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) and not (min(ids) >= 0 and max(ids) < self.head.vocab):
             raise ValueError(f"token ids {min(ids)}..{max(ids)} lie outside the vocabulary of {self.head.vocab}")
@@ -271,6 +289,24 @@ class LanguageModel:
         self, wave: Sequence[Piece], targets: dict[int, tuple[int, int]], found: dict[int, list[np.ndarray]]
     ) -> None:
         """Encode the pieces, keep each branch's last hidden row, and score the target tokens among them."""
+        before = [piece.branch.encoded for piece in wave]
+        try:
+            hidden, order = self._encoded(wave)
+            first, offset = {}, 0  # piece -> its first row of `hidden`
+            for i in order:
+                first[i] = offset
+                offset += wave[i].end - wave[i].begin
+            self._bound(wave, first, hidden)
+            self._score(wave, first, hidden, targets, found)
+        except BaseException:  # KV that nobody has the hidden rows of, or that was never written
+            for piece, encoded in zip(reversed(wave), reversed(before), strict=True):
+                self.tree.give_back(piece.branch, piece.branch.encoded - encoded)
+            raise
+        self.forwards += 1
+        self._keep(wave, first, hidden)
+
+    def _encoded(self, wave: Sequence[Piece]) -> tuple[torch.Tensor, list[int]]:
+        """[T, D] last hidden rows of the pieces, and the order in which those are packed."""
         slots = [self.tree.take(piece.branch, piece.end - piece.begin) for piece in wave]
         runs = chains(wave)
         units = []
@@ -285,20 +321,7 @@ class LanguageModel:
         starts = [wave[i].branch.start + wave[i].begin for i in packing]
         positions = np.concatenate([np.arange(s, s + len(slots[i])) for s, i in zip(starts, packing, strict=True)])
         forward = Packed(self.pool, np.concatenate([slots[i] for i in packing]), layout)
-        try:
-            hidden = self._hidden(ids, positions, forward)
-        except BaseException:
-            for piece in reversed(wave):
-                self.tree.give_back(piece.branch, piece.end - piece.begin)
-            raise
-        self.forwards += 1
-        first, offset = {}, 0  # piece -> its first row of `hidden`
-        for i in packing:
-            first[i] = offset
-            offset += len(slots[i])
-        self._bound(wave, first, hidden)
-        self._score(wave, first, hidden, targets, found)
-        self._keep(wave, first, hidden)
+        return self._hidden(ids, positions, forward), packing
 
     def _layout(self, units: Sequence[Unit]) -> Layout:
         if self.backend == "torch" or (self.backend == "auto" and self.device.type != "cuda"):
@@ -308,7 +331,7 @@ class LanguageModel:
     def _hidden(self, ids: list[int], positions: np.ndarray, forward: Packed) -> torch.Tensor:
         """[T, D] last hidden rows of the packed tokens."""
         if self.module.training:
-            raise ValueError("the model is in training mode, where dropout randomises probabilities: call .eval()")
+            raise ValueError(f"{self.id} is in training mode, where dropout randomises probabilities: call .eval()")
         device = self.device
         with packed(self._configs, forward):
             out = self.module.base_model(
@@ -378,6 +401,7 @@ class LanguageModel:
             return
         goal = torch.tensor(wanted, dtype=torch.long, device=hidden.device)
         flat = self.head.logprobs(torch.cat(rows), goal).cpu().numpy()
+        self._refuse_nan(bool(np.isnan(flat).any()))
         position = 0
         for key, count, blind in parts:
             values = flat[position : position + count - blind]
