@@ -53,7 +53,7 @@ def search(
         on_event = None if stream is None else stream.noticed
         with SearchLoop(policy, guidance.pair, guidance.prover, on_event=on_event) as loop:
             trees = []
-            for number, (prompt, occurrence) in enumerate(encode_all(prompts, policy)):
+            for number, (prompt, occurrence) in enumerate(encode_all(prompts, loop.models)):
                 trees.append(loop.add(prompt, settings, occurrence=occurrence))
                 ids.add(trees[-1], number)
             results: dict[SearchTree, Result] = {}

@@ -163,9 +163,19 @@ class ImplicitPRM:
         return min(limits, default=None)
 
     @property
+    def policy_context(self) -> int | None:
+        """The same in tokens of the policy it is bound to; None where it reads their text in tokens of its own."""
+        return self.context if self._reader is None else None
+
+    @property
     def eos_token_id(self) -> int | None:
         """What ends a response given as text, and what a policy's end of sequence becomes in the inexact mode."""
         return self._eos if self._eos is not None else getattr(self.tokenizer, "eos_token_id", None)
+
+    @property
+    def vocab(self) -> int:
+        """Tokens that all of its models know, embeddings' padding included."""
+        return min(lm.head.vocab for lm in self._lms())
 
     def need_tokenizer(self) -> Any:
         """The tokenizer. Raises ValueError where there is none."""
@@ -270,7 +280,12 @@ class ImplicitPRM:
                 node.tree.prompt = prompt.with_ids(encode_prompt(self.need_tokenizer(), prompt))
         trained = node_logprobs(self.prm, nodes)
         for node, mine, theirs in zip(nodes, trained, self._reference_logprobs(nodes), strict=True):
-            node.set_rewards(self.name, self.beta * (mine - theirs))
+            with np.errstate(invalid="ignore"):
+                ratio = mine - theirs
+            if np.isnan(ratio).any():
+                token = node.token_ids[int(np.isnan(ratio).argmax())]
+                raise ValueError(f"token {token} has no reward: its log-probability is -inf under model and reference")
+            node.set_rewards(self.name, self.beta * ratio)
 
     def _own_tree(self, tree: SearchTree) -> OwnTree | None:
         """The tree in the pair's own tokens; None where the policy's serve. Settled when a tree is first scored."""
@@ -291,11 +306,11 @@ class ImplicitPRM:
     def _reference_logprobs(self, nodes: Sequence[Node]) -> Sequence[np.ndarray | float]:
         if self._constant is not None:
             return [self._constant] * len(nodes)
+        samplers = {node.sampler for node in nodes} - {None, self.reference_id}
+        if samplers and self._follows_policy and self._policy is not None:
+            raise ValueError(f"reference='policy': the policy is {self.reference_id!r}, nodes come from {samplers}")
         if self.reference is not None:
             return node_logprobs(self.reference, nodes)
-        samplers = {node.sampler for node in nodes} - {None, self.reference_id}
-        if samplers and self._policy is not None:
-            raise ValueError(f"reference='policy': the policy is {self.reference_id!r}, nodes come from {samplers}")
         known = [node.logprobs for node in nodes if node.logprobs is not None]
         if len(known) < len(nodes):
             raise ValueError(

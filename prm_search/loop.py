@@ -124,6 +124,10 @@ class SearchLoop:
         if self._submitted:
             with self.models.measured("policy", policy):
                 answered += policy.advance()
+        if any(request not in self._submitted for request, _ in answered):
+            raise RuntimeError(
+                "the policy answered a request of another search: a policy without session() serves one loop at a time"
+            )
         self._submitted.difference_update(request for request, _ in answered)
         for request in self._driver.expired():
             if request in self._submitted:

@@ -53,12 +53,13 @@ class Models(Generic[P]):
             raise ValueError("prover= needs scorer= beside it")
         if prover is not None and scorer is not None and prover.name == scorer.name:
             raise ValueError(f"prover and scorer are both named {scorer.name!r}; give one of them another name")
-        self.policy: P = policy
         self.scorers = [given for given in (scorer, prover) if given is not None]
         for given in self.scorers:
             bind = getattr(given, "bind", None)  # a pair whose reference is the policy learns here which that is
             if bind is not None:
                 bind(policy)
+        session = getattr(policy, "session", None)
+        self.policy: P = policy if session is None else session()
         self._on_event = on_event
         self._numbers: dict[SearchTree, int] = {}
         self._added = 0
@@ -74,7 +75,7 @@ class Models(Generic[P]):
         tree = SearchTree(self.encode(prompt), occurrence=occurrence)
         if self.scorers:
             tree.primary = self.scorers[0].name
-        context = getattr(self.policy, "context", None)
+        context = min(self._contexts().values(), default=None)
         settings = settings.within(None if context is None else context - len(tree.prompt_ids))
         self._numbers[tree] = self._added
         self._added += 1
@@ -109,7 +110,19 @@ class Models(Generic[P]):
 
     def encode(self, prompt: Prompt) -> Prompt:
         """The prompt with the policy's token ids. Raises ValueError where it is empty or leaves no room."""
-        return prompt.with_ids(self.policy.encode(prompt))
+        ids = self.policy.encode(prompt)
+        for name, limit in self._contexts().items():
+            if len(ids) >= limit:
+                raise ValueError(
+                    f"the prompt has {len(ids)} tokens; the {name}'s context of {limit} leaves no room for a response"
+                )
+        return prompt.with_ids(ids)
+
+    def _contexts(self) -> dict[str, int]:
+        """Tokens that prompt and response may have together, in the policy's tokens, for each model that says so."""
+        limits = {"policy": getattr(self.policy, "context", None)}
+        limits |= {scorer.name: getattr(scorer, "policy_context", None) for scorer in self.scorers}
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
     def _value(self, settings: Settings) -> Value:
         given = settings.value if settings.value is not None else getattr(settings.strategy, "value", None)

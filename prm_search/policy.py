@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from .checks import integer, number
 from .engine.adapters import AUTO
 from .engine.decoder import Decoder, Row
 from .engine.language_model import LanguageModel
@@ -57,8 +60,9 @@ class HFPolicy:
         sampler: Sampler | None = None,
         stop: Callable[[Sequence[Row]], Sequence[bool]] | None = None,
     ) -> None:
-        if max_rows < 1:
-            raise ValueError(f"max_rows={max_rows}: at least one row is needed")
+        integer("max_rows", max_rows, 1, "a number of rows >= 1")
+        if not hasattr(tokenizer, "convert_ids_to_tokens"):
+            raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
         self.lm = LanguageModel.of(model, adapter=adapter, capacity=capacity)
         self.tokenizer = tokenizer
         self.token_text = TokenText(tokenizer)
@@ -133,6 +137,13 @@ class HFPolicy:
         """Forwards run so far by this policy's model."""
         return self.lm.forwards
 
+    def session(self) -> HFPolicy:
+        """This policy with a decode loop of its own over the same KV; see Policy. Every search begins with one, so that
+        searches may share a policy, also from several threads."""
+        own = copy.copy(self)
+        own._decoder = own._make_decoder()
+        return own
+
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt: as given, by the chat template for messages, else the tokenizer's own encoding.
 
@@ -150,15 +161,20 @@ class HFPolicy:
     def expand(
         self, nodes: Sequence[Node], n: int, *, sampling: Sampling, until: Literal["step", "end"] = "step"
     ) -> list[list[Node]]:
-        """Draw n children of each lineage of each node; see Policy.expand. Not to be mixed with a running search."""
+        """Draw n children of each lineage of each node; see Policy.expand."""
         for node in nodes:
             if node.tree.prompt.token_ids is None:
                 node.tree.prompt = node.tree.prompt.with_ids(self.encode(node.tree.prompt))
         requests = [Request.draw(node, n, sampling, until=until) for node in nodes]
-        self.submit(requests)
+        own = self.session()
+        own.submit(requests)
         answers: dict[Request, list[Node]] = {}
-        while len(answers) < len(requests):
-            answers.update(self.advance())
+        try:
+            while len(answers) < len(requests):
+                answers.update(own.advance())
+        except BaseException:
+            own._decoder.drop(requests)
+            raise
         return [answers[request] for request in requests]
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -190,15 +206,14 @@ class Steered(HFPolicy):
         alpha: strength; 0 leaves the policy as it is. beta plays no part.
 
     Raises:
-        TypeError: policy is not an HFPolicy.
+        TypeError: policy is not an HFPolicy, or alpha no number.
         ValueError: alpha is not finite, or the pair has another tokenizer or no reference.
     """
 
     def __init__(self, policy: HFPolicy, pair: ImplicitPRM, alpha: float) -> None:
         if not isinstance(policy, HFPolicy):
             raise TypeError(f"Steered wraps an HFPolicy, got {type(policy).__name__}")
-        if not torch.isfinite(torch.tensor(float(alpha))):
-            raise ValueError(f"alpha={alpha!r}: a finite number is needed")
+        number("alpha", alpha, "a finite number", math.isfinite)
         pair.bind(policy)
         self.pair = pair
         self.alpha = float(alpha)

@@ -45,6 +45,8 @@ def score_responses(
     trees: dict[tuple[int, ...], tuple[SearchTree, list[int]]] = {}  # equal prompts are one tree: their KV is shared
     for i, prompt in enumerate(asked):
         found = _prompt_ids(pair, i, prompt)
+        _known_ids(pair, f"prompts[{i}]", found)
+        _known_ids(pair, f"responses[{i}]", ids[i])
         _fits(pair, i, len(found) + len(ids[i]))
         trees.setdefault(found, (SearchTree(Prompt(token_ids=found)), []))[1].append(i)
 
@@ -132,6 +134,11 @@ def _fits(pair: ImplicitPRM, place: int, tokens: int) -> None:
         )
 
 
+def _known_ids(pair: ImplicitPRM, name: str, ids: Sequence[int]) -> None:
+    if not 0 <= min(ids) <= max(ids) < pair.vocab:
+        raise ValueError(f"{name}: token ids {min(ids)}..{max(ids)} lie outside the vocabulary of {pair.vocab}")
+
+
 def _step_ends(
     pair: ImplicitPRM, ids: Sequence[Sequence[int]], steps: StepRule | Sequence[Sequence[int]] | None
 ) -> list[Sequence[int]]:
@@ -154,6 +161,8 @@ def _step_ends(
 
 def _known(place: int, given: Any, tokens: int) -> np.ndarray:
     known = np.asarray(given, np.float32)
+    if np.isnan(known).any():
+        raise ValueError(f"logprobs[{place}] holds NaN")
     if known.shape != (tokens,):
         raise ValueError(f"logprobs[{place}] has shape {known.shape} for a response of {tokens} tokens")
     return known

@@ -11,7 +11,7 @@ from .aloop import AsyncSearchLoop
 from .answers import Answer, Select
 from .budget import Budget
 from .loop import SearchLoop
-from .models import require
+from .models import Models, require
 from .protocols import AsyncPolicy, Policy, Scorer
 from .result import Event, Result
 from .settings import Settings
@@ -59,7 +59,7 @@ def search(
         scorer: rewards them; without one every value is 0 and ties keep draw order.
         strategy: how to search, or the name of a strategy for its default configuration.
         steps: where a step ends; None for StepRule(), blank lines.
-        max_new_tokens: tokens of a response; the policy's context may leave fewer.
+        max_new_tokens: tokens of a response; the context of the policy, or of a pair, may leave fewer.
         temperature, top_p, top_k, min_p: see Sampling. 0.8 is the usual temperature of search with a PRM.
         seed: of every draw.
         select: "best", "majority" or "weighted" (see answers.select). Responses that a length or a budget cut are
@@ -100,7 +100,8 @@ def search(
     if isinstance(settings.strategy, Steer):
         policy = settings.strategy.wrap(policy, scorer)
     with SearchLoop(policy, scorer, prover, on_event=on_event) as loop:
-        trees = [loop.add(prompt, settings, occurrence=occurrence) for prompt, occurrence in encode_all(given, policy)]
+        encoded = encode_all(given, loop.models)
+        trees = [loop.add(prompt, settings, occurrence=occurrence) for prompt, occurrence in encoded]
         results: dict[SearchTree, Result] = {}
         while loop.active:
             results.update((result.tree, result) for result in loop.step())
@@ -134,7 +135,7 @@ async def asearch(
     if isinstance(settings.strategy, Steer):
         raise ValueError("strategy=Steer(...) needs token by token access to the policy: use search, not asearch")
     loop = AsyncSearchLoop(policy, scorer, prover, on_event=on_event)
-    searches = [loop.begin(prompt, settings, occurrence=place) for prompt, place in encode_all(given, policy)]
+    searches = [loop.begin(prompt, settings, occurrence=place) for prompt, place in encode_all(given, loop.models)]
     tasks = [asyncio.create_task(each.run()) for each in searches]
     try:
         results = list(await asyncio.gather(*tasks))
@@ -148,23 +149,22 @@ async def asearch(
     return results
 
 
-def encode_all(prompts: Iterable[PromptLike], policy: Policy | AsyncPolicy) -> list[tuple[Prompt, int]]:
+def encode_all(prompts: Iterable[PromptLike], models: Models[Any]) -> list[tuple[Prompt, int]]:
     """Prompts with their token ids, and how many equal ones came before each.
 
     Raises:
-        ValueError, TypeError: what the policy or Prompt say of a prompt, after its place in the list.
+        ValueError, TypeError: what the models or Prompt say of a prompt, after its place in the list.
     """
-    seen: Counter[tuple[int, ...]] = Counter()
+    seen: Counter[tuple[int, ...] | None] = Counter()
     encoded: list[tuple[Prompt, int]] = []
     for place, given in enumerate(prompts):
         try:
-            prompt = Prompt.of(given)
-            ids = tuple(policy.encode(prompt))
+            prompt = models.encode(Prompt.of(given))
         except (ValueError, TypeError) as error:
             kind = ValueError if isinstance(error, ValueError) else TypeError
             raise kind(f"prompts[{place}]: {error}") from error
-        encoded.append((prompt.with_ids(ids), seen[ids]))
-        seen[ids] += 1
+        encoded.append((prompt, seen[prompt.token_ids]))
+        seen[prompt.token_ids] += 1
     return encoded
 
 
