@@ -142,3 +142,21 @@ def test_a_callback_that_raises(bench: Bench) -> None:
         bench.search(value=lambda node: NAN)
     with pytest.raises(ZeroDivisionError):
         bench.search(select="majority", answer=lambda text: 1 / 0)
+
+
+# -- models that change between two searches --------------------------------------------------------------------------
+
+
+def test_a_head_that_was_exchanged(own: Bench) -> None:
+    own.search()
+    own.model.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
+    with torch.no_grad():
+        own.model.lm_head.weight.normal_(0, 0.3)
+    tree = own.search(["hi"], scorer=None)[0].tree
+    leaf = next(node for node in tree.nodes if not node.children)
+    ids = torch.tensor([[*tree.prompt_ids, *leaf.path_ids()]])
+    rows = torch.log_softmax(own.model(ids).logits[0, :-1], dim=-1)
+    plain = rows.gather(1, ids[0, 1:, None])[len(tree.prompt_ids) - 1 :, 0].tolist()
+    ours = [value for node in leaf.path() for value in node.logprobs]  # type: ignore[union-attr]
+    assert ours == pytest.approx(plain, abs=1e-4)
+    assert own.search([[VOCAB + 4]], scorer=None)[0].candidates

@@ -150,6 +150,8 @@ class LanguageModel:
             with self.tree.lock:  # no forward of another thread is under way
                 if not self.tree.used:
                     self.pool.follow(self.module.get_input_embeddings().weight)
+                    if self.module.get_output_embeddings() is not self.head.linear:  # resized or exchanged
+                        self.head = Head(self.module, self.backend)
             self._layers = adapters.tuner_layers(self.module)  # adapters may have been injected since
             memo = self._memos[tree] = Memo(self, tree)
         return memo
