@@ -93,6 +93,7 @@ class ImplicitPRM:
         self._reference: LanguageModel | None = None
         self._policy: Any = None
         self._reader: Reader | None = None  # None: the policy's tokens serve
+        self._readers: dict[Hashable, Reader | None] = {}  # by the id of each policy met so far
         self._trees: weakref.WeakKeyDictionary[SearchTree, OwnTree | None] = weakref.WeakKeyDictionary()
         self._token_text: TokenText | None = None
         if reference is None:
@@ -213,6 +214,7 @@ class ImplicitPRM:
             self._warn_if_same(_model_of(policy))
         if policy is not self._policy:
             self._reader = None if fit.prompts else Reader(self.tokenizer, self.eos_token_id, policy, fit)
+            self._readers[getattr(policy, "id", None)] = self._reader
         self._policy = policy
 
     def _fit(self, policy: Any, tokenizer: Any) -> Fit:
@@ -264,11 +266,11 @@ class ImplicitPRM:
             for part in node.path():
                 if not part.scored_by(self.name):
                     todo.setdefault(part)
-        own = [(mine, node) for node in todo if (mine := self._own_tree(node.tree)) is not None]
+        own = [(mine, node) for node in todo if (mine := self._own_tree(node)) is not None]
         if own:
             for (_, node), (ratios, grown, ids) in zip(own, score_paths(own, self._constant), strict=True):
                 node.set_rewards(self.name, self.beta * ratios, self.beta * grown, ids)
-        self.score_exact([node for node in todo if self._own_tree(node.tree) is None])
+        self.score_exact([node for node in todo if self._own_tree(node) is None])
 
     def score_exact(self, nodes: Sequence[Node]) -> None:
         """Score unscored nodes by the very tokens and prompt they carry, each after its parent."""
@@ -287,11 +289,14 @@ class ImplicitPRM:
                 raise ValueError(f"token {token} has no reward: its log-probability is -inf under model and reference")
             node.set_rewards(self.name, self.beta * ratio)
 
-    def _own_tree(self, tree: SearchTree) -> OwnTree | None:
-        """The tree in the pair's own tokens; None where the policy's serve. Settled when a tree is first scored."""
+    def _own_tree(self, node: Node) -> OwnTree | None:
+        """A node's tree in the pair's own tokens; None where the policy's serve. Settled when a tree is first scored,
+        by the policy that sampled the node: another may have been bound since."""
+        tree = node.tree
         if tree not in self._trees:
-            prompt = None if self._reader is None else self._reader.prompt(tree)
-            if self._reader is None or prompt is None:
+            reader = self._readers.get(node.sampler, self._reader)
+            prompt = None if reader is None else reader.prompt(tree)
+            if reader is None or prompt is None:
                 self._trees[tree] = None
             elif self._follows_policy:
                 raise ValueError(
@@ -300,7 +305,7 @@ class ImplicitPRM:
                 )
             else:
                 lms = [self.prm] if self._reference is None else [self.prm, self._reference]
-                self._trees[tree] = OwnTree(tree, prompt, self._reader.path, lms)
+                self._trees[tree] = OwnTree(tree, prompt, reader.path, lms)
         return self._trees[tree]
 
     def _reference_logprobs(self, nodes: Sequence[Node]) -> Sequence[np.ndarray | float]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from benches import TOKENIZER, Bench
 from fakes import RULE, FakePolicy
-from hf_models import STEPS, near
+from hf_models import STEPS, near, tokenizer
 from transformers import LlamaForCausalLM
 
 import prm_search as ps
@@ -149,6 +149,26 @@ def test_a_reference_that_is_the_policy_belongs_to_one_policy_at_a_time(bench: B
         loop.add(ps.Prompt(text="hi"), SETTINGS)
     values = [facts(results) for results in in_turns(first, second)]
     assert values[0] == facts(bench.search(["hi"], scorer=fixed, strategy=ps.Beam(2, 3), max_new_tokens=10))
+    assert other.lm.tree.used == 0
+
+
+def test_each_policy_is_read_in_its_own_tokens(bench: Bench) -> None:
+    """Whichever was bound last."""
+    other = ps.HFPolicy(near(bench.model, 8), tokenizer(reverse=True))
+
+    def loops() -> list[SearchLoop]:
+        made = [SearchLoop(policy, bench.pair) for policy in (bench.policy, other)]
+        for loop in made:
+            loop.add(ps.Prompt(text="hi"), SETTINGS)
+        return made
+
+    alone = []
+    for policy in (bench.policy, other):
+        with SearchLoop(policy, bench.pair) as loop:
+            loop.add(ps.Prompt(text="hi"), SETTINGS)
+            alone.append(facts(in_turns(loop)[0]))
+    assert [facts(results) for results in in_turns(*loops())] == alone
+    assert [facts(results) for results in in_turns(*reversed(loops()))] == alone[::-1]
     assert other.lm.tree.used == 0
 
 
