@@ -29,6 +29,7 @@ from .layout import Unit
 from .limits import context_of, default_capacity
 from .plan import Piece, chains, missing, next_batch, split
 from .pool import KVPool
+from .rows import WaveRows
 from .torch_layout import TorchLayout
 
 if TYPE_CHECKING:
@@ -285,8 +286,6 @@ class LanguageModel:
             pending = pending[batch.branches :]
         return [np.concatenate(found[id(b)]) if found[id(b)] else np.zeros(0, np.float32) for b in branches]
 
-    # --- one forward -----------------------------------------------------------------------------------------------
-
     def _forward(
         self, wave: Sequence[Piece], targets: dict[int, tuple[int, int]], found: dict[int, list[np.ndarray]]
     ) -> None:
@@ -294,18 +293,19 @@ class LanguageModel:
         before = [piece.branch.encoded for piece in wave]
         try:
             hidden, order = self._encoded(wave)
-            first, offset = {}, 0  # piece -> its first row of `hidden`
-            for i in order:
-                first[i] = offset
-                offset += wave[i].end - wave[i].begin
-            self._bound(wave, first, hidden)
-            self._score(wave, first, hidden, targets, found)
+            rows = WaveRows(wave, order, hidden)
+            rows.bound()
+            wanted = rows.targets(targets)
+            if wanted is not None:
+                flat = self.head.logprobs(wanted.hidden, wanted.ids).cpu().numpy()
+                self._refuse_nan(bool(np.isnan(flat).any()))
+                wanted.hand_out(flat, found)
         except BaseException:  # KV that nobody has the hidden rows of, or that was never written
             for piece, encoded in zip(reversed(wave), reversed(before), strict=True):
                 self.tree.give_back(piece.branch, piece.branch.encoded - encoded)
             raise
         self.forwards += 1
-        self._keep(wave, first, hidden)
+        rows.keep(self.id)
 
     def _encoded(self, wave: Sequence[Piece]) -> tuple[torch.Tensor, list[int]]:
         """[T, D] last hidden rows of the pieces, and the order in which those are packed."""
@@ -342,73 +342,6 @@ class LanguageModel:
                 use_cache=False,
             )
         return out[0][0]
-
-    def _bound(self, wave: Sequence[Piece], first: dict[int, int], hidden: torch.Tensor) -> None:
-        """Fill in the boundary rows of branches whose parents end in this very forward."""
-        rows = {id(p.branch): (first[i] - p.begin, p) for i, p in enumerate(wave)}
-        for piece in wave:
-            branch = piece.branch
-            if piece.begin or branch.parent is None or branch.before() is not None:
-                continue
-            at = branch.start - branch.parent.start  # own tokens of the parent before the fork
-            offset, above = rows.get(id(branch.parent), (0, None))
-            if above is not None and above.begin < at <= above.end:
-                branch.boundary = hidden[offset + at - 1].clone()
-
-    def _keep(self, wave: Sequence[Piece], first: dict[int, int], hidden: torch.Tensor) -> None:
-        """Keep each branch's newest hidden row (never an older one again) and count the tokens."""
-        grown = [i for i, piece in enumerate(wave) if piece.end > piece.branch.hidden_at]
-        ends = [first[i] + wave[i].end - wave[i].begin - 1 for i in grown]
-        for row, i in zip(hidden[torch.tensor(ends, dtype=torch.long, device=hidden.device)], grown, strict=True):
-            wave[i].branch.hidden, wave[i].branch.hidden_at = row, wave[i].end
-        for piece in wave:
-            branch = piece.branch
-            if branch.meter is not None:
-                again = max(0, min(piece.end, branch.seen) - piece.begin)
-                branch.meter.add("reencoded", self.id, again)
-                branch.meter.add("encoded", self.id, piece.end - piece.begin - again)
-            branch.seen = max(branch.seen, piece.end)
-
-    def _score(
-        self,
-        wave: Sequence[Piece],
-        first: dict[int, int],
-        hidden: torch.Tensor,
-        targets: dict[int, tuple[int, int]],
-        found: dict[int, list[np.ndarray]],
-    ) -> None:
-        rows: list[torch.Tensor] = []
-        wanted: list[int] = []
-        parts: list[tuple[int, int, bool]] = []
-        for i, piece in enumerate(wave):
-            low, high = targets.get(id(piece.branch), (0, 0))
-            low, high = max(low, piece.begin), min(high, piece.end)
-            if low >= high:
-                continue
-            branch, at = piece.branch, first[i] - piece.begin  # own token t has its hidden row at `at + t`
-            if low == 0:
-                before = branch.before()
-            elif branch.hidden_at == low:
-                before = branch.hidden  # kept, so that evictions change no log-prob
-            else:
-                before = hidden[at + low - 1] if low > piece.begin else None
-            if before is None and branch.start + low:
-                raise RuntimeError(f"the hidden row before token {low} of {branch!r} is lost")
-            if before is not None:
-                rows.append(before[None])
-            rows.append(hidden[at + low : at + high - 1])
-            wanted += branch.token_ids[low + (before is None) : high]
-            parts.append((id(branch), high - low, before is None))
-        if not parts:
-            return
-        goal = torch.tensor(wanted, dtype=torch.long, device=hidden.device)
-        flat = self.head.logprobs(torch.cat(rows), goal).cpu().numpy()
-        self._refuse_nan(bool(np.isnan(flat).any()))
-        position = 0
-        for key, count, blind in parts:
-            values = flat[position : position + count - blind]
-            position += count - blind
-            found[key].append(np.concatenate(([np.nan], values)).astype(flat.dtype) if blind else values)
 
 
 def _configs_of(module: Any) -> list[Any]:
