@@ -121,7 +121,7 @@ def rollout(
             with bar:
                 for each in drawn:
                     item, place = items[each.problem], each.problem * n + each.sample
-                    record = {"index": place, "key": keys[place]} | item.extra | each.record()
+                    record = {"index": place, "key": keys[place], **item.extra, **each.record()}
                     record["reference_answer"] = item.response
                     file.write(record)
                     records[place] = record

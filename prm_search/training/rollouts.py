@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..models import require
 from ..protocols import Policy, Request, Sampling
-from ..search import encode_all
 from ..tree import Prompt, SearchTree
 
 Label = Callable[[str, str], tuple[str | None, bool]]
@@ -77,7 +76,7 @@ def sample_rollouts(
 
     Args:
         problems: equal prompts draw differently from each other.
-        policy: samples; its requests are answered by `submit` and `advance`.
+        policy: samples; not to be used for anything else meanwhile.
         n: responses a problem.
         sampling: how; the policy's context may leave fewer tokens.
         label: see labels.Judge: of a complete response's text and the reference answer, the answer found and the label.
@@ -93,8 +92,22 @@ def sample_rollouts(
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise ValueError(f"{name}={given!r}: an integer >= 1 is needed")
     require("policy", policy, Policy)
-    encoded = encode_all([problem.prompt for problem in problems], policy)
+    encoded = _encoded(problems, policy)
     return _sample(problems, encoded, policy, n, sampling, label, frozenset(done), batch)
+
+
+def _encoded(problems: Sequence[Problem], policy: Policy) -> list[tuple[Prompt, int]]:
+    """Prompts with their tokens, and how many equal ones came before each."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    found = []
+    for place, problem in enumerate(problems):
+        try:
+            ids = tuple(policy.encode(problem.prompt))
+        except ValueError as error:
+            raise ValueError(f"problems[{place}]: {error}") from error
+        found.append((problem.prompt.with_ids(ids), seen[ids]))
+        seen[ids] += 1
+    return found
 
 
 def _sample(

@@ -1,0 +1,214 @@
+"""Training data: rollouts read back, and the items that each objective learns from. No torch until they are batched."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(eq=False)
+class Row:
+    """One prompt with one response to it.
+
+    Attributes:
+        prompt_ids: at least one token.
+        response_ids: [T >= 1] int32; a sampled end of sequence is one of them.
+        label: whether the response is right.
+        reference: [T] fp32, nats, log p of the response's tokens under the reference; None before it is known.
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: np.ndarray
+    label: bool
+    reference: np.ndarray | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.response_ids = np.asarray(self.response_ids, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one loss is computed from.
+
+    Attributes:
+        rows: (response,) for ce and ipvrm, (chosen, rejected) for dpo and nca, (response, mismatched one) for kto.
+        label: of the first.
+        weight: of its loss.
+    """
+
+    rows: tuple[Row, ...]
+    label: bool
+    weight: float = 1.0
+
+
+def read_rollouts(path: str | PathLike[str]) -> list[Row]:
+    """Rows of a file that `prm-search rollout` wrote, in the order of the problems, not that in which they finished.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds none, or a record lacks prompt_ids, response_ids or label (0 or 1); the line is said.
+    """
+    found = []
+    prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                place, row = _row(line, f"{os.fspath(path)}, line {number}", number)
+                row.prompt_ids = prompts.setdefault(row.prompt_ids, row.prompt_ids)  # one copy of each
+                found.append((place, row))
+    if not found:
+        raise ValueError(f"{os.fspath(path)} holds no rollouts")
+    return [row for _, row in sorted(found, key=lambda each: each[0])]
+
+
+def _row(line: str, where: str, number: int) -> tuple[int, Row]:
+    try:
+        record = json.loads(line)
+        prompt, response, label = (record[name] for name in ("prompt_ids", "response_ids", "label"))
+        ids = np.array(prompt), np.array(response)
+        if any(part.ndim != 1 or part.dtype.kind != "i" or part.min() < 0 for part in ids) or label not in (0, 1):
+            raise ValueError
+        row = Row(tuple(ids[0].tolist()), ids[1], bool(label))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{where}: no rollout: prompt_ids and response_ids, lists of at least one id, and label, 0 or 1, are needed"
+        ) from error
+    return int(record.get("index", number)), row
+
+
+def by_prompt(rows: Iterable[Row]) -> dict[tuple[int, ...], list[Row]]:
+    """Rows of each prompt, in order."""
+    groups: defaultdict[tuple[int, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.prompt_ids].append(row)
+    return dict(groups)
+
+
+def thin(rows: Sequence[Row], problems: int | None = None, per_problem: int | None = None) -> list[Row]:
+    """The first `per_problem` responses to each of the first `problems` prompts; None for all."""
+    groups = list(by_prompt(rows).values())[:problems]
+    return [row for group in groups for row in group[:per_problem]]
+
+
+def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and rows held out: those of about `share` of the prompts, by a hash of the prompt's tokens."""
+    held: tuple[list[Row], list[Row]] = ([], [])
+    for prompt, group in by_prompt(rows).items():
+        place = int.from_bytes(blake2b(json.dumps(prompt).encode(), digest_size=4).digest(), "big") / 2**32
+        held[place < share].extend(group)
+    return held
+
+
+def singles(rows: Sequence[Row], balanced: str = "none") -> list[Item]:
+    """An item a row, for ce and ipvrm.
+
+    Args:
+        balanced: "none", or where right and wrong responses get equal weight: "dataset" or "instance" (see
+            objectives.balance).
+
+    Raises:
+        ValueError: balanced is none of these, or there are not both labels.
+    """
+    if balanced == "none":
+        return [Item((row,), row.label) for row in rows]
+    if balanced not in ("dataset", "instance"):
+        raise ValueError(f"balanced={balanced!r} is unknown; it is 'none', 'dataset' or 'instance'")
+    import torch
+
+    from .objectives import balance
+
+    numbers = {prompt: number for number, prompt in enumerate(by_prompt(rows))}
+    group = torch.tensor([numbers[row.prompt_ids] for row in rows]) if balanced == "instance" else None
+    weights = balance(torch.tensor([row.label for row in rows], dtype=torch.bool), group).tolist()
+    return [Item((row,), row.label, weight) for row, weight in zip(rows, weights, strict=True) if weight]
+
+
+def pairs(rows: Sequence[Row], seed: int = 0) -> list[Item]:
+    """A right and a wrong response to one prompt an item, for dpo and nca.
+
+    Every response of a prompt that has both labels is in at least one pair; those of the rarer label are used again
+    in turn. Which meet is drawn from the seed.
+
+    Raises:
+        ValueError: no prompt has both labels.
+    """
+    rng = random.Random(seed)
+    items = []
+    for group in by_prompt(rows).values():
+        right, wrong = ([row for row in group if row.label is label] for label in (True, False))
+        rng.shuffle(right)
+        rng.shuffle(wrong)
+        if right and wrong:
+            count = max(len(right), len(wrong))
+            items += [Item((right[i % len(right)], wrong[i % len(wrong)]), True) for i in range(count)]
+    if not items:
+        raise ValueError("rollouts: no problem has a right and a wrong response, so there are no pairs")
+    return items
+
+
+def mismatched(rows: Sequence[Row], seed: int = 0, balanced: str = "none") -> list[Item]:
+    """An item a row, with the response to another prompt as if it were one to this: kto's baseline is made of those.
+
+    Args:
+        seed: of the choice.
+        balanced: as in singles.
+
+    Raises:
+        ValueError: there is only one prompt; or as singles.
+    """
+    if len(by_prompt(rows)) < 2:
+        raise ValueError("rollouts: kto needs responses to two problems at least")
+    rng = random.Random(seed)
+    items = []
+    for single in singles(rows, balanced):
+        (row,) = single.rows
+        other = rng.choice(rows)
+        while other.prompt_ids == row.prompt_ids:
+            other = rng.choice(rows)
+        items.append(Item((row, Row(row.prompt_ids, other.response_ids, False)), row.label, single.weight))
+    return items
+
+
+def collate(items: Sequence[Item]) -> dict[str, torch.Tensor]:
+    """A batch of B items of k rows each: R = B * k rows, all first ones before all second ones, padded on the right.
+
+    Returns:
+        input_ids, attention_mask [R, L] int64; response_mask [R, L - 1] bool, where the *next* token is one of the
+        response; reference [R, L - 1] fp32, its log-probability there, 0 elsewhere; label, weight [B] fp32.
+    """
+    import torch
+
+    rows = [item.rows[part] for part in range(len(items[0].rows)) for item in items]
+    shape = len(rows), max(map(len, rows))
+    ids, attention = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    mask = torch.zeros((shape[0], shape[1] - 1), dtype=torch.bool)
+    reference = torch.zeros(mask.shape)
+    for i, row in enumerate(rows):
+        prompt = len(row.prompt_ids)
+        ids[i, :prompt] = torch.tensor(row.prompt_ids)
+        ids[i, prompt : len(row)] = torch.from_numpy(row.response_ids)
+        attention[i, : len(row)] = 1
+        here = slice(prompt - 1, len(row) - 1)
+        mask[i, here] = True
+        if row.reference is not None:
+            reference[i, here] = torch.from_numpy(np.array(row.reference, np.float32))
+    found: dict[str, Any] = {"input_ids": ids, "attention_mask": attention, "response_mask": mask}
+    found["reference"] = reference
+    found["label"] = torch.tensor([float(item.label) for item in items])
+    found["weight"] = torch.tensor([item.weight for item in items])
+    return found

@@ -1,0 +1,394 @@
+"""`train`: from rollouts to a folder that is a pair."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..pair_card import BETA, CARD, CARD_FORMAT
+from ..source import Source
+from .data import Item, Row, by_prompt, mismatched, pairs, read_rollouts, singles, split, thin
+
+OBJECTIVES = ("ce", "dpo", "kto", "nca", "ipvrm")
+CHECKPOINTS = "checkpoints"
+IPVRM_BETA = 10.0  # of its paper: a prefix's value is divided by its length
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The defaults are those of the released pairs (arXiv 2412.01981) where it says.
+
+    Attributes:
+        objective: "ce", "dpo", "kto", "nca" or "ipvrm".
+        beta: scale of the rewards; None: 0.05, for ipvrm 10.
+        balanced: ce and kto: "none", "dataset" or "instance" (see objectives.balance); None: "none", for kto
+            "dataset", since its loss is bounded and where one label is rare it is content to call everything the other
+            (arXiv 2402.01306 weighs the labels for the same reason).
+        margin: ipvrm only.
+        lora: rank of a LoRA adapter on all linear layers but the head; None: all weights are trained.
+        learning_rate: None: 5e-7, with lora 1e-4.
+        epochs: passes over the items.
+        batch: items of one step, over all devices.
+        micro_batch: items of one forward on one device.
+        max_length: tokens; longer rows are left out.
+        problems, per_problem: train on so many problems, and responses to each; None: all.
+        holdout: share of the problems to measure on.
+        seed: of the order, the pairs, and a LoRA's beginning.
+        bf16: forwards under bfloat16 autocast; the weights stay fp32.
+        save_steps: steps between checkpoints.
+    """
+
+    objective: str = "ce"
+    beta: float | None = None
+    balanced: str | None = None
+    margin: float = 0.0
+    lora: int | None = None
+    learning_rate: float | None = None
+    epochs: float = 1.0
+    batch: int = 64
+    micro_batch: int = 2
+    max_length: int = 8192
+    problems: int | None = None
+    per_problem: int | None = None
+    holdout: float = 0.05
+    seed: int = 0
+    bf16: bool = False
+    save_steps: int = 200
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is unknown; it is one of {', '.join(OBJECTIVES)}")
+        if self.balanced not in (None, "none", "dataset", "instance"):
+            raise ValueError(f"balanced={self.balanced!r} is unknown; it is one of none, dataset, instance")
+        if self.balanced not in (None, "none") and self.objective not in ("ce", "kto"):
+            raise ValueError(f"balanced={self.balanced!r}: only the objectives ce and kto have balanced forms")
+        if self.margin and self.objective != "ipvrm":
+            raise ValueError(f"margin={self.margin!r}: only objective='ipvrm' has a margin")
+        for name in ("beta", "learning_rate", "epochs"):
+            given = getattr(self, name)
+            if given is not None and not 0 < given < float("inf"):
+                raise ValueError(f"{name}={given!r}: a finite number > 0 is needed")
+            if given is not None:
+                object.__setattr__(self, name, float(given))  # 3 and 3.0 are one recipe
+        for name in ("lora", "batch", "micro_batch", "max_length", "problems", "per_problem", "save_steps"):
+            given = getattr(self, name)
+            if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+                raise ValueError(f"{name}={given!r}: an integer >= 1 is needed")
+        if not 0 <= self.margin < float("inf"):
+            raise ValueError(f"margin={self.margin!r}: a finite number >= 0 is needed")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout={self.holdout!r}: a share in [0, 1) is needed")
+
+    @property
+    def scale(self) -> float:
+        """beta, or its default."""
+        return self.beta if self.beta is not None else IPVRM_BETA if self.objective == "ipvrm" else BETA
+
+    @property
+    def balance(self) -> str:
+        """balanced, or its default."""
+        return self.balanced or ("dataset" if self.objective == "kto" else "none")
+
+    @property
+    def rate(self) -> float:
+        """learning_rate, or its default."""
+        return self.learning_rate if self.learning_rate is not None else 5e-7 if self.lora is None else 1e-4
+
+
+@dataclass
+class Data:
+    """What is trained and measured on.
+
+    Attributes:
+        items: to train on.
+        rows: of the file, those to train on and those held out.
+        held: rows of held-out problems.
+        counts: for the card.
+    """
+
+    items: list[Item]
+    rows: list[Row]
+    held: list[Row]
+    counts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def made_up(self) -> list[Row]:
+        """Rows of items that are not in the file."""
+        given = {id(row) for row in self.rows}
+        return [row for item in self.items for row in item.rows if id(row) not in given]
+
+
+def load_data(rollouts: str | PathLike[str], recipe: Recipe, context: int | None = None) -> Data:
+    """The items of a file of rollouts. Raises ValueError where the recipe finds none in it, or OSError."""
+    read = read_rollouts(rollouts)
+    limit = recipe.max_length if context is None else min(context, recipe.max_length)
+    short = [row for row in read if len(row) <= limit]
+    rows = thin(short, recipe.problems, recipe.per_problem)
+    kept, held = split(rows, recipe.holdout)
+    if not kept:
+        raise ValueError(f"{os.fspath(rollouts)}: no rollouts to train on are left (longer than {limit}: {len(read)})")
+    if recipe.objective in ("dpo", "nca"):
+        items = pairs(kept, recipe.seed)
+    elif recipe.objective == "kto":
+        items = mismatched(kept, recipe.seed, recipe.balance)
+    else:
+        items = singles(kept, recipe.balance)
+    counts = {
+        "responses": len(kept),
+        "right": sum(row.label for row in kept),
+        "problems": len(by_prompt(kept)),
+        "items": len(items),
+        "held_out_responses": len(held),
+        "held_out_problems": len(by_prompt(held)),
+        "too_long": len(read) - len(short),
+    }
+    return Data(items, rows, held, counts)
+
+
+def train(
+    model: str,
+    rollouts: str | PathLike[str],
+    out: str | PathLike[str],
+    recipe: Recipe | None = None,
+    *,
+    revision: str | None = None,
+    resume: bool = False,
+    delimiter: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    log: Callable[[str], object] | None = None,
+) -> dict[str, Any]:
+    """Train an implicit PRM on outcome labels; `ImplicitPRM.from_pretrained(out)` is then the pair.
+
+    The model is the reference too: its log-probabilities of all responses are computed once, filed beside the rollouts,
+    and training runs one model. Under `accelerate launch` every process calls this.
+
+    Args:
+        model: hub id or folder of the checkpoint to begin with.
+        rollouts: what `prm-search rollout` wrote, with a policy of the same tokenizer.
+        out: folder for weights (or adapter), tokenizer, `pair.json`, `log.jsonl` and checkpoints.
+        recipe: see Recipe; None for its defaults.
+        revision: of the hub repository.
+        resume: go on from the last checkpoint in `out`, if there is one.
+        delimiter: of steps, noted in the card.
+        arguments: further transformers.TrainingArguments (fsdp, gradient_checkpointing, warmup_steps, ...).
+        log: is called with a line now and then.
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: a number of the recipe is out of range, the rollouts do not suit it, `out` holds a pair or another
+            run, or the model's head is not understood.
+        OSError: model or rollouts cannot be read, or out not be written.
+        ImportError: accelerate, or for LoRA peft, is missing.
+    """
+    recipe = recipe or Recipe()
+    for package in ("accelerate", *([] if recipe.lora is None else ["peft"])):
+        if find_spec(package) is None:
+            raise ImportError(f"training needs the package {package}: pip install 'prm-search[train]'")
+    source = Source.of(model, revision)
+    if source.gguf_file is not None or (source.local and source.file("adapter_config.json", {}) is not None):
+        raise ValueError(f"model={model!r}: a checkpoint is needed, not a GGUF file or an adapter (merge it first)")
+    if source.local and source.file("config.json", {}) is None:
+        raise FileNotFoundError(f"there is no model in {model!r}: no config.json")
+    folder = Path(out)
+    if (folder / CARD).exists():
+        raise ValueError(f"{folder} holds a pair already: name another folder")
+
+    from transformers import AutoConfig, set_seed
+
+    from ..engine.limits import context_of
+
+    where = source.where()
+    config = AutoConfig.from_pretrained(source.path, **where)
+    data = load_data(rollouts, recipe, context_of(config.get_text_config()))
+    settings = _settings(source, recipe, data, arguments)
+    last = _begin(folder, settings, resume)
+    set_seed(recipe.seed)
+    metrics = _run(source, Path(rollouts).parent, folder, recipe, data, arguments or {}, last, log)
+    return _finish(source, folder, recipe, data, metrics, delimiter)
+
+
+def _settings(source: Source, recipe: Recipe, data: Data, arguments: Mapping[str, Any] | None) -> str:
+    """A digest of all that a checkpoint must agree in with the run that goes on from it."""
+    parts = [source.name, source.revision, asdict(recipe), dict(arguments or {})]
+    digest = blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16)
+    for item in data.items:
+        for row in item.rows:
+            digest.update(json.dumps([row.prompt_ids, item.label, item.weight]).encode())
+            digest.update(row.response_ids.tobytes())
+    return digest.hexdigest()
+
+
+def _begin(folder: Path, settings: str, resume: bool) -> str | None:
+    """Make the folder. Returns the checkpoint to go on from. Raises ValueError where another run is in it."""
+    checkpoints = folder / CHECKPOINTS
+    note = checkpoints / "settings"
+    whole = [state.parent for state in checkpoints.glob("checkpoint-*/trainer_state.json")]  # it is written last
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if last is not None and not resume:
+        raise ValueError(f"{folder} has a checkpoint: resume goes on with it, otherwise name another folder")
+    if last is not None and (not note.is_file() or note.read_text() != settings):
+        raise ValueError(f"{folder} has a checkpoint of other data or settings; resume needs the same ones")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    note.write_text(settings)
+    return None if last is None else str(last)
+
+
+def _run(
+    source: Source,
+    cache: Path,
+    folder: Path,
+    recipe: Recipe,
+    data: Data,
+    arguments: Mapping[str, Any],
+    last: str | None,
+    log: Callable[[str], object] | None,
+) -> dict[str, Any]:
+    """Train, and save weights or adapter. Returns what was measured."""
+    import torch
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    from .logprobs import add_reference, response_forward, row_logprobs, without_dropout
+    from .trainer import PRMTrainer
+
+    given = {
+        "output_dir": str(folder / CHECKPOINTS),
+        "per_device_train_batch_size": recipe.micro_batch,
+        "num_train_epochs": recipe.epochs,
+        "learning_rate": recipe.rate,
+        "bf16": recipe.bf16,
+        "use_cpu": not torch.accelerator.is_available(),
+        "seed": recipe.seed,
+        "save_steps": recipe.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "label_names": [],
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
+    }
+    args = TrainingArguments(**(given | dict(arguments)))
+    whole = recipe.micro_batch * args.world_size
+    if recipe.batch % whole:
+        raise ValueError(
+            f"batch={recipe.batch}: a multiple of {whole}, micro_batch times the number of processes, is needed"
+        )
+    args.gradient_accumulation_steps = recipe.batch // whole
+
+    lm = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, **source.where())
+    top = max(max(max(row.prompt_ids), int(row.response_ids.max())) for row in data.rows)
+    if top >= lm.get_input_embeddings().num_embeddings:
+        raise ValueError(
+            f"rollouts: token id {top} is not in the vocabulary of {source.name!r}; its policy had another"
+        )
+    without_dropout(lm)
+    lm.to(args.device)
+    with response_forward(lm):
+        identity = [os.path.realpath(source.path) if source.local else source.path, source.revision, source.stamp()]
+        with args.main_process_first(desc="reference"):
+            for rows in filter(None, (data.rows, data.made_up)):
+                known = add_reference(lm, rows, identity, cache, bf16=recipe.bf16)
+                if log is not None and args.process_index == 0:
+                    log(f"reference log-probabilities of {len(rows)} rows {'read' if known else 'computed'}")
+        trained = lm if recipe.lora is None else _adapted(lm, recipe.lora, source)
+        trainer = PRMTrainer(
+            trained, args, data.items, objective=recipe.objective, beta=recipe.scale, margin=recipe.margin, log=log
+        )
+        outcome = trainer.train(resume_from_checkpoint=last)
+        trained.eval()
+        metrics: dict[str, Any] = {
+            "train_loss": round(outcome.training_loss, 6),
+            "steps": trainer.state.global_step,
+            "held_out_pair_accuracy": None,
+        }
+        if data.held:
+            values = row_logprobs(trained, data.held, bf16=recipe.bf16)
+            sums = [float((v - row.reference).sum()) for v, row in zip(values, data.held, strict=True)]
+            metrics["held_out_pair_accuracy"] = pair_accuracy(data.held, sums)
+    trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)  # the card has them
+    if trainer.is_world_process_zero():
+        lines = (json.dumps(each) + "\n" for each in trainer.state.log_history)
+        (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+    metrics["process"] = args.process_index
+    return metrics
+
+
+def _adapted(lm: Any, rank: int, source: Source) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    # What the saved adapter says of its base has to be found from any folder.
+    lm.name_or_path = os.path.realpath(source.path) if source.local else source.path
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", revision=source.revision
+    )
+    return get_peft_model(lm, config)
+
+
+def pair_accuracy(rows: Sequence[Row], rewards: Sequence[float]) -> float | None:
+    """Of all pairs of a right and a wrong response to one prompt, the share in which the right one has more reward.
+
+    Equal rewards count half. None where there is no pair.
+    """
+    value = {id(row): reward for row, reward in zip(rows, rewards, strict=True)}
+    won = total = 0.0
+    for group in by_prompt(rows).values():
+        for right in (value[id(row)] for row in group if row.label):
+            for wrong in (value[id(row)] for row in group if not row.label):
+                won += 1.0 if right > wrong else 0.5 if right == wrong else 0.0
+                total += 1
+    return round(won / total, 6) if total else None
+
+
+def _finish(
+    source: Source, folder: Path, recipe: Recipe, data: Data, metrics: dict[str, Any], delimiter: str | None
+) -> dict[str, Any]:
+    """Tokenizer and card, the card last: a folder that has it is complete."""
+    from transformers import AutoTokenizer
+
+    reference: str | None = None  # an adapter's base
+    if recipe.lora is None:
+        reference = os.path.relpath(os.path.realpath(source.path), folder.resolve()) if source.local else source.path
+    main = metrics.pop("process") == 0
+    card: dict[str, Any] = {
+        "format": CARD_FORMAT,
+        "model": ".",
+        "reference": reference,
+        "beta": recipe.scale,
+        **({} if delimiter is None else {"delimiter": delimiter}),
+        "objective": recipe.objective,
+        "recipe": asdict(recipe) | {"learning_rate": recipe.rate, "beta": recipe.scale, "balanced": recipe.balance},
+        "reference_revision": source.revision,
+        "data": data.counts,
+        "metrics": metrics,
+        "versions": _versions(),
+    }
+    if main:
+        AutoTokenizer.from_pretrained(source.path, **source.where()).save_pretrained(folder)
+        part = folder / f"{CARD}.part"
+        part.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, folder / CARD)
+        shutil.rmtree(folder / CHECKPOINTS)  # as large as several models, and of no use to a finished run
+    return card
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("prm-search", "torch", "transformers", "accelerate", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,109 @@
+"""PRMTrainer: transformers.Trainer with the objectives. Imports transformers and, through it, accelerate."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .data import Item, collate
+from .objectives import ce, dpo, ipvrm, kto, nca
+
+
+class PRMTrainer(Trainer):
+    """Trains a causal LM, within `logprobs.response_forward`, on items whose reference is known.
+
+    Args:
+        model: the LM or its PEFT wrapper.
+        args: remove_unused_columns must be False.
+        items: see data.Item.
+        objective: one of run.OBJECTIVES.
+        beta: scale of the log-ratios.
+        margin: of ipvrm.
+        log: called with a line at every logging step; None: nothing is said.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        items: Sequence[Item],
+        *,
+        objective: str,
+        beta: float,
+        margin: float = 0.0,
+        log: Callable[[str], object] | None = None,
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=items, data_collator=collate)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over items: divide it by the accumulation steps
+        self.objective, self.beta, self.margin = objective, beta, margin
+        self._seen: defaultdict[str, list[Tensor]] = defaultdict(list)
+        for printer in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printer)
+        if log is not None:
+            self.add_callback(_Lines(log))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The weighted mean of the items' losses."""
+        label, weight = inputs["label"], inputs["weight"]
+        mask = inputs["response_mask"]
+        if self.objective == "kto":
+            own, other = _halves(inputs, len(label))
+            with torch.no_grad():
+                baseline = self._token_rewards(model, other).sum(1).mean().clamp(min=0)
+            tokens = self._token_rewards(model, own)
+        else:
+            tokens = self._token_rewards(model, inputs)
+        rewards = tokens.sum(1)
+        if self.objective == "ce":
+            losses = ce(rewards, label)
+        elif self.objective == "ipvrm":
+            losses = ipvrm(tokens, mask, label, margin=self.margin)
+        elif self.objective == "kto":
+            losses = kto(rewards, label, baseline)
+        else:
+            losses = (dpo if self.objective == "dpo" else nca)(*rewards.chunk(2))
+        with torch.no_grad():
+            right = rewards.chunk(2)[0] > rewards.chunk(2)[1] if self.objective in ("dpo", "nca") else None
+            right = (rewards > 0) == (label > 0.5) if right is None else right
+            self._seen["accuracy"].append(right.float().mean())
+        loss = (losses * weight).mean()
+        return (loss, {"rewards": rewards}) if return_outputs else loss
+
+    def _token_rewards(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        names = ("input_ids", "attention_mask", "response_mask")
+        logprobs = model(**{name: inputs[name] for name in names})
+        return self.beta * (logprobs - inputs["reference"])  # 0 - 0 outside the response
+
+    def log(self, logs: dict[str, float], *given: Any, **options: Any) -> None:
+        """Trainer's, with means since the last call beside it."""
+        if "loss" in logs:
+            logs |= {name: torch.stack(values).mean().item() for name, values in self._seen.items()}
+            self._seen.clear()
+        super().log(logs, *given, **options)
+
+
+def _halves(inputs: dict[str, Tensor], items: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A batch of items of two rows each as two batches."""
+    rows = {name: part for name, part in inputs.items() if len(part) == 2 * items}
+    return {name: part[:items] for name, part in rows.items()}, {name: part[items:] for name, part in rows.items()}
+
+
+class _Lines(TrainerCallback):
+    """One line a logging step."""
+
+    def __init__(self, log: Callable[[str], object]) -> None:
+        self._log = log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
+        """Say it, in the main process."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            words = " ".join(f"{name} {logs[name]:.4g}" for name in ("loss", "accuracy", "learning_rate"))
+            self._log(f"step {state.global_step} of {state.max_steps}: {words}")
