@@ -120,7 +120,8 @@ def _response_ids(pair: ImplicitPRM, place: int, given: Any, close: bool) -> lis
 
 def _prompt_ids(pair: ImplicitPRM, place: int, given: Any) -> tuple[int, ...]:
     try:
-        return encode_prompt(pair.tokenizer, Prompt.of(given.tolist() if hasattr(given, "tolist") else given))
+        prompt = Prompt.of(given.tolist() if hasattr(given, "tolist") else given)
+        return encode_prompt(None if prompt.token_ids is not None else pair.need_tokenizer(), prompt)
     except (ValueError, TypeError) as error:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(f"prompts[{place}]: {error}") from error

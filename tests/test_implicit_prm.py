@@ -510,3 +510,8 @@ def test_chat_templates_matter_for_messages_only(pair, base):
     node = taken.tree.nodes[1]
     wanted = naive_rewards(pair.prm.module, base, taken.tree.prompt_ids, node.token_ids, 0.05)
     np.testing.assert_allclose(node.token_rewards, wanted, atol=1e-4)
+
+
+def test_a_prompt_in_text_needs_a_tokenizer(trained, base):
+    with pytest.raises(ValueError, match=r"prompts\[0\].*tokenizer"):
+        ImplicitPRM(trained, base).score(["a prompt"], [[3, 4]], steps=[[2]])
