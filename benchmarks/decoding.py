@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import Machine, model, paired, ratio
+from common import Ceilings, Machine, model, paired, ratio, weighed, weight_bytes
 from transformers import DynamicCache
 
 from prm_search.engine.language_model import LanguageModel
@@ -59,16 +59,22 @@ def compare(
 ) -> dict[str, Any]:
     """One line of the report: milliseconds a forward of all rows, and the ratio."""
     module = model(shape, 1, machine)
-    lm = LanguageModel.of(module)
-    ours = Ours(lm, context // 4, context, rows, families)
-    theirs = Theirs(module, context, rows, machine.device)
+    lm = LanguageModel.of(module, capacity=context * families + rows * (tokens + 1))
+    peaks = {}
+    ours, peaks["ours"] = weighed(lambda: Ours(lm, context // 4, context, rows, families))
+    theirs, peaks["dynamic_cache"] = weighed(lambda: Theirs(module, context, rows, machine.device))
     runs = {"ours": lambda: ours.run(tokens), "dynamic_cache": lambda: theirs.run(tokens)}
     seconds = paired(runs, repeats)
+    middle = {name: statistics.median(values) / tokens for name, values in seconds.items()}
+    floor = weight_bytes(module) / Ceilings.measure(machine).bandwidth
     return {
         "shape": shape,
         "context": context,
         "rows": rows,
         "families": families,
-        "ms": {name: 1e3 * statistics.median(values) / tokens for name, values in seconds.items()},
+        "ms": {name: 1e3 * value for name, value in middle.items()},
         "ours_over_dynamic_cache": ratio(seconds["ours"], seconds["dynamic_cache"]),
+        "weight_floor_ms": 1e3 * floor,
+        "over_weight_floor": middle["ours"] / floor,
+        "context_peak_bytes": {name: peak for name, peak in peaks.items() if peak is not None},
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 def markdown(report: dict[str, Any]) -> str:
     """The report's tables."""
-    machine = report["machine"]
+    machine, ceilings = report["machine"], report.get("ceilings")
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     parts = [
         f"# Benchmarks: {machine['name']}",
@@ -16,9 +16,27 @@ def markdown(report: dict[str, Any]) -> str:
         "medians of several rounds in which every method took its turn. Absolute times drift with the machine; the "
         "ratios are pairwise.",
     ]
-    for name, rows in report["suites"].items():
-        parts += [f"## {name}", NOTES[name], TABLES[name](rows)]
+    if report["quick"]:
+        parts.append("**A rehearsal (`--quick`): tiny sizes, few rounds. No figure here says anything about speed.**")
+    if ceilings:
+        parts.append(
+            f"Ceilings measured in this run: {ceilings['flops'] / 1e12:.3g} TFLOP/s (matmul), "
+            f"{ceilings['bandwidth'] / 1e9:.3g} GB/s (copy, read and written). Floors divide by these."
+        )
+    if machine["device"] == "cpu":
+        parts.append("No GPU: the ops ran their torch backend, and nothing here speaks of the Triton kernels.")
+    for suite, tables in report["suites"].items():
+        parts.append(f"## {suite}")
+        for name, rows in tables.items():
+            parts += [f"### {name}", NOTES[name], TABLES[name](rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _size(count: float) -> str:
+    for unit, bound in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= bound:
+            return f"{count / bound:.3g} {unit}"
+    return f"{count:.0f} B"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -26,24 +44,73 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _ops(rows: list[dict[str, Any]]) -> str:
+    head = ["op", "shape", "way", "ms", "over ours", "share of floor", "memory", "largest error", "rms error"]
+    body = []
+    for row in rows:
+        shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
+        for name, way in row["ways"].items():
+            if "absent" in way:
+                body.append([row["op"], shape, name, "-", "-", "-", "-", "-", f"absent: {way['absent']}"])
+                continue
+            memory = way.get("peak_bytes", way.get("largest_tensor_bytes"))
+            body.append(
+                [
+                    row["op"],
+                    shape,
+                    f"**{name}** ({row['backend']})" if name == "ours" else name,
+                    f"{way['ms']:.4g}",
+                    f"{way['over_ours']:.2f}x",
+                    f"{way['share_of_floor']:.0%} ({row['bound']})",
+                    "-" if memory is None else _size(memory),
+                    f"{way['error_max']:.1e}" if "error_max" in way else "-",
+                    f"{way['error_rms']:.1e}" if "error_rms" in way else "-",
+                ]
+            )
+    return _table(head, body)
+
+
+def _memory(rows: list[dict[str, Any]]) -> str:
+    head = ["shape", "prompt", "beams", "own tokens", "a copy a beam", "prompt shared", "tree shared"]
+    body = [
+        [
+            row["shape"],
+            str(row["prompt"]),
+            str(row["beams"]),
+            str(row["length"] * row["steps"]),
+            *(_size(row["kv_bytes"][way]) for way in ("copies", "prompt_shared", "tree_shared")),
+        ]
+        for row in rows
+    ]
+    return _table(head, body)
+
+
 def _scoring(rows: list[dict[str, Any]]) -> str:
     names = {name for row in rows for name in row["over_ours"]}
     rivals = [name for name in ("naive", "prompt_cached", "dynamic_cache") if name in names]
     head = [
         "shape",
+        "N x L",
         "S",
         "ours (s)",
+        "share of floor",
         *[f"{name} / ours" for name in rivals],
         "tokens a model: ours / naive",
+        "KV a model: live / copies",
+        "peak beyond weights: ours / " + " / ".join(rivals),
         "max diff",
     ]
     body = [
         [
             row["shape"],
+            f"{row['beams']} x {row['length']}",
             str(row["steps"]),
             f"{row['seconds']['ours']:.2f}",
+            f"{row['share_of_floor']:.0%}",
             *[f"{row['over_ours'][name]:.1f}x" if name in row["over_ours"] else "-" for name in rivals],
             f"{row['encoded_tokens']['ours']} / {row['encoded_tokens'].get('naive', '-')}",
+            " / ".join(_size(row["kv_tokens"][way] * row["kv_token_bytes"]) for way in ("live", "copies")),
+            " / ".join(_size(row["peak_bytes"][way]) if way in row["peak_bytes"] else "-" for way in ("ours", *rivals)),
             f"{max(row['largest_difference'].values(), default=0):.1e}",
         ]
         for row in rows
@@ -52,7 +119,16 @@ def _scoring(rows: list[dict[str, Any]]) -> str:
 
 
 def _decoding(rows: list[dict[str, Any]]) -> str:
-    head = ["shape", "context", "rows", "parents", "ours (ms)", "DynamicCache (ms)", "ours / DynamicCache"]
+    head = [
+        "shape",
+        "context",
+        "rows",
+        "parents",
+        "ours (ms)",
+        "DynamicCache (ms)",
+        "ours / DynamicCache",
+        "ours / weight floor",
+    ]
     body = [
         [
             row["shape"],
@@ -62,6 +138,7 @@ def _decoding(rows: list[dict[str, Any]]) -> str:
             f"{row['ms']['ours']:.1f}",
             f"{row['ms']['dynamic_cache']:.1f}",
             f"{row['ours_over_dynamic_cache']:.2f}",
+            f"{row['over_weight_floor']:.2f}",
         ]
         for row in rows
     ]
@@ -69,7 +146,16 @@ def _decoding(rows: list[dict[str, Any]]) -> str:
 
 
 def _searching(rows: list[dict[str, Any]]) -> str:
-    head = ["shape", "way", "seconds", "scorer / policy seconds", "sampled", "encoded: policy / prm / reference"]
+    head = [
+        "shape",
+        "way",
+        "seconds",
+        "scorer / policy seconds",
+        "first step (s)",
+        "sampled",
+        "encoded: policy / prm / reference",
+        "peak beyond weights and pools",
+    ]
     body = []
     for row in rows:
         share = row.get("scorer_over_policy_seconds")
@@ -80,27 +166,40 @@ def _searching(rows: list[dict[str, Any]]) -> str:
                 row["way"],
                 f"{row['seconds']:.2f}",
                 "-" if share is None else f"{share:.1%}",
+                f"{row['first_step_seconds']:.3f}" if "first_step_seconds" in row else "-",
                 str(row.get("sampled_tokens", {}).get("policy", "-")),
                 " / ".join(str(encoded.get(role, 0)) for role in ("policy", "prm", "reference")) if encoded else "-",
+                _size(row["peak_bytes"]) if "peak_bytes" in row else "-",
             ]
         )
     return _table(head, body)
 
 
-TABLES = {"scoring": _scoring, "decoding": _decoding, "searching": _searching}
+TABLES = {"ops": _ops, "scoring": _scoring, "decoding": _decoding, "memory": _memory, "searching": _searching}
 NOTES = {
+    "ops": "Each op alone, operands random with logits of a standard deviation of 4. Errors are against float64 from "
+    "the same operands (nats; guide_logits: logits; attention: outputs of standard normal values). `matmul` is the "
+    "product without a log-probability; `compiled_eager` is torch.compile of the eager formula. Memory: the "
+    "allocator's peak beyond the operands on a GPU, the largest tensor that any operation returns on a CPU. A GPU's "
+    "times are CUDA events with a cold L2.",
     "scoring": "Token rewards of every beam at every step, both models: seconds of ours and what the rivals take over "
-    "it. `naive` re-encodes every prefix, `prompt_cached` a beam's own tokens, `dynamic_cache` nothing, but copies KV.",
+    "it. `naive` re-encodes every prefix, `prompt_cached` a beam's own tokens, `dynamic_cache` nothing, but copies KV. "
+    "The floor is every new token once through both models at the measured ceilings. Peaks: a GPU's, with pools.",
     "decoding": "One token for each row. Four rows a parent is what a beam of four expansions decodes; as many parents "
-    "as rows is the worst case, where only the first quarter of the path is shared.",
+    "as rows is the worst case, where only the first quarter of the path is shared. The weight floor is one reading of "
+    "the weights at the measured bandwidth.",
+    "memory": "bf16 KV of one model at the end of a beam search (a quarter survives, four children each), by counting "
+    "tokens: arithmetic, nothing was run.",
     "searching": "`model.generate` plain, and with `prm_guidance`; the reference is the policy itself (`shared`: its "
-    "half of the reward is free) or a third model (`separate`).",
+    "half of the reward is free) or a third model (`separate`). `full_text` is search-and-learn's scheme in the same "
+    "search: every active beam's whole text at every step, through PRM and third model anew. The first step is from "
+    "the call until it is drawn and scored.",
 }
 
 
 def plot(report: dict[str, Any], path: Path) -> bool:
     """Rivals' time over ours against the number of steps. Returns False without scoring lines or matplotlib."""
-    rows = report["suites"].get("scoring", [])
+    rows = report["suites"].get("engine", {}).get("scoring", [])
     if not rows:
         return False
     try:

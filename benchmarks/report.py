@@ -1,7 +1,7 @@
 """One report of every benchmark: JSON, Markdown and (with matplotlib) a plot, under benchmarks/results/<device>/.
 
 python benchmarks/report.py                       # everything that this machine is meant for
-python benchmarks/report.py --suite scoring --quick
+python benchmarks/report.py --suite kernels,engine --quick
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import decoding
+import ops
 import scoring
 import searching
 import torch
-from common import Machine
+from common import Ceilings, Machine
 from render import markdown, plot
 
 
@@ -30,11 +31,12 @@ def run_scoring(machine: Machine, quick: bool) -> list[dict[str, Any]]:
         lines = [("0.5b", 512, 16, 64, s, every) for s in (5, 20)]
         lines += [("1.5b", 512, 16, 64, s, every) for s in (5, 20, 50)]
         lines += [("7b", 512, 16, 64, s, every if s < 50 else ["dynamic_cache"]) for s in (5, 20, 50)]
+        lines += [("7b", 512, 256, 64, 20, [])]  # does it fit?
     else:
         lines = [("small", 150, 8, 50, s, every) for s in (5, 10, 20, 40)]
         lines += [("smollm2", 150, 8, 50, s, every) for s in (5, 10)]
     if quick:
-        lines = [("small", 150, 8, 50, 5, every)]
+        lines = [("small", 100, 8, 20, 3, every)]
     repeats = 1 if quick else 3
     return [
         scoring.compare(machine, shape, prompt, beams, length, steps, repeats, methods)
@@ -47,21 +49,27 @@ def run_decoding(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     shapes = ["1.5b", "7b"] if machine.device == "cuda" else ["small", "smollm2"]
     lines = [(shape, 550, rows, families) for shape in shapes for rows, families in ((16, 4), (16, 16), (64, 16))]
     if quick:
-        lines = [("small", 550, 16, 4)]
+        lines = [("small", 150, 16, 4)]
     return [
         decoding.compare(machine, shape, context, rows, families, tokens=24, repeats=1 if quick else 5)
         for shape, context, rows, families in progress("decoding", lines)
     ]
 
 
+def run_memory(machine: Machine, quick: bool) -> list[dict[str, Any]]:
+    """Counts: the capacities that the sharing of a tree decides. They take no time and no GPU."""
+    lines = [("7b", 512, 16, 64, 10), ("7b", 1024, 64, 100, 20), ("7b", 512, 256, 64, 20), ("1.5b", 512, 256, 64, 20)]
+    return [scoring.held(*line) for line in lines]
+
+
 def run_searching(machine: Machine, quick: bool) -> list[dict[str, Any]]:
-    """`generate` three ways."""
+    """`generate` plain and searched for."""
     if machine.device == "cuda":
         lines = [("1.5b", 1, 512, 640, 64, 16), ("7b", 1, 512, 640, 64, 16)]
     else:
         lines = [("small", 2, 150, 200, 25, 16), ("smollm2", 1, 150, 100, 25, 8)]
     if quick:
-        lines = [("small", 1, 60, 50, 25, 8)]
+        lines = [("small", 1, 60, 30, 15, 8)]
     return [
         row
         for shape, prompts, prompt, new, step, n in progress("searching", lines)
@@ -69,11 +77,24 @@ def run_searching(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     ]
 
 
-SUITES: dict[str, Callable[[Machine, bool], list[dict[str, Any]]]] = {
-    "scoring": run_scoring,
-    "decoding": run_decoding,
-    "searching": run_searching,
+def run_ops(machine: Machine, quick: bool) -> list[dict[str, Any]]:
+    """Every op alone."""
+    print("ops: every op at every shape", file=sys.stderr, flush=True)
+    return ops.lines(machine, quick)
+
+
+Table = Callable[[Machine, bool], list[dict[str, Any]]]
+SUITES: dict[str, dict[str, Table]] = {
+    "kernels": {"ops": run_ops},
+    "engine": {"scoring": run_scoring, "decoding": run_decoding, "memory": run_memory},
+    "search": {"searching": run_searching},
 }
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Replace report.json and report.md. Called after every table: what is finished is kept."""
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "report.md").write_text(markdown(report))
 
 
 def progress(name: str, lines: list[Any]) -> Any:
@@ -100,10 +121,13 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     report: dict[str, Any] = {"date": stamp, "machine": asdict(machine), "quick": given.quick, "suites": {}}
-    for name in chosen:
-        report["suites"][name] = SUITES[name](machine, given.quick)
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")  # what is finished is kept
-    (folder / "report.md").write_text(markdown(report))
+    if set(chosen) & {"kernels", "engine"}:
+        report["ceilings"] = asdict(Ceilings.measure(machine))
+    for suite in chosen:
+        tables = report["suites"][suite] = {}
+        for name, table in SUITES[suite].items():
+            tables[name] = table(machine, given.quick)
+            write(report, folder)
     drawn = plot(report, folder / "scoring.png")
     print(f"{folder}/report.json, report.md{', scoring.png' if drawn else ' (no plot)'}")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Machine, model, paired, ratio
+from common import Ceilings, Machine, model, paired, ratio, token_bytes, weighed
 from transformers import DynamicCache
 
 from prm_search import ImplicitPRM, Prompt, SearchTree
@@ -42,6 +42,24 @@ class Work:
                 parents.append([kept[i * len(kept) // beams] for i in range(beams)])
             tokens.append([ids(length) for _ in range(beams)])
         return cls(ids(prompt), parents, tokens)
+
+    def live(self, step: int) -> int:
+        """Distinct tokens on the paths of a step's beams: the KV that beams sharing what they share must hold."""
+        length, held = len(self.tokens[0][0]), len(self.prompt)
+        beams = set(range(len(self.tokens[step])))
+        for s in range(step, -1, -1):
+            held += length * len(beams)
+            beams = {self.parents[s][beam] for beam in beams}
+        return held
+
+    def most_live(self) -> int:
+        """The largest `live`."""
+        return max(self.live(step) for step in range(len(self.tokens)))
+
+    def copied(self) -> int:
+        """Tokens of KV at the end where every beam has a copy of its whole path."""
+        beams, length = len(self.tokens[0]), len(self.tokens[0][0])
+        return beams * (len(self.prompt) + length * len(self.tokens))
 
     def paths(self, step: int) -> list[list[int]]:
         """Response tokens of every beam up to and with a step."""
@@ -127,7 +145,7 @@ def rival_rewards(method: str, prm: Any, ref: Any, work: Work, device: str) -> l
 
 
 def our_rewards(pair: ImplicitPRM, work: Work) -> tuple[list[np.ndarray], dict[str, int]]:
-    """The same through SearchTree and ImplicitPRM, with the counts of the tree's meter."""
+    """The same through SearchTree and ImplicitPRM, with the counts of the tree's meter and the KV held at the end."""
     tree = SearchTree(Prompt(token_ids=tuple(work.prompt)))
     beams, found = [tree.root] * len(work.tokens[0]), []
     for parents, tokens in zip(work.parents, work.tokens, strict=True):
@@ -138,24 +156,57 @@ def our_rewards(pair: ImplicitPRM, work: Work) -> tuple[list[np.ndarray], dict[s
     for (kind, model_id), n in tree.meter.counts.items():
         if model_id == pair.models["prm"] and kind in counts:
             counts[kind] += n
+    counts["held"] = pair.prm.tree.used
     pair.release(tree)
     return found, counts
+
+
+def step_floor(lm: Any, ceilings: Ceilings, prompt: int, beams: int, length: int, steps: int) -> float:
+    """Seconds that scoring cannot go below: every new token once through both models, at the measured ceilings.
+
+    A step is the larger of its arithmetic (weights, head and attention over what came before) and one reading of the
+    weights. KV and activations are left out, so the floor is a little low.
+    """
+    config, total = lm.config, 0.0
+    width = config.hidden_size
+    head = lm.get_output_embeddings().weight
+    body = sum(p.numel() for p in lm.base_model.parameters()) - lm.get_input_embeddings().weight.numel()
+    for step in range(steps):
+        tokens, before = beams * length, prompt + step * length
+        attention = 4 * config.num_hidden_layers * width * tokens * (before + (length + 1) / 2)
+        flop = 2.0 * (body + head.numel()) * tokens + attention
+        if step == 0:
+            flop += 2.0 * body * prompt + 2 * config.num_hidden_layers * width * prompt**2
+        total += ceilings.floor(flop, (body + head.numel()) * head.element_size())[0]
+    return 2 * total
 
 
 def compare(
     machine: Machine, shape: str, prompt: int, beams: int, length: int, steps: int, repeats: int, methods: list[str]
 ) -> dict[str, Any]:
-    """One line of the report: seconds, ratios to ours, tokens encoded a model, largest difference in rewards."""
+    """One line of the report: seconds, ratios to ours, tokens encoded a model, KV held, largest difference in rewards.
+
+    Without `methods` ours runs alone, in pools just large enough for the live paths: the line for memory.
+    """
     prm, ref = model(shape, 1, machine), model(shape, 2, machine)
-    pair = ImplicitPRM(prm, ref, beta=BETA)
     work = Work.draw(prm.config.vocab_size, prompt, beams, length, steps)
-    ours, counts = our_rewards(pair, work)
+    every = prompt + beams * length * steps
+    pair = ImplicitPRM(
+        prm, ref, beta=BETA, capacity=every if methods else min(every, work.most_live() + beams * length)
+    )
+    (ours, counts), peak = weighed(lambda: our_rewards(pair, work))  # the first run: it makes the pools
+    peaks = {"ours": peak}
     runs: dict[str, Callable[[], Any]] = {"ours": lambda: our_rewards(pair, work)}
-    differences = {}
+    differences, absent = {}, {}
     for method in methods:
-        theirs = rival_rewards(method, prm, ref, work, machine.device)
-        differences[method] = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
         runs[method] = lambda m=method: rival_rewards(m, prm, ref, work, machine.device)
+        try:
+            theirs, peaks[method] = weighed(runs[method])
+        except torch.OutOfMemoryError:
+            absent[method] = "out of memory"
+            del runs[method]
+            continue
+        differences[method] = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
     seconds = paired(runs, repeats, warmup=0 if methods else 1)  # the comparison above warmed them up
     own = [step * length for step in range(1, steps + 1)]
     encoded = {
@@ -164,14 +215,39 @@ def compare(
         "prompt_cached": prompt + beams * sum(own),
         "dynamic_cache": prompt + beams * steps * length,
     }
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "shape": shape,
         "prompt": prompt,
         "beams": beams,
         "length": length,
         "steps": steps,
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "over_ours": {name: ratio(seconds[name], seconds["ours"]) for name in methods},
+        "seconds": middle,
+        "over_ours": {name: ratio(seconds[name], seconds["ours"]) for name in seconds if name != "ours"},
+        "share_of_floor": step_floor(prm, Ceilings.measure(machine), prompt, beams, length, steps) / middle["ours"],
         "encoded_tokens": {name: encoded[name] for name in seconds},
+        "kv_tokens": {"live": work.most_live(), "ours_held": counts["held"], "copies": work.copied()},
+        "kv_token_bytes": token_bytes(shape, machine.dtype.itemsize),
+        "weight_bytes": 2 * sum(p.numel() * p.element_size() for p in prm.parameters()),
+        "peak_bytes": {name: peak for name, peak in peaks.items() if peak is not None},
         "largest_difference": differences,
+        "absent": absent,
+    }
+
+
+def held(shape: str, prompt: int, beams: int, length: int, steps: int) -> dict[str, Any]:
+    """KV of one model in bf16, by counting tokens: nothing is run, so any machine can say it of any shape."""
+    work = Work.draw(1000, prompt, beams, length, steps)
+    size = token_bytes(shape)
+    return {
+        "shape": shape,
+        "prompt": prompt,
+        "beams": beams,
+        "length": length,
+        "steps": steps,
+        "kv_bytes": {
+            "copies": work.copied() * size,
+            "prompt_shared": (prompt + beams * length * steps) * size,
+            "tree_shared": work.most_live() * size,
+        },
     }

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from common import Machine, model, paired
+from common import Machine, model, paired, weighed
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import prm_search as ps
+from prm_search.engine.language_model import LanguageModel
 
 
 def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
@@ -22,17 +26,71 @@ def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<1>", pad_token="<1>")
 
 
+class FullText:
+    """search-and-learn's scheme as a Scorer: at every step the whole text of every active beam, through both models.
+
+    Nothing is kept from one step to the next, and the prompt is encoded again with every beam. Kinder than the original
+    in three ways: it takes token ids (no text is tokenised again), runs all beams in one padded batch, and applies the
+    heads to the new tokens only.
+    """
+
+    name = "prm"
+
+    def __init__(self, prm: Any, reference: Any, beta: float = 0.05) -> None:
+        self.modules = {"prm": prm, "reference": reference}
+        self.models = {role: f"full-text {role}" for role in self.modules}
+        self.beta = beta
+
+    def score_nodes(self, nodes: Sequence[ps.Node]) -> None:
+        """Score the nodes' own tokens; as Scorer.score_nodes."""
+        todo = list(dict.fromkeys(part for node in nodes for part in node.path() if not part.scored_by(self.name)))
+        if not todo:
+            return
+        rows = [[*node.tree.prompt_ids, *node.path_ids()] for node in todo]
+        for node, row in zip(todo, rows, strict=True):
+            for model_id in self.models.values():
+                node.tree.meter.add("encoded", model_id, len(row))
+        news = [len(node.token_ids) for node in todo]
+        mine, theirs = (_logprobs(module, rows, news) for module in self.modules.values())
+        for node, a, b in zip(todo, mine, theirs, strict=True):
+            node.set_rewards(self.name, self.beta * (a - b))
+
+    def release(self, tree: ps.SearchTree) -> None:
+        """Nothing is kept."""
+
+
+@torch.no_grad()
+def _logprobs(lm: Any, rows: list[list[int]], news: list[int]) -> list[np.ndarray]:
+    """log p of the last `news[i]` tokens of each row, from one right-padded batch."""
+    width, device = max(map(len, rows)), lm.device
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    hidden = lm.base_model(ids, attention_mask=mask, use_cache=False)[0]
+    at = [(i, len(row) - new + t) for i, (row, new) in enumerate(zip(rows, news, strict=True)) for t in range(new)]
+    row, column = torch.tensor(at, device=device).T
+    logits = lm.get_output_embeddings()(hidden[row, column - 1]).float()
+    found = logits.log_softmax(-1).gather(1, ids[row, column][:, None])[:, 0]
+    return np.split(found.cpu().numpy(), np.cumsum(news)[:-1])
+
+
 def measure(
     machine: Machine, shape: str, prompts: int, prompt: int, new_tokens: int, step: int, n: int, repeats: int
 ) -> list[dict[str, Any]]:
     """Lines of the report: seconds of each way to generate, and scorer over policy seconds inside the searches."""
     policy, prm, other = (model(shape, seed, machine) for seed in (1, 2, 3))
     tokenizer = _tokenizer(policy.config.vocab_size)
-    ids = torch.randint(11, policy.config.vocab_size, (prompts, prompt), device=machine.device)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(11, policy.config.vocab_size, (prompts, prompt), generator=draw).to(machine.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    room = prompts * (prompt + n * (new_tokens + step))  # KV of a best-of-n, so that three models' pools fit together
+    served = [LanguageModel.of(module, capacity=room) for module in (policy, prm, other)]
     ps.enable(policy, tokenizer)
     steps = ps.StepRule(delimiter="\n\n", max_tokens=step)
-    pairs = {"shared": ps.ImplicitPRM(prm, policy), "separate": ps.ImplicitPRM(prm, other)}
+    scorers: dict[str, ps.Scorer] = {
+        "shared": ps.ImplicitPRM(prm, policy),
+        "separate": ps.ImplicitPRM(prm, other),
+        "full_text": FullText(prm, other),
+    }
     strategies = {f"best_of_{n}": ps.BestOfN(n), f"beam_{n // 4}x4": ps.Beam(n // 4, 4)}
     common = {
         "max_new_tokens": new_tokens,
@@ -48,18 +106,29 @@ def measure(
     phases: dict[str, list[dict[str, float]]] = {}
     usages: dict[str, Any] = {}
 
-    def guided(name: str, pair: str, strategy: str) -> None:
-        guidance = ps.PRMGuidance(pairs[pair], strategy=strategies[strategy], steps=steps, seed=0)
+    def guided(name: str, scorer: str, strategy: str) -> None:
+        guidance = ps.PRMGuidance(scorers[scorer], strategy=strategies[strategy], steps=steps, seed=0)
         out = policy.generate(**inputs, **common, prm_guidance=guidance, return_dict_in_generate=True)
         phases.setdefault(name, []).append(dict(out.prm[0].usage.seconds))
         usages[name] = [result.usage for result in out.prm]
 
     runs: dict[str, Any] = {"plain_1": lambda: plain(1), f"plain_{n}": lambda: plain(n)}
+    ways: dict[str, tuple[str, str]] = {}
     for strategy in strategies:
-        for pair in pairs:
-            name = f"{strategy}/{pair}"
-            runs[name] = lambda name=name, pair=pair, strategy=strategy: guided(name, pair, strategy)
-    seconds = paired(runs, repeats)
+        for scorer in scorers:
+            if scorer == "full_text" and not strategy.startswith("beam"):
+                continue  # a best-of-n is scored once, at its end, in that scheme too
+            name = f"{strategy}/{scorer}"
+            ways[name] = scorer, strategy
+            runs[name] = lambda name=name, scorer=scorer, strategy=strategy: guided(name, scorer, strategy)
+    peaks = {name: weighed(run)[1] for name, run in runs.items()}  # which also warms them up
+    seconds = paired(runs, repeats, warmup=0)
+    sampler = ps.HFPolicy(policy, tokenizer, stop_ids=[])
+    first = {
+        name: [first_step(sampler, scorers[scorer], strategies[strategy], ids.tolist(), step) for _ in range(repeats)]
+        for name, (scorer, strategy) in ways.items()
+        if strategy.startswith("beam")
+    }
     lines = []
     for name, values in seconds.items():
         line: dict[str, Any] = {"shape": shape, "way": name, "seconds": statistics.median(values)}
@@ -67,28 +136,53 @@ def measure(
             share = [phase["scorer"] / phase["policy"] for phase in phases[name][-repeats:]]
             line["scorer_over_policy_seconds"] = statistics.median(share)
             for kind in ("sampled_tokens", "encoded_tokens"):
-                totals: dict[str, int] = {}
-                for usage in usages[name]:
-                    for role, count in getattr(usage, kind).items():
-                        totals[role] = totals.get(role, 0) + count
-                line[kind] = totals
+                line[kind] = _total([getattr(usage, kind) for usage in usages[name]])
+        if name.endswith("/full_text"):
+            line["largest_difference"] = _apart(scorers["separate"], scorers["full_text"], ids[0].tolist(), step)
+        if name in first:
+            line["first_step_seconds"] = statistics.median(first[name])
+        if peaks[name] is not None:
+            line["peak_bytes"] = peaks[name]
         lines.append(line)
+    ps.disable(policy)
+    del served
     return lines
 
 
-def first_step(machine: Machine, shape: str, prompt: int, step: int, n: int) -> float:
-    """Seconds from the call to the first committed step of a beam search, scored by a pair with a shared reference."""
-    policy, prm = model(shape, 1, machine), model(shape, 2, machine)
-    pair = ps.ImplicitPRM(prm, policy)
+def _apart(one: ps.Scorer, other: ps.Scorer, prompt: list[int], length: int) -> float:
+    """Largest difference between two scorers' token rewards on a small tree: a step, and two steps that follow it."""
+    found = []
+    for scorer in (one, other):
+        tree = ps.SearchTree(ps.Prompt(token_ids=tuple(prompt)))
+        node = tree.add(tree.root, prompt[:length])
+        leaves = [tree.add(node, prompt[i : i + length]) for i in (1, 2)]
+        scorer.score_nodes([node])
+        scorer.score_nodes(leaves)
+        found.append(np.concatenate([part.rewards[scorer.name] for part in (node, *leaves)]))
+        scorer.release(tree)
+    return float(np.abs(found[0] - found[1]).max())
+
+
+def _total(parts: list[dict[str, int]]) -> dict[str, int]:
+    totals: Counter[str] = Counter()
+    for part in parts:
+        totals.update(part)
+    return dict(totals)
+
+
+def first_step(
+    policy: ps.HFPolicy, scorer: ps.Scorer, strategy: ps.Strategy, prompts: list[list[int]], step: int
+) -> float:
+    """Seconds from the call until the first step of a search is committed: prompts read, a step drawn and scored."""
     begin = time.perf_counter()
     seen: list[float] = []
     ps.search(
-        [list(range(11, 11 + prompt))],
-        policy=ps.HFPolicy(policy, _tokenizer(policy.config.vocab_size), stop_ids=[]),
-        scorer=pair,
-        strategy=ps.Beam(n // 4, 4),
-        steps=ps.StepRule(max_tokens=step),
-        max_new_tokens=step,
+        prompts,
+        policy=policy,
+        scorer=scorer,
+        strategy=strategy,
+        steps=ps.StepRule(delimiter="\n\n", max_tokens=step),
+        max_new_tokens=2 * step,
         on_event=lambda event: seen.append(time.perf_counter() - begin),
     )
     return seen[0]

@@ -1,0 +1,204 @@
+"""Cases of the ops around the lm_head: linear_logprob, linear_log_ratio, guide_logits, step_rewards."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from cases import Absent, Case, Way, bound, compiled
+from common import Machine
+from prm_search.triton_kernels import choice, guide_logits, linear_log_ratio, linear_logprob, step_rewards
+from torch import Tensor
+from torch.nn import functional
+
+CHECKED = 64  # rows compared with float64
+CHUNK = 1024  # rows of the two-kernel path at once, as vLLM does
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What transformers users write: logits in the operands' dtype, widened, log_softmax, gather."""
+    logits = hidden @ weight.t()
+    return torch.log_softmax(logits.float(), -1).gather(1, targets[:, None])[:, 0]
+
+
+def two_kernels(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Logits by the library's matmul, CHUNK rows at a time, then one pass over them (plain torch on a CPU)."""
+    parts = []
+    for rows, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        logits = rows @ weight.t()
+        if logits.is_cuda:
+            from gather_kernel import gather_logprob
+
+            parts.append(gather_logprob(logits, ids))
+        else:
+            parts.append(logits.gather(1, ids[:, None])[:, 0].float() - logits.float().logsumexp(-1))
+    return torch.cat(parts)
+
+
+def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """float64 of the first CHECKED rows, from the same operands."""
+    logits = hidden[:CHECKED].double() @ weight.double().t()
+    return torch.log_softmax(logits, -1).gather(1, targets[:CHECKED, None])[:, 0]
+
+
+def _theirs(module: str, name: str, use: Callable[[Any], Way]) -> Way | Absent:
+    """A rival from a library that may not be here."""
+    try:
+        return use(getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError, RuntimeError) as problem:
+        return Absent(f"no {name} in {module.partition('.')[0]} here: {type(problem).__name__}")
+
+
+def _liger(hidden: Tensor, weight: Tensor, targets: Tensor, op: Callable[..., Any]) -> Tensor:
+    loss = op(hidden, weight, targets, reduction="none")
+    return -(loss[0] if isinstance(loss, tuple) else loss)
+
+
+def _torch_op(hidden: Tensor, weight: Tensor, targets: Tensor, options: Any) -> Tensor:
+    return -functional.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options())
+
+
+def head(machine: Machine, rows: int, depth: int, vocabulary: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, weight and targets whose logits have a standard deviation of 4: the largest is about 20, as a model's."""
+    draw = torch.Generator(machine.device).manual_seed(seed)
+    weight = torch.empty(vocabulary, depth, dtype=machine.dtype, device=machine.device)
+    weight.normal_(std=4 * depth**-0.5, generator=draw)
+    hidden = torch.randn(rows, depth, generator=draw, device=machine.device).to(machine.dtype)
+    return hidden, weight, torch.randint(vocabulary, (rows,), generator=draw, device=machine.device)
+
+
+def logprob_case(machine: Machine, rows: int, depth: int, vocabulary: int, quick: bool) -> Case:
+    """linear_logprob; `matmul` is the product alone, logits written: the yardstick of its rate."""
+    operands = hidden, weight, targets = head(machine, rows, depth, vocabulary)
+    ways: dict[str, Way | Absent] = {
+        "ours": bound(linear_logprob, *operands),
+        "matmul": lambda: hidden @ weight.t(),
+        "eager": bound(eager, *operands),
+        "two_kernels": bound(two_kernels, *operands),
+        "compiled_eager": compiled(eager, *operands, skip=quick and machine.device == "cpu"),
+        "torch_op": _theirs("torch.nn", "LinearCrossEntropyOptions", lambda o: bound(_torch_op, *operands, o)),
+        "trl": _theirs(
+            "trl.trainer.utils", "selective_log_softmax", lambda op: lambda: op(hidden @ weight.t(), targets)
+        ),
+        "liger": _theirs(
+            "liger_kernel.transformers.functional",
+            "liger_fused_linear_cross_entropy",
+            lambda op: bound(_liger, *operands, op),
+        ),
+    }
+    return Case(
+        "linear_logprob",
+        {"N": rows, "D": depth, "V": vocabulary},
+        ways,
+        choice(linear_logprob, *operands),
+        exact=bound(exact, *operands),
+        checked=lambda result: result[:CHECKED],
+        flop=2.0 * rows * depth * vocabulary,
+        size=hidden.element_size() * depth * (vocabulary + rows),
+        unlike=("matmul",),
+    )
+
+
+def ratio_case(machine: Machine, rows: int, depth: int, vocabulary: int) -> Case:
+    """linear_log_ratio of two heads of one shape."""
+    hidden, weight, targets = head(machine, rows, depth, vocabulary)
+    ref_hidden, ref_weight, _ = head(machine, rows, depth, vocabulary, seed=1)
+
+    def pairwise(one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Way:
+        return lambda: one(hidden, weight, targets) - one(ref_hidden, ref_weight, targets)
+
+    return Case(
+        "linear_log_ratio",
+        {"N": rows, "D": depth, "V": vocabulary},
+        {
+            "ours": lambda: linear_log_ratio(hidden, weight, ref_hidden, ref_weight, targets),
+            "two_linear_logprob": pairwise(linear_logprob),
+            "eager": pairwise(eager),
+            "two_kernels": pairwise(two_kernels),
+        },
+        choice(linear_log_ratio, hidden, weight, ref_hidden, ref_weight, targets),
+        exact=pairwise(exact),
+        checked=lambda result: result[:CHECKED],
+        flop=4.0 * rows * depth * vocabulary,
+        size=2 * hidden.element_size() * depth * (vocabulary + rows),
+    )
+
+
+def _guided(policy: Tensor, prm: Tensor, ref: Tensor, alpha: Tensor) -> Tensor:
+    ratio = torch.log_softmax(prm.float(), -1) - torch.log_softmax(ref.float(), -1)
+    return (policy.float() + alpha[:, None] * ratio).to(policy.dtype)
+
+
+def _guided_exactly(policy: Tensor, prm: Tensor, ref: Tensor, alpha: Tensor) -> Tensor:
+    ratio = torch.log_softmax(prm.double(), -1) - torch.log_softmax(ref.double(), -1)
+    return policy.double() + alpha.double()[:, None] * ratio
+
+
+def guide_case(machine: Machine, rows: int, vocabulary: int, quick: bool) -> Case:
+    """guide_logits. In bf16 every way has the error of rounding its result once."""
+    draw = torch.Generator(machine.device).manual_seed(0)
+    policy, prm, ref = (
+        (4 * torch.randn(rows, vocabulary, generator=draw, device=machine.device)).to(machine.dtype) for _ in range(3)
+    )
+    alpha = torch.rand(rows, generator=draw, device=machine.device) + 0.5
+    operands = (policy, prm, ref, alpha)
+    return Case(
+        "guide_logits",
+        {"B": rows, "V": vocabulary},
+        {
+            "ours": bound(guide_logits, *operands),
+            "eager": bound(_guided, *operands),
+            "compiled_eager": compiled(_guided, *operands, skip=quick and machine.device == "cpu"),
+        },
+        choice(guide_logits, *operands),
+        exact=bound(_guided_exactly, *operands),
+        flop=0.0,
+        size=4.0 * rows * vocabulary * policy.element_size(),
+    )
+
+
+def steps_case(machine: Machine, tokens: int, steps: int) -> Case:
+    """step_rewards of ragged steps; the rivals are a running sum's differences, and a loop of sums."""
+    draw = torch.Generator().manual_seed(0)
+    rewards = torch.randn(tokens, generator=draw).to(machine.device)
+    cuts = torch.randint(tokens + 1, (steps - 1,), generator=draw).sort().values.tolist()
+    edges = [0, *cuts, tokens]
+    offsets = torch.tensor(edges, device=machine.device)
+    running = torch.zeros(tokens + 1, device=machine.device)
+
+    def differences() -> Tensor:
+        torch.cumsum(rewards, 0, out=running[1:])
+        return running[offsets[1:]] - running[offsets[:-1]]
+
+    def loop(values: Tensor = rewards) -> Tensor:
+        return torch.stack([values[a:b].sum() for a, b in itertools.pairwise(edges)])
+
+    return Case(
+        "step_rewards",
+        {"T": tokens, "S": steps},
+        {"ours": lambda: step_rewards(rewards, offsets), "cumsum": differences, "loop": loop},
+        choice(step_rewards, rewards, offsets),
+        exact=lambda: loop(rewards.double()),
+        flop=0.0,
+        size=4.0 * (tokens + 2 * steps) + 8 * steps,
+    )
+
+
+def cases(machine: Machine, quick: bool) -> Iterator[Case]:
+    """Sizes of Qwen2.5-7B's and Llama-3.1-8B's kind on a GPU, small ones on a CPU."""
+    if quick:
+        few, heads, widths, steps = [32], [(128, 2003)], [(4, 2003)], [(512, 16)]
+    elif machine.device == "cpu":
+        few, heads, widths, steps = [1, 16, 64, 256], [(576, 49152)], [(1, 49152), (16, 49152)], [(4096, 64)]
+    else:
+        few, heads = [64, 512, 2048, 16384], [(3584, 152064), (4096, 131072)]
+        widths, steps = [(1, 152064), (16, 152064), (64, 152064)], [(1024, 16), (16384, 256)]
+    for depth, vocabulary in heads:
+        yield from (logprob_case(machine, rows, depth, vocabulary, quick) for rows in few)
+    for rows in few if machine.device == "cpu" else (16, 64, 2048):
+        yield ratio_case(machine, rows, *heads[0])
+    yield from (guide_case(machine, rows, vocabulary, quick) for rows, vocabulary in widths)
+    yield from (steps_case(machine, tokens, count) for tokens, count in steps)

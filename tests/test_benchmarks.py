@@ -1,0 +1,148 @@
+"""Every benchmark suite runs, says what it promises to say, and its rivals compute what ours computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.slow
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: the suites import their siblings by bare name."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=FOLDER,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    run("report.py", "--suite", "kernels,engine,search", "--quick", "--out", str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(folder) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_report_names_its_machine_and_its_ceilings(report):
+    assert report["quick"] is True
+    assert {"device", "name", "threads", "versions"} <= set(report["machine"])
+    assert report["ceilings"]["flops"] > 0
+    assert report["ceilings"]["bandwidth"] > 0
+    assert {suite: list(tables) for suite, tables in report["suites"].items()} == {
+        "kernels": ["ops"],
+        "engine": ["scoring", "decoding", "memory"],
+        "search": ["searching"],
+    }
+
+
+def test_every_op_and_its_rivals_agree_with_float64(report):
+    rows = report["suites"]["kernels"]["ops"]
+    assert {row["op"] for row in rows} == {
+        "linear_logprob", "linear_log_ratio", "guide_logits", "step_rewards", "tree_attention", "write_kv"
+    }  # fmt: skip
+    # bf16 operands round logits (0.1 nat, and a guided logit of up to 40 by a quarter); fp32 hardly does
+    rivals, ours = (0.3, 0.3) if report["machine"]["device"] == "cuda" else (1e-4, 1e-4)
+    for row in rows:
+        assert row["bound"] in ("flop", "bytes")
+        present = {name: way for name, way in row["ways"].items() if "absent" not in way}
+        assert "ours" in present
+        assert len(present) >= 2, f"{row['op']} has no rival"
+        for name, way in present.items():
+            assert way["ms"] > 0
+            assert way["share_of_floor"] == pytest.approx(row["floor_ms"] / way["ms"])
+            assert ("error_max" in way) == (name != "matmul")
+            assert way.get("error_max", 0.0) <= (ours if name == "ours" else rivals), (row["op"], name)
+            assert {"peak_bytes", "largest_tensor_bytes"} & set(way)
+
+
+def test_the_head_is_compared_with_what_the_issue_names(report):
+    row = next(row for row in report["suites"]["kernels"]["ops"] if row["op"] == "linear_logprob")
+    assert {"ours", "matmul", "eager", "two_kernels", "compiled_eager", "trl", "liger"} <= set(row["ways"])
+    assert "absent" not in row["ways"]["eager"]
+    assert "absent" not in row["ways"]["two_kernels"]
+    for way in row["ways"].values():
+        assert way.get("absent", "a reason")
+
+
+def test_scoring_rivals_agree_and_the_tree_holds_less(report):
+    (row,) = report["suites"]["engine"]["scoring"]
+    assert set(row["largest_difference"]) == {"naive", "prompt_cached", "dynamic_cache"} == set(row["over_ours"])
+    bound = 1e-2 if report["machine"]["device"] == "cuda" else 1e-5  # beta * nats
+    assert max(row["largest_difference"].values()) < bound
+    assert row["kv_tokens"]["live"] <= row["kv_tokens"]["ours_held"] < row["kv_tokens"]["copies"]
+    assert row["encoded_tokens"]["ours"] < row["encoded_tokens"]["prompt_cached"] < row["encoded_tokens"]["naive"]
+    assert row["share_of_floor"] > 0
+    for held in report["suites"]["engine"]["memory"]:
+        size = held["kv_bytes"]
+        assert size["tree_shared"] < size["prompt_shared"] < size["copies"]
+    (decoding,) = report["suites"]["engine"]["decoding"]
+    assert decoding["over_weight_floor"] > 0
+
+
+def test_the_search_suite_has_the_first_step_and_the_full_text_rival(report):
+    rows = {row["way"]: row for row in report["suites"]["search"]["searching"]}
+    beams = {name for name in rows if name.startswith("beam")}
+    assert {name.partition("/")[2] for name in beams} == {"shared", "separate", "full_text"}
+    for name in beams:
+        assert rows[name]["first_step_seconds"] > 0
+        assert rows[name]["scorer_over_policy_seconds"] > 0
+    full = next(rows[name] for name in beams if name.endswith("full_text"))
+    ours = next(rows[name] for name in beams if name.endswith("separate"))
+    assert full["largest_difference"] < (1e-2 if report["machine"]["device"] == "cuda" else 1e-5)
+    assert full["encoded_tokens"]["prm"] > 2 * ours["encoded_tokens"]["prm"]
+
+
+def test_the_markdown_says_that_it_was_a_rehearsal_without_a_gpu(folder, report):
+    text = (folder / "report.md").read_text()
+    assert "A rehearsal" in text
+    assert ("No GPU" in text) == (report["machine"]["device"] == "cpu")
+    for suite, tables in report["suites"].items():
+        assert f"## {suite}" in text
+        assert all(f"### {table}" in text for table in tables)
+
+
+CHECK = """
+import torch
+from gather_kernel import gather_logprob
+torch.manual_seed(0)
+logits = 4 * torch.randn(3, 9001) - 50
+logits[0, :5000] = -torch.inf  # more than a block
+targets = torch.tensor([8000, 5, 9000])
+exact = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+print((gather_logprob(logits, targets) - exact).abs().max().item())
+"""
+
+
+def test_the_second_kernel_of_the_rival_path_is_right():
+    pytest.importorskip("triton")
+    assert float(run("-c", CHECK, TRITON_INTERPRET="1").stdout) < 1e-5
+
+
+# By hand: beams 0 and 3 survive step 0, two children each: 10 of the prompt, 2 x 5 of step 0, 4 x 5 of step 1.
+LIVE = """
+from scoring import Work
+work = Work([0] * 10, [[0] * 4, [0, 0, 3, 3]], [[[1] * 5] * 4, [[2] * 5] * 4])
+print(work.live(0), work.live(1), work.most_live(), work.copied())
+"""
+
+
+def test_live_tokens_are_those_of_distinct_path_nodes():
+    assert run("-c", LIVE).stdout.split() == ["30", "40", "40", "80"]
