@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -13,12 +14,42 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny and the cor
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from hypothesis import settings
-
-settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
-settings.load_profile("tests")
 
 HERE = Path(__file__).parent
+
+# What a bare GPU machine lacks, which has torch, triton, transformers and pytest: files that need one of these are not
+# collected there, so that `pytest -m gpu` runs the rest. The header names them; where all is installed nothing changes.
+MISSING = [name for name in ("hypothesis", "peft", "typer", "rich") if importlib.util.find_spec(name) is None]
+
+
+def _needs(file: Path) -> set[str]:
+    """Modules that a test file imports at its top, directly or by the helpers beside it; a command needs typer."""
+    found = set(re.findall(r"^(?:from|import) ([\w.]+)", file.read_text(), re.MULTILINE))
+    names = {"typer" if name.startswith(("prm_search.cli", "prm_search.commands")) else name for name in found}
+    names = {name.partition(".")[0] for name in names}
+    return names.union(*(_needs(HERE / f"{name}.py") for name in names if (HERE / f"{name}.py").is_file()))
+
+
+def _left_out() -> list[str]:
+    return [file.name for file in sorted(HERE.glob("test_*.py")) if _needs(file) & set(MISSING)] if MISSING else []
+
+
+collect_ignore = _left_out()
+
+if "hypothesis" not in MISSING:
+    from hypothesis import settings
+
+    settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
+    settings.load_profile("tests")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    if importlib.util.find_spec("pytest_timeout") is None:  # whose option pyproject.toml sets
+        parser.addini("timeout", "seconds a test may take; without pytest-timeout: as many as it likes")
+
+
+def pytest_report_header() -> str | None:
+    return f"not collected without {', '.join(MISSING)}: {', '.join(collect_ignore)}" if collect_ignore else None
 
 
 class _Helpers:
