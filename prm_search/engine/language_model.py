@@ -163,6 +163,20 @@ class LanguageModel:
         if memo is not None:
             memo.free()
 
+    def forget(self) -> None:
+        """Forget what was computed under weights that change: log-probs, KV, and the id that vouched for them.
+
+        For between searches; trees that are kept are encoded again when they are next asked about.
+
+        Raises:
+            ValueError: a search is under way.
+        """
+        for tree in list(self._memos):
+            self.release(tree)
+        if self.tree.used:
+            raise ValueError("a search is under way, whose KV would be of other weights: end or cancel it first")
+        self.id = f"{str(self.id).rpartition('#')[0]}#{next(_ids)}"
+
     def extend(
         self, branches: Sequence[Branch], ids: Sequence[Sequence[int]], want: Want | None = "target"
     ) -> list[np.ndarray] | torch.Tensor | None:
