@@ -145,6 +145,23 @@ def _decoding(rows: list[dict[str, Any]]) -> str:
     return _table(head, body)
 
 
+def _steering(rows: list[dict[str, Any]]) -> str:
+    head = ["shape", "prompt", "rows", "plain (ms)", "steered (ms)", "steered / plain"]
+    head += ["plain / weight floor", "steered / weight floor"]
+    body = [
+        [
+            row["shape"],
+            str(row["prompt"]),
+            str(row["rows"]),
+            *(f"{row['ms'][way]:.1f}" for way in ("plain", "steered")),
+            f"{row['steered_over_plain']:.2f}",
+            *(f"{row['over_weight_floor'][way]:.2f}" for way in ("plain", "steered")),
+        ]
+        for row in rows
+    ]
+    return _table(head, body)
+
+
 def _searching(rows: list[dict[str, Any]]) -> str:
     head = [
         "shape",
@@ -175,7 +192,14 @@ def _searching(rows: list[dict[str, Any]]) -> str:
     return _table(head, body)
 
 
-TABLES = {"ops": _ops, "scoring": _scoring, "decoding": _decoding, "memory": _memory, "searching": _searching}
+TABLES = {
+    "ops": _ops,
+    "scoring": _scoring,
+    "decoding": _decoding,
+    "steering": _steering,
+    "memory": _memory,
+    "searching": _searching,
+}
 NOTES = {
     "ops": "Each op alone, operands random with logits of a standard deviation of 4. Errors are against float64 from "
     "the same operands (nats; guide_logits: logits; attention: outputs of standard normal values). `matmul` is the "
@@ -188,6 +212,8 @@ NOTES = {
     "decoding": "One token for each row. Four rows a parent is what a beam of four expansions decodes; as many parents "
     "as rows is the worst case, where only the first quarter of the path is shared. The weight floor is one reading of "
     "the weights at the measured bandwidth.",
+    "steering": "A token of all rows, drawn from the policy alone and from logits steered by a pair whose reference is "
+    "the policy. The weight floor is one reading of one model's weights, or of two models'.",
     "memory": "bf16 KV of one model at the end of a beam search (a quarter survives, four children each), by counting "
     "tokens: arithmetic, nothing was run.",
     "searching": "`model.generate` plain, and with `prm_guidance`; the reference is the policy itself (`shared`: its "

@@ -19,6 +19,7 @@ import decoding
 import ops
 import scoring
 import searching
+import steering
 import torch
 from common import Ceilings, Machine
 from render import markdown, plot
@@ -56,6 +57,16 @@ def run_decoding(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     ]
 
 
+def run_steering(machine: Machine, quick: bool) -> list[dict[str, Any]]:
+    """A token at a time, through two models."""
+    shapes = ["1.5b", "7b"] if machine.device == "cuda" else ["small", "smollm2"]
+    lines = [("small", 60, 16, 4)] if quick else [(shape, 512, 16, 32) for shape in shapes]
+    return [
+        steering.compare(machine, shape, prompt, rows, tokens, repeats=1 if quick else 5)
+        for shape, prompt, rows, tokens in progress("steering", lines)
+    ]
+
+
 def run_memory(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     """Counts: the capacities that the sharing of a tree decides. They take no time and no GPU."""
     lines = [("7b", 512, 16, 64, 10), ("7b", 1024, 64, 100, 20), ("7b", 512, 256, 64, 20), ("1.5b", 512, 256, 64, 20)]
@@ -86,7 +97,7 @@ def run_ops(machine: Machine, quick: bool) -> list[dict[str, Any]]:
 Table = Callable[[Machine, bool], list[dict[str, Any]]]
 SUITES: dict[str, dict[str, Table]] = {
     "kernels": {"ops": run_ops},
-    "engine": {"scoring": run_scoring, "decoding": run_decoding, "memory": run_memory},
+    "engine": {"scoring": run_scoring, "decoding": run_decoding, "steering": run_steering, "memory": run_memory},
     "search": {"searching": run_searching},
 }
 

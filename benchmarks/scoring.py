@@ -11,6 +11,7 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -199,7 +200,7 @@ def compare(
     runs: dict[str, Callable[[], Any]] = {"ours": lambda: our_rewards(pair, work)}
     differences, absent = {}, {}
     for method in methods:
-        runs[method] = lambda m=method: rival_rewards(m, prm, ref, work, machine.device)
+        runs[method] = partial(rival_rewards, method, prm, ref, work, machine.device)
         try:
             theirs, peaks[method] = weighed(runs[method])
         except torch.OutOfMemoryError:

@@ -18,7 +18,7 @@ import prm_search as ps
 from prm_search.engine.language_model import LanguageModel
 
 
-def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+def tokenizer_of(vocab: int) -> PreTrainedTokenizerFast:
     """A tokenizer over the whole vocabulary, whose id 10 is the delimiter."""
     words = {"\n\n" if i == 10 else f"<{i}>": i for i in range(vocab)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<0>"))
@@ -78,7 +78,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Lines of the report: seconds of each way to generate, and scorer over policy seconds inside the searches."""
     policy, prm, other = (model(shape, seed, machine) for seed in (1, 2, 3))
-    tokenizer = _tokenizer(policy.config.vocab_size)
+    tokenizer = tokenizer_of(policy.config.vocab_size)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(11, policy.config.vocab_size, (prompts, prompt), generator=draw).to(machine.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -91,7 +91,7 @@ def measure(
         "separate": ps.ImplicitPRM(prm, other),
         "full_text": FullText(prm, other),
     }
-    strategies = {f"best_of_{n}": ps.BestOfN(n), f"beam_{n // 4}x4": ps.Beam(n // 4, 4)}
+    strategies: dict[str, ps.Strategy] = {f"best_of_{n}": ps.BestOfN(n), f"beam_{n // 4}x4": ps.Beam(n // 4, 4)}
     common = {
         "max_new_tokens": new_tokens,
         "min_new_tokens": new_tokens,

@@ -48,7 +48,7 @@ def test_the_report_names_its_machine_and_its_ceilings(report):
     assert report["ceilings"]["bandwidth"] > 0
     assert {suite: list(tables) for suite, tables in report["suites"].items()} == {
         "kernels": ["ops"],
-        "engine": ["scoring", "decoding", "memory"],
+        "engine": ["scoring", "decoding", "steering", "memory"],
         "search": ["searching"],
     }
 
@@ -95,6 +95,8 @@ def test_scoring_rivals_agree_and_the_tree_holds_less(report):
         assert size["tree_shared"] < size["prompt_shared"] < size["copies"]
     (decoding,) = report["suites"]["engine"]["decoding"]
     assert decoding["over_weight_floor"] > 0
+    (steering,) = report["suites"]["engine"]["steering"]
+    assert set(steering["ms"]) == set(steering["over_weight_floor"]) == {"plain", "steered"}
 
 
 def test_the_search_suite_has_the_first_step_and_the_full_text_rival(report):
