@@ -97,7 +97,7 @@ def _scoring(rows: list[dict[str, Any]]) -> str:
         *[f"{name} / ours" for name in rivals],
         "tokens a model: ours / naive",
         "KV a model: live / copies",
-        "peak beyond weights: ours / " + " / ".join(rivals),
+        "peak beyond weights: " + " / ".join(("ours", *rivals)),
         "max diff",
     ]
     body = [
@@ -111,7 +111,7 @@ def _scoring(rows: list[dict[str, Any]]) -> str:
             f"{row['encoded_tokens']['ours']} / {row['encoded_tokens'].get('naive', '-')}",
             " / ".join(_size(row["kv_tokens"][way] * row["kv_token_bytes"]) for way in ("live", "copies")),
             " / ".join(_size(row["peak_bytes"][way]) if way in row["peak_bytes"] else "-" for way in ("ours", *rivals)),
-            f"{max(row['largest_difference'].values(), default=0):.1e}",
+            f"{max(row['largest_difference'].values()):.1e}" if row["largest_difference"] else "-",
         ]
         for row in rows
     ]
