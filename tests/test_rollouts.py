@@ -265,7 +265,8 @@ def test_bad_input_is_one_line_and_leaves_no_file(folder, capsys, case):
 
 def test_help_loads_no_model_library(tmp_path):
     code = (
-        "import sys; from prm_search.cli import main; assert main(['rollout', '--help']) == 0; "
+        "import sys; from prm_search.cli import main; "
+        "assert main(['rollout', '--help']) == main(['train', '--help']) == 0; "
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -291,7 +292,10 @@ def test_command_writes_a_record_a_response(folder, capsys):
 
 def test_a_function_of_the_user_labels(folder):
     Path("mine.py").write_text("def even(text, answer):\n    return text[-1] in '02468'\n")
+    before = list(sys.path)
     assert main([*COMMAND, "out.jsonl", "--label", "mine.py:even"]) == 0
+    assert main([*COMMAND, "again.jsonl", "--label", "mine:even"]) == 0
+    assert sys.path == before
     assert all(r["label"] == int(r["response"][-1] in "02468") for r in lines("out.jsonl"))
 
 

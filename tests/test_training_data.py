@@ -20,7 +20,8 @@ from prm_search.training.data import (
     split,
     thin,
 )
-from prm_search.training.run import Recipe, load_data, pair_accuracy
+from prm_search.training.recipe import Recipe
+from prm_search.training.run import load_data, pair_accuracy
 
 
 def row(prompt: int, label: bool, *response: int) -> Row:

@@ -100,9 +100,11 @@ def function_of(option: str, given: str) -> Callable[..., Any]:
             loaded = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(loaded)
         else:
-            if "" not in sys.path:
-                sys.path.insert(0, "")
-            loaded = importlib.import_module(module)
+            sys.path.insert(0, os.getcwd())  # for this import alone: what lies beside a user is not to shadow packages
+            try:
+                loaded = importlib.import_module(module)
+            finally:
+                sys.path.remove(os.getcwd())
     except (ImportError, OSError, ValueError) as error:
         raise BadInput(f"{option} {given}: {module or 'a module'} cannot be imported: {reason(error)}") from error
     found = getattr(loaded, name, None)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..demo import pair_dir
-from ..training.run import OBJECTIVES, Recipe, train as run
+from ..training.recipe import OBJECTIVES, Recipe
 from . import BadInput, options
 from .records import reason
 
@@ -81,6 +81,7 @@ def train(
     )  # fmt: skip
     more = None if arguments is None else _arguments(arguments)
 
+    from ..training.run import train as run
     from .loading import quiet
 
     quiet()

@@ -14,94 +14,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..pair_card import BETA, CARD, CARD_FORMAT
+from ..pair_card import CARD, CARD_FORMAT
 from ..source import Source
 from .data import Item, Row, by_prompt, mismatched, pairs, read_rollouts, singles, split, thin
+from .recipe import Recipe
 
-OBJECTIVES = ("ce", "dpo", "kto", "nca", "ipvrm")
 CHECKPOINTS = "checkpoints"
-IPVRM_BETA = 10.0  # of its paper: a prefix's value is divided by its length
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. The defaults are those of the released pairs (arXiv 2412.01981) where it says.
-
-    Attributes:
-        objective: "ce", "dpo", "kto", "nca" or "ipvrm".
-        beta: scale of the rewards; None: 0.05, for ipvrm 10.
-        balanced: ce and kto: "none", "dataset" or "instance" (see objectives.balance); None: "none", for kto
-            "dataset", since its loss is bounded and where one label is rare it is content to call everything the other
-            (arXiv 2402.01306 weighs the labels for the same reason).
-        margin: ipvrm only.
-        lora: rank of a LoRA adapter on all linear layers but the head; None: all weights are trained.
-        learning_rate: None: 5e-7, with lora 1e-4.
-        epochs: passes over the items.
-        batch: items of one step, over all devices.
-        micro_batch: items of one forward on one device.
-        max_length: tokens; longer rows are left out.
-        problems, per_problem: train on so many problems, and responses to each; None: all.
-        holdout: share of the problems to measure on.
-        seed: of the order, the pairs, and a LoRA's beginning.
-        bf16: forwards under bfloat16 autocast; the weights stay fp32.
-        save_steps: steps between checkpoints.
-    """
-
-    objective: str = "ce"
-    beta: float | None = None
-    balanced: str | None = None
-    margin: float = 0.0
-    lora: int | None = None
-    learning_rate: float | None = None
-    epochs: float = 1.0
-    batch: int = 64
-    micro_batch: int = 2
-    max_length: int = 8192
-    problems: int | None = None
-    per_problem: int | None = None
-    holdout: float = 0.05
-    seed: int = 0
-    bf16: bool = False
-    save_steps: int = 200
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r} is unknown; it is one of {', '.join(OBJECTIVES)}")
-        if self.balanced not in (None, "none", "dataset", "instance"):
-            raise ValueError(f"balanced={self.balanced!r} is unknown; it is one of none, dataset, instance")
-        if self.balanced not in (None, "none") and self.objective not in ("ce", "kto"):
-            raise ValueError(f"balanced={self.balanced!r}: only the objectives ce and kto have balanced forms")
-        if self.margin and self.objective != "ipvrm":
-            raise ValueError(f"margin={self.margin!r}: only objective='ipvrm' has a margin")
-        for name in ("beta", "learning_rate", "epochs"):
-            given = getattr(self, name)
-            if given is not None and not 0 < given < float("inf"):
-                raise ValueError(f"{name}={given!r}: a finite number > 0 is needed")
-            if given is not None:
-                object.__setattr__(self, name, float(given))  # 3 and 3.0 are one recipe
-        for name in ("lora", "batch", "micro_batch", "max_length", "problems", "per_problem", "save_steps"):
-            given = getattr(self, name)
-            if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
-                raise ValueError(f"{name}={given!r}: an integer >= 1 is needed")
-        if not 0 <= self.margin < float("inf"):
-            raise ValueError(f"margin={self.margin!r}: a finite number >= 0 is needed")
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout={self.holdout!r}: a share in [0, 1) is needed")
-
-    @property
-    def scale(self) -> float:
-        """beta, or its default."""
-        return self.beta if self.beta is not None else IPVRM_BETA if self.objective == "ipvrm" else BETA
-
-    @property
-    def balance(self) -> str:
-        """balanced, or its default."""
-        return self.balanced or ("dataset" if self.objective == "kto" else "none")
-
-    @property
-    def rate(self) -> float:
-        """learning_rate, or its default."""
-        return self.learning_rate if self.learning_rate is not None else 5e-7 if self.lora is None else 1e-4
 
 
 @dataclass

@@ -22,7 +22,7 @@ class PRMTrainer(Trainer):
         model: the LM or its PEFT wrapper.
         args: remove_unused_columns must be False.
         items: see data.Item.
-        objective: one of run.OBJECTIVES.
+        objective: one of recipe.OBJECTIVES.
         beta: scale of the log-ratios.
         margin: of ipvrm.
         log: called with a line at every logging step; None: nothing is said.
