@@ -29,19 +29,18 @@ def run_scoring(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     """S swept, because the rivals that re-encode grow with it."""
     every = list(scoring.RIVALS)
     if machine.device == "cuda":
-        lines = [("0.5b", 512, 16, 64, s, every) for s in (5, 20)]
-        lines += [("1.5b", 512, 16, 64, s, every) for s in (5, 20, 50)]
-        lines += [("7b", 512, 16, 64, s, every if s < 50 else ["dynamic_cache"]) for s in (5, 20, 50)]
-        lines += [("7b", 512, 256, 64, 20, [])]  # does it fit?
-    else:
-        lines = [("small", 150, 8, 50, s, every) for s in (5, 10, 20, 40)]
-        lines += [("smollm2", 150, 8, 50, s, every) for s in (5, 10)]
+        lines = [("0.5b", 512, 16, 64, s, every, 3) for s in (5, 20)]
+        lines += [("1.5b", 512, 16, 64, s, every, 3) for s in (5, 20, 50)]
+        lines += [("7b", 512, 16, 64, s, every if s < 50 else ["dynamic_cache"], 3) for s in (5, 20, 50)]
+        lines += [("7b", 512, 256, 64, 20, [], 3)]  # does it fit?
+    else:  # the rivals' hours are why long searches take fewer rounds
+        lines = [("small", 150, 8, 50, s, every, rounds) for s, rounds in ((5, 3), (10, 3), (20, 2), (40, 1))]
+        lines += [("smollm2", 150, 4, 32, s, every, 1) for s in (5, 10)]
     if quick:
-        lines = [("small", 100, 8, 20, 3, every)]
-    repeats = 1 if quick else 3
+        lines = [("small", 100, 8, 20, 3, every, 1)]
     return [
-        scoring.compare(machine, shape, prompt, beams, length, steps, repeats, methods)
-        for shape, prompt, beams, length, steps, methods in progress("scoring", lines)
+        scoring.compare(machine, shape, prompt, beams, length, steps, rounds, methods)
+        for shape, prompt, beams, length, steps, methods, rounds in progress("scoring", lines)
     ]
 
 
