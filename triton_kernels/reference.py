@@ -146,11 +146,11 @@ def guide_logits(policy_logits: Tensor, prm: Tensor, reference: Tensor, alpha: T
     width = min(policy_logits.shape[1], prm.shape[1], reference.shape[1])
     dtype = accumulate_dtype(policy_logits.dtype)
     ratio = prm.to(dtype).log_softmax(dim=-1)[:, :width] - reference.to(dtype).log_softmax(dim=-1)[:, :width]
-    masked = (prm[:, :width] == -torch.inf) | (reference[:, :width] == -torch.inf)
     policy = policy_logits[:, :width]
-    untouched = masked | (policy == -torch.inf) | (alpha == 0)[:, None]
-    steered = (policy.to(dtype) + alpha[:, None].to(dtype) * ratio).to(policy.dtype)
-    return torch.cat([torch.where(untouched, policy, steered), policy_logits[:, width:]], dim=1)
+    steered = torch.addcmul(policy.to(dtype), alpha[:, None].to(dtype), ratio).to(policy.dtype)
+    # A token that either model holds impossible has no ratio and stays as it is; the policy's own -inf stays by itself.
+    steered = torch.where(ratio.isfinite(), steered, policy)
+    return steered if width == policy_logits.shape[1] else torch.cat([steered, policy_logits[:, width:]], dim=1)
 
 
 # --------------------------------------------------------------------------------------------- tree_attention
