@@ -182,6 +182,10 @@ def step_floor(lm: Any, ceilings: Ceilings, prompt: int, beams: int, length: int
     return 2 * total
 
 
+def _keep(results: dict[str, Any], name: str, way: Callable[[Work], Any], work: Work) -> None:
+    results[name] = way(work)
+
+
 def compare(
     machine: Machine, shape: str, prompt: int, beams: int, length: int, steps: int, repeats: int, methods: list[str]
 ) -> dict[str, Any]:
@@ -195,20 +199,26 @@ def compare(
     pair = ImplicitPRM(
         prm, ref, beta=BETA, capacity=every if methods else min(every, work.most_live() + beams * length)
     )
-    (ours, counts), peak = weighed(lambda: our_rewards(pair, work))  # the first run: it makes the pools
-    peaks = {"ours": peak}
-    runs: dict[str, Callable[[], Any]] = {"ours": lambda: our_rewards(pair, work)}
-    differences, absent = {}, {}
+    ways: dict[str, Callable[[Work], Any]] = {"ours": lambda given: our_rewards(pair, given)}
     for method in methods:
-        runs[method] = partial(rival_rewards, method, prm, ref, work, machine.device)
+        ways[method] = lambda given, method=method: (rival_rewards(method, prm, ref, given, machine.device), None)
+    first = Work(work.prompt, work.parents[:1], work.tokens[:1])
+    peaks, absent = {}, {}
+    for name, way in list(ways.items()):  # a warm-up: the first step, or on a GPU the whole, for its peak of memory
         try:
-            theirs, peaks[method] = weighed(runs[method])
+            peaks[name] = weighed(partial(way, work if machine.device == "cuda" else first))[1]
         except torch.OutOfMemoryError:
-            absent[method] = "out of memory"
-            del runs[method]
-            continue
-        differences[method] = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
-    seconds = paired(runs, repeats, warmup=0 if methods else 1)  # the comparison above warmed them up
+            absent[name] = "out of memory"
+            del ways[name]
+    results: dict[str, Any] = {}
+    runs = {name: partial(_keep, results, name, way, work) for name, way in ways.items()}
+    seconds = paired(runs, repeats, warmup=0)
+    ours, counts = results["ours"]
+    differences = {
+        name: max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
+        for name, (theirs, _) in results.items()
+        if name != "ours"
+    }
     own = [step * length for step in range(1, steps + 1)]
     encoded = {
         "ours": counts["encoded"],
