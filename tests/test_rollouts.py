@@ -12,14 +12,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prm_search as ps
 from prm_search.cli import main
 from prm_search.commands import BadInput
-from prm_search.commands.loading import load_policy
 from prm_search.commands.problems import read_problems
+from prm_search.demo import pair_dir
 from prm_search.demo.chains import answer as chain_answer, problems
 from prm_search.demo.tokenizer import EOS_ID
+from prm_search.policy import HFPolicy
 from prm_search.protocols import Sampling
 from prm_search.training.labels import Judge, final_answer, stated_answer
 from prm_search.training.rollouts import Problem, sample_rollouts
@@ -33,7 +35,8 @@ JUDGE = Judge("exact", chain_answer)
 
 @pytest.fixture(scope="module")
 def policy():
-    return load_policy("demo")
+    folder = pair_dir() / "policy"  # a model of its own: loaders share theirs with other tests, and so its KV
+    return HFPolicy(AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.fixture
