@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .commands.demo import demo
+from .commands.export_tree import export_tree
 from .commands.generate import generate
 from .commands.rollout import rollout
 from .commands.score import score
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
 )
-for command in (demo, generate, score, rollout, train):
+for command in (demo, generate, score, rollout, train, export_tree):
     app.command()(command)
 
 INTERRUPTED = 130
@@ -85,7 +86,7 @@ def _one_line(error: Exception) -> str | None:
     """What to tell a user whose input was wrong; None where the program is."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own, of whatever typer that is
         if type(error).__name__ == "NoArgsIsHelpError":
-            return "a command is needed: demo, generate, score, rollout or train; --help says more"
+            return "a command is needed: demo, generate, score, rollout, train or export-tree; --help says more"
         return " ".join(str(error.format_message()).split())
     if isinstance(error, ValueError | OSError | ImportError):
         from .commands.records import reason

@@ -20,7 +20,8 @@ from prm_search.training.data import (
     split,
     thin,
 )
-from prm_search.training.recipe import Recipe
+from prm_search.training.negatives import cross_prompt
+from prm_search.training.recipe import OBJECTIVES, Recipe
 from prm_search.training.run import load_data, pair_accuracy
 
 
@@ -144,8 +145,8 @@ def test_data_counts_what_is_left_out(tmp_path: Path):
     )
     data = load_data(path, Recipe(max_length=6, holdout=0.0))
     assert data.counts == {
-        "responses": 4, "right": 2, "problems": 2, "items": 4, "held_out_responses": 0, "held_out_problems": 0,
-        "too_long": 4,
+        "responses": 4, "right": 2, "problems": 2, "negatives": 0, "items": 4,
+        "held_out_responses": 0, "held_out_problems": 0, "too_long": 4,
     }  # fmt: skip
     assert load_data(path, Recipe(holdout=0.0), context=6).counts == data.counts
     assert [len(load_data(path, Recipe(objective=o, holdout=0.0)).made_up) for o in ("ce", "dpo", "kto")] == [0, 0, 8]
@@ -161,6 +162,7 @@ def test_data_counts_what_is_left_out(tmp_path: Path):
         ({"lora": 0}, "lora"), ({"holdout": 1.0}, "holdout"), ({"balanced": "half"}, "balanced"),
         ({"balanced": "dataset", "objective": "dpo"}, "balanced"), ({"margin": 0.1}, "margin"),
         ({"margin": -0.1, "objective": "ipvrm"}, "margin"), ({"per_problem": True}, "per_problem"),
+        ({"negatives": -1.0}, "negatives"), ({"negatives": float("inf")}, "negatives"),
     ],
 )  # fmt: skip
 def test_bad_recipes_name_the_number(given, word):
@@ -182,3 +184,72 @@ def test_items_of_kto_are_balanced():
     assert [item.weight for item in mismatched(rows, balanced="dataset")] == [
         item.weight for item in singles(rows, "dataset")
     ]
+
+
+# -- responses to other problems ---------------------------------------------------------------------------------------
+
+
+def distinct(problems: int, samples: int = 4) -> list[Row]:
+    return [row(10 + p, s % 2 == 0, 100 * p + s, 2) for p in range(problems) for s in range(samples)]
+
+
+def test_negatives_join_a_prompt_with_another_ones_response():
+    rows = distinct(5)
+    own = {(r.prompt_ids, tuple(r.response_ids)) for r in rows}
+    made = cross_prompt(rows, 0.5, seed=3)
+    assert len(made) == len(rows) // 2
+    assert len({id(r) for r in made}) == len(made)
+    for each in made:
+        assert each.label is False
+        assert each.reference is None
+        (source,) = [r for r in rows if r.response_ids is each.response_ids]
+        assert source.prompt_ids != each.prompt_ids
+        assert (each.prompt_ids, tuple(each.response_ids)) not in own
+
+
+def test_negatives_follow_the_seed_and_spread_over_the_rows():
+    rows = distinct(5)
+    said = [[(r.prompt_ids, tuple(r.response_ids)) for r in cross_prompt(rows, 2.0, seed=s)] for s in (0, 0, 1)]
+    assert said[0] == said[1] != said[2]
+    counts = Counter(prompt for prompt, _ in said[0])
+    assert counts == {prompt: 2 * len(group) for prompt, group in by_prompt(rows).items()}
+    assert cross_prompt(rows, 0.0) == []
+
+
+def test_negatives_that_do_not_fit_are_left_out():
+    rows = [row(1, True, 7), row(2, True, *range(7, 17))]
+    limit = len(rows[1])
+    made = cross_prompt(rows, 1.0, max_length=limit - 1)
+    assert {(r.prompt_ids, len(r.response_ids)) for r in made} == {(rows[1].prompt_ids, 1)}
+
+
+def test_negatives_need_another_problem_and_a_number():
+    assert cross_prompt(many(5), 1.0) == []  # all problems have the same responses
+    with pytest.raises(ValueError, match="two problems"):
+        cross_prompt(distinct(1), 0.5)
+    with pytest.raises(ValueError, match="negatives=-1"):
+        cross_prompt(distinct(2), -1)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_takes_negatives(objective, tmp_path: Path):
+    """Four problems with a right and a wrong response each; a negative a response: two more wrong ones a problem."""
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(record(i, prompt_ids=[1, i // 2], label=i % 2, response_ids=[3 + i]) for i in range(8)))
+    plain, more = (load_data(path, Recipe(objective=objective, holdout=0.0, negatives=n)) for n in (0.0, 1.0))
+    assert more.counts["negatives"] == 8
+    assert more.counts["responses"] == plain.counts["responses"] == 8
+    given = {tuple(r.prompt_ids): [] for r in more.rows}
+    for each in more.rows:
+        given[each.prompt_ids].append(int(each.response_ids[0]))
+    if objective in ("dpo", "nca"):  # (right, wrong) of four problems; each now has three wrong ones
+        assert (len(plain.items), len(more.items)) == (4, 12)
+        foreign = [i for i in more.items if int(i.rows[1].response_ids[0]) not in given[i.rows[1].prompt_ids]]
+        assert len(foreign) == 8
+        assert all(int(i.rows[0].response_ids[0]) in given[i.rows[0].prompt_ids] for i in more.items)
+    else:
+        assert (len(plain.items), len(more.items)) == (8, 16)
+        foreign = [i for i in more.items if int(i.rows[0].response_ids[0]) not in given[i.rows[0].prompt_ids]]
+        assert [i.label for i in foreign] == [False] * 8
+    assert len({id(r) for r in more.made_up}) == len(more.made_up)
+    assert {id(i.rows[-1]) for i in foreign} <= {id(r) for r in more.made_up}

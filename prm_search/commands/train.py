@@ -45,6 +45,10 @@ def train(
     per_problem: Annotated[
         int | None, typer.Option(help="Train on so many responses a problem.", rich_help_panel=_DATA)
     ] = None,
+    negatives: Annotated[
+        float,
+        typer.Option(help="Responses to other problems, as wrong ones, for each response.", rich_help_panel=_DATA),
+    ] = 0.0,
     max_length: Annotated[int, typer.Option(help="Tokens; longer rows are left out.", rich_help_panel=_DATA)] = 8192,
     holdout: Annotated[float, typer.Option(help="Share of the problems to measure on.", rich_help_panel=_DATA)] = 0.05,
     lora: Annotated[
@@ -58,7 +62,7 @@ def train(
     batch: Annotated[int, typer.Option(help="Items of a step, all devices.", rich_help_panel=_OPTIMISER)] = 64,
     micro_batch: Annotated[int, typer.Option(help="Items of a forward on one device.", rich_help_panel=_OPTIMISER)] = 2,
     bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast.", rich_help_panel=_OPTIMISER)] = False,
-    seed: Annotated[int, typer.Option(help="Of order and pairs.", rich_help_panel=_OPTIMISER)] = 0,
+    seed: Annotated[int, typer.Option(help="Of order, pairs and negatives.", rich_help_panel=_OPTIMISER)] = 0,
     arguments: Annotated[
         str | None,
         typer.Option(help="A JSON file with more of transformers' TrainingArguments.", rich_help_panel=_OPTIMISER),
@@ -76,8 +80,8 @@ def train(
     options.one_of("--objective", objective, OBJECTIVES)
     recipe = Recipe(
         objective=objective, beta=beta, balanced=balanced, margin=margin, lora=lora, learning_rate=learning_rate,
-        epochs=epochs, batch=batch, micro_batch=micro_batch, max_length=max_length, problems=problems,
-        per_problem=per_problem, holdout=holdout, seed=seed, bf16=bf16, save_steps=save_steps,
+        epochs=epochs, batch=batch, micro_batch=micro_batch, max_length=max_length, negatives=negatives,
+        problems=problems, per_problem=per_problem, holdout=holdout, seed=seed, bf16=bf16, save_steps=save_steps,
     )  # fmt: skip
     more = None if arguments is None else _arguments(arguments)
 

@@ -26,9 +26,10 @@ class Recipe:
         batch: items of one step, over all devices.
         micro_batch: items of one forward on one device.
         max_length: tokens; longer rows are left out.
+        negatives: responses to other problems, as wrong ones, for each response (see negatives.cross_prompt).
         problems, per_problem: train on so many problems, and responses to each; None: all.
         holdout: share of the problems to measure on.
-        seed: of the order, the pairs, and a LoRA's beginning.
+        seed: of the order, the pairs, the negatives, and a LoRA's beginning.
         bf16: forwards under bfloat16 autocast; the weights stay fp32.
         save_steps: steps between checkpoints.
     """
@@ -43,6 +44,7 @@ class Recipe:
     batch: int = 64
     micro_batch: int = 2
     max_length: int = 8192
+    negatives: float = 0.0
     problems: int | None = None
     per_problem: int | None = None
     holdout: float = 0.05
@@ -71,6 +73,8 @@ class Recipe:
                 raise ValueError(f"{name}={given!r}: an integer >= 1 is needed")
         if not 0 <= self.margin < float("inf"):
             raise ValueError(f"margin={self.margin!r}: a finite number >= 0 is needed")
+        if not 0 <= self.negatives < float("inf"):
+            raise ValueError(f"negatives={self.negatives!r}: a finite number >= 0 is needed")
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout={self.holdout!r}: a share in [0, 1) is needed")
 

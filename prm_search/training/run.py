@@ -17,6 +17,7 @@ from typing import Any
 from ..pair_card import CARD, CARD_FORMAT
 from ..source import Source
 from .data import Item, Row, by_prompt, mismatched, pairs, read_rollouts, singles, split, thin
+from .negatives import cross_prompt
 from .recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
@@ -40,9 +41,10 @@ class Data:
 
     @property
     def made_up(self) -> list[Row]:
-        """Rows of items that are not in the file."""
+        """Rows of items that are not in the file, each once."""
         given = {id(row) for row in self.rows}
-        return [row for item in self.items for row in item.rows if id(row) not in given]
+        made = {id(row): row for item in self.items for row in item.rows if id(row) not in given}
+        return list(made.values())
 
 
 def load_data(rollouts: str | PathLike[str], recipe: Recipe, context: int | None = None) -> Data:
@@ -54,16 +56,19 @@ def load_data(rollouts: str | PathLike[str], recipe: Recipe, context: int | None
     kept, held = split(rows, recipe.holdout)
     if not kept:
         raise ValueError(f"{os.fspath(rollouts)}: no rollouts to train on are left (longer than {limit}: {len(read)})")
+    negatives = cross_prompt(kept, recipe.negatives, recipe.seed, limit)
+    learnt = [*kept, *negatives]
     if recipe.objective in ("dpo", "nca"):
-        items = pairs(kept, recipe.seed)
+        items = pairs(learnt, recipe.seed)
     elif recipe.objective == "kto":
-        items = mismatched(kept, recipe.seed, recipe.balance)
+        items = mismatched(learnt, recipe.seed, recipe.balance)
     else:
-        items = singles(kept, recipe.balance)
+        items = singles(learnt, recipe.balance)
     counts = {
         "responses": len(kept),
         "right": sum(row.label for row in kept),
         "problems": len(by_prompt(kept)),
+        "negatives": len(negatives),
         "items": len(items),
         "held_out_responses": len(held),
         "held_out_problems": len(by_prompt(held)),

@@ -1,0 +1,141 @@
+"""``prm-search export-tree``: search trees as training records."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..training.trees import NODES, tree_records
+from ..tree import Prompt, SearchTree
+from . import BadInput, options
+from .problems import read_problems
+from .records import Item, dumps, json_lines, reason
+from .rollout import make_judge, summary
+
+_DATA, _LABELS = "Problems", "Labels"
+
+
+def export_tree(
+    trees: Annotated[
+        list[str],
+        typer.Argument(help="What prm-search generate --tree --out wrote, or trees of SearchTree.to_json."),
+    ],
+    out: Annotated[str, typer.Option(help="Write JSON Lines here.", rich_help_panel=options.OUTPUT)],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="The problems with their answers, as rollout reads them; found by their prompts. Without: no labels.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = None,
+    split: Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = "train",
+    template: Annotated[
+        str | None,
+        typer.Option(help=r"Text around the question, which stands for {}; \n is read as such.", rich_help_panel=_DATA),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are user messages to a chat model.", rich_help_panel=_DATA)
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=_DATA)] = None,
+    label: Annotated[
+        str,
+        typer.Option(
+            help="math (math-verify), exact, or module:function of response and answer.", rich_help_panel=_LABELS
+        ),
+    ] = "math",
+    answer: Annotated[
+        str | None,
+        typer.Option(help="The answer in a response, see rollout.", rich_help_panel=_LABELS),
+    ] = None,
+    nodes: Annotated[
+        str,
+        typer.Option(
+            help="ends: whole responses, which train reads; all: the path to every node.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = "ends",
+    debug: options.Debug = False,
+) -> None:
+    """Turn search trees into training records: responses with labels and per-step values."""
+    options.one_of("--nodes", nodes, NODES)
+    if system is not None and not chat:
+        raise BadInput("--system needs --chat")
+    if Path(out).exists():
+        raise BadInput(f"{out} exists: name another file")
+    judge = None if data is None else make_judge(label, answer)
+    answers: dict[str, Item] = {}
+    if data is not None:
+        text = None if template is None else options.unescape(template)
+        items = read_problems(data, config=config, split=split, template=text, chat=chat, system=system)
+        answers = {_asked(item.prompt): item for item in items}
+    part = Path(f"{out}.part")
+    count = 0
+    found: list[dict[str, Any]] = []
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            for problem, (where, tree, extra) in enumerate(_trees(trees)):
+                item = answers.get(_asked(tree.prompt))
+                if data is not None and item is None:
+                    raise BadInput(f"{where}: no problem of {data} has this tree's prompt")
+                known = None if item is None else str(item.response)
+                for sample, record in enumerate(_records(where, tree, known, judge, nodes)):
+                    head = {"index": count, **extra, "problem": problem, "sample": sample}
+                    file.write(dumps(head | record) + "\n")
+                    count += 1
+                    if "label" in record:
+                        found.append({"problem": problem, "label": record["label"], "finish": record["finish"]})
+        if not count:
+            raise BadInput(f"{', '.join(trees)}: no tree has a whole response")
+        os.replace(part, out)
+    except OSError as error:
+        raise BadInput(f"--out {out} cannot be written: {reason(error)}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    print(summary(found) if data is not None else f"{count} records, without labels", file=sys.stderr)
+
+
+def _records(where: str, tree: SearchTree, answer: str | None, judge: Any, nodes: str) -> Iterator[dict[str, Any]]:
+    try:
+        return tree_records(tree, answer, judge, nodes)
+    except ValueError as error:
+        raise BadInput(f"{where}: {reason(error)}") from error
+
+
+def _trees(paths: list[str]) -> Iterator[tuple[str, SearchTree, dict[str, Any]]]:
+    """Trees with what to call them, and the id of the prompt."""
+    for path in paths:
+        whole = _whole(path)
+        for where, record in [(path, whole)] if whole is not None else json_lines(path):
+            tree = record.get("tree", record)
+            if not isinstance(tree, dict) or "nodes" not in tree:
+                raise BadInput(f'{where}: there is no "tree": was it generated with --tree?')
+            try:
+                found = SearchTree.from_json(json.dumps(tree))
+            except ValueError as error:
+                raise BadInput(f"{where}: {reason(error)}") from error
+            yield where, found, {"id": record["id"]} if "id" in record else {}
+
+
+def _whole(path: str) -> Mapping[str, Any] | None:
+    """The one object that a file holds, as SearchTree.to_json with an indent writes it; None for JSON Lines."""
+    if path == "-" or path.endswith(".jsonl"):
+        return None
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return None  # the lines say what is wrong
+    return found if isinstance(found, dict) else None
+
+
+def _asked(prompt: Prompt) -> str:
+    """A prompt's name: what was asked, and not the token ids that a policy made of it."""
+    if prompt.messages is not None:
+        return json.dumps([dict(message) for message in prompt.messages], sort_keys=True)
+    return json.dumps(prompt.text if prompt.text is not None else list(prompt.token_ids or ()))
