@@ -27,6 +27,7 @@ def read_problems(
     template: str | None = None,
     chat: bool = False,
     system: str | None = None,
+    worked: bool = False,
 ) -> list[Item]:
     """Problems; an item's response is its reference answer.
 
@@ -39,6 +40,7 @@ def read_problems(
         limit: read so many at most.
         template: a text prompt is put where this has {}.
         chat, system: see prompt_of.
+        worked: the response is the whole answer or solution, as the record has it.
 
     Raises:
         BadInput: data cannot be read or holds none, or a record lacks a field or has one of the wrong kind.
@@ -50,13 +52,15 @@ def read_problems(
     for where, record in json_lines(data) if local else _rows(data, config, split):
         if limit is not None and len(items) == limit:
             break
-        items.append(_problem(where, record, template, chat, system))
+        items.append(_problem(where, record, template, chat, system, worked))
     if not items:
         raise BadInput(f"{data} holds no problems")
     return items
 
 
-def _problem(where: str, record: Mapping[str, Any], template: str | None, chat: bool, system: str | None) -> Item:
+def _problem(
+    where: str, record: Mapping[str, Any], template: str | None, chat: bool, system: str | None, worked: bool
+) -> Item:
     given = [name for name in PROMPTS if record.get(name) is not None]
     if len(given) != 1:
         raise BadInput(f"{where}: one of {', '.join(PROMPTS)} is needed, got {given or list(record)}")
@@ -71,7 +75,7 @@ def _problem(where: str, record: Mapping[str, Any], template: str | None, chat: 
     if not isinstance(stated, str) or not stated.strip():
         raise BadInput(f'{where}: an "answer" or a "solution" is needed, a text or a number')
     extra = {"id": record["id"]} if "id" in record else {}
-    return Item(where, prompt_of(asked, where, chat, system), stated_answer(stated), extra)
+    return Item(where, prompt_of(asked, where, chat, system), stated if worked else stated_answer(stated), extra)
 
 
 def _rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
