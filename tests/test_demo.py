@@ -17,8 +17,10 @@ from prm_search.commands.contest import BUDGET, LENGTH, SAMPLES, STEP_TOKENS, TI
 from prm_search.commands.loading import load_pair, load_policy
 from prm_search.commands.render import console, tree_view
 from prm_search.commands.savings import Savings
+from prm_search.demo import learn, recipe
 from prm_search.demo.chains import CONSTRUCTED, check, make_problem, problems, split_of
 from prm_search.strategies import Beam
+from prm_search.training.data import read_rollouts
 from prm_search.tree import SearchTree
 
 FIELDS = ["accuracy", "low", "high", "policy_tokens", "prm_tokens", "reference_tokens", "seconds"]
@@ -226,3 +228,91 @@ def test_smollm2_from_its_package(run, tmp_path, monkeypatch):
     saved = record["beam_scoring"]
     assert saved["reference"] == 0
     assert 0 < saved["encoded"] < saved["reencoding_every_step"]
+
+
+# -- demo --train ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The recipe with a few steps of everything; the stages that were run are noted."""
+    begun: list[str] = []
+    plain = {"train_policy": learn.train_policy, "train_prm": learn.train_prm}
+
+    def noted(name: str) -> Callable[..., object]:
+        def stage(*args: object) -> object:
+            begun.append(name)
+            return plain[name](*args)
+
+        return stage
+
+    for name in plain:
+        monkeypatch.setattr(recipe, name, noted(name))
+    policy = learn.PolicyRecipe(max_curriculum_steps=3, anneal_steps=2, extra_rounds=0, gate_problems=8)
+    prm = learn.PRMRecipe(epochs=1, problems=((2, 8),), rollouts=2)
+    monkeypatch.setattr(recipe, "PolicyRecipe", lambda: policy)
+    monkeypatch.setattr(recipe, "PRMRecipe", lambda: prm)
+    return begun
+
+
+def test_training_from_nothing_goes_on_after_a_finished_stage(run, quick, tmp_path, monkeypatch):
+    out = tmp_path / "made"
+    args = ["--train", "--out", out, "--problems", 1, "--seed", 5]
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "collect_rollouts", interrupt)
+        status, _, err = run(*args)
+    assert status == 130
+    assert err.endswith("prm-search: interrupted\n")
+    assert not (out / "pair.json").exists()
+    status, said, err = run(*args, "--json", tmp_path / "demo.json")
+    assert status == 0
+    assert quick == ["train_policy", "train_prm"]
+    assert "the policy is trained" in err
+    assert sorted(path.name for path in out.iterdir()) == ["pair.json", "policy", "prm", "rollouts.jsonl"]
+    rows = read_rollouts(out / "rollouts.jsonl")
+    assert len(rows) == 16
+    card = json.loads((out / "pair.json").read_text())
+    assert (card["seed"], card["rollouts"]["right_answer"]) == (5, sum(row.label for row in rows))
+    assert "beam 4x4 min" in said
+    record = json.loads((tmp_path / "demo.json").read_text())
+    assert record["trained"]["strategies"] == card["metrics"]["strategies"]
+    assert record["problems"] == 1
+
+    assert run(*args)[0] == 0  # all is there: it is only shown
+    assert len(quick) == 2
+    status, _, err = run(*args[:-1], 6)
+    assert status == 2
+    assert "seed 5" in err
+
+
+def test_same_seed_same_pair_and_other_settings_are_not_mixed_in(quick, tmp_path):
+    lines: list[str] = []
+    weights = []
+    for name in ("a", "b"):
+        recipe.run(5, tmp_path / name, test_problems=1, log=lines.append)
+        weights.append([(tmp_path / name / part / "model.safetensors").read_bytes() for part in ("policy", "prm")])
+    assert weights[0] == weights[1]
+    assert weights[0][0] != weights[0][1]
+    (tmp_path / "a" / "policy.json").write_text('{"settings": {"seed": 5, "recipe": {}}}')
+    (tmp_path / "a" / "pair.json").unlink()
+    with pytest.raises(ValueError, match="another seed or recipe"):
+        recipe.run(5, tmp_path / "a", test_problems=1)
+    with pytest.raises(ValueError, match="holds a pair"):
+        recipe.run(5, tmp_path / "b", test_problems=1)
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [(["--train"], "--out"), (["--out", "x"], "--train"), (["--train", "--out", "x", "--model", "smollm2"], "smollm2")],
+)
+def test_training_options_that_make_no_sense(args, word, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(*args)
+    assert status == 2
+    assert word in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,8 @@ from .savings import Savings
 
 def demo(
     count: Annotated[
-        int | None, typer.Option("--problems", help="How many; default: 50, with --model smollm2: 3.")
+        int | None,
+        typer.Option("--problems", help="How many; default: 50, with --model smollm2: 3; --train measures on 300."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Which problems, and every draw.")] = 0,
     json_path: Annotated[
@@ -36,12 +38,24 @@ def demo(
     data: Annotated[
         str | None, typer.Option(help='With smollm2: JSON Lines with "question" and "answer", as GSM8K has them.')
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Make policy and PRM from nothing first: minutes, on one core.")
+    ] = False,
+    out: Annotated[
+        str | None, typer.Option(help="With --train: folder for them; a stage that is finished there is not repeated.")
+    ] = None,
     debug: options.Debug = False,
 ) -> None:
     """Show the main job: search by rewards, on a pair that ships. Offline, in seconds."""
     options.one_of("--model", model, ("chains", "smollm2"))
     if count is not None:
         options.at_least("--problems", count)
+    if train and out is None:
+        raise BadInput("--train needs --out, a folder for the policy and the PRM")
+    if out is not None and not train:
+        raise BadInput("--out needs --train")
+    if train and model != "chains":
+        raise BadInput(f"--train makes the models of its own task, not of --model {model}")
     if json_path is not None and json_path != "-":
         writable("--json", json_path)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -53,19 +67,41 @@ def demo(
     elif data is not None:
         raise BadInput("--data needs --model smollm2: the shipped pair knows its own task only")
     else:
-        record = run(50 if count is None else count, seed, screen)
+        figures = None if out is None else make(Path(out), seed, 300 if count is None else count, screen)
+        record = run(50 if count is None else count, seed, screen, out)
+        if figures is not None:
+            record["trained"] = figures
     if json_path == "-":
         print(json.dumps(record, indent=2))
     elif json_path is not None:
         Path(json_path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def run(count: int, seed: int, screen: Console) -> dict[str, Any]:
-    """The demo on the shipped pair. Returns the figures, as `--json` has them."""
+def make(out: Path, seed: int, count: int, screen: Console) -> dict[str, Any]:
+    """Train policy and PRM, and show the recipe's own table. Returns its figures. A finished folder is only read."""
+    from ..demo import recipe
+    from .loading import quiet
+
+    quiet()
+    path = out / recipe.CARD
+    if path.is_file():
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if card.get("seed") != seed:
+            raise BadInput(f"--out {out} holds a pair of seed {card.get('seed')}: name another folder, or that seed")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        card = recipe.run(seed, out, test_problems=count, log=lambda line: print(line, file=sys.stderr, flush=True))
+    screen.print(Text(recipe.table(card)), soft_wrap=True)
+    screen.print()
+    return {"policy": card["policy"], "rollouts": card["rollouts"], **card["metrics"]}
+
+
+def run(count: int, seed: int, screen: Console, folder: str | None = None) -> dict[str, Any]:
+    """The demo on the pair in a folder, or the shipped one. Returns the figures, as `--json` has them."""
     asked = problems(count, split="test", seed=seed, length=LENGTH)
     screen.print(Text(CONSTRUCTED))
     screen.print(Text(f"A problem: {asked[0].prompt}   its right answer: {''.join(asked[0].steps)}", style="dim"))
-    policy, pair = _load(screen)
+    policy, pair = _load(screen, folder)
 
     with Board(len(asked), screen).shown() as board:
         beams, chosen = Contest(asked, policy, pair, seed, board).run()
@@ -86,7 +122,7 @@ def run(count: int, seed: int, screen: Console) -> dict[str, Any]:
     }
 
 
-def _load(screen: Console) -> tuple[Any, Any]:
+def _load(screen: Console, folder: str | None) -> tuple[Any, Any]:
     import torch
 
     from .loading import DEMO, load_pair, load_policy, quiet
@@ -94,8 +130,8 @@ def _load(screen: Console) -> tuple[Any, Any]:
     torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
     with render.waiting(screen, "loading the pair"):
         quiet()
-        policy = load_policy(DEMO, device="cpu")
-        pair = load_pair(DEMO, None, None, device="cpu")
+        policy = load_policy(DEMO if folder is None else os.path.join(folder, "policy"), device="cpu")
+        pair = load_pair(DEMO if folder is None else folder, None, None, device="cpu")
     return policy, pair
 
 

@@ -173,6 +173,10 @@ class Rollout:
     log_probs: list[float]
     label: bool
 
+    def record(self) -> dict[str, Any]:
+        """What ``prm-search train`` reads of it."""
+        return {"prompt_ids": prompt_ids(self.problem.prompt), "response_ids": self.ids, "label": int(self.label)}
+
 
 def collect_rollouts(policy: LlamaForCausalLM, seed: int, recipe: PRMRecipe) -> list[Rollout]:
     """Samples at temperature 1; the label is whether the final answer is right, nothing about steps."""

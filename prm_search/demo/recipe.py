@@ -1,4 +1,4 @@
-"""The recipe of the demo pair: ``python -m prm_search.demo.recipe --seed 0 --out DIR``.
+"""The recipe of the demo pair: ``prm-search demo --train --seed 0 --out DIR``.
 
 From nothing to a policy, a PRM and a table in a few minutes on one core:
 
@@ -15,30 +15,35 @@ From nothing to a policy, a PRM and a table in a few minutes on one core:
 Everything follows from the seed on a given machine and torch version; the process runs on one thread. On a shared
 machine set ``OMP_WAIT_POLICY=PASSIVE`` as well: spinning OpenMP threads slow everything.
 
-The pair that ships was chosen from seeds fixed in advance with ``--ship DIR0 DIR1 DIR2 --out prm_search/demo/pair``:
-the first whose policy passed the gate, whatever the test problems say.
+The pair that ships was chosen from seeds fixed in advance by
+``python -m prm_search.demo.recipe --ship DIR0 DIR1 DIR2 --out prm_search/demo/pair``: the first whose policy passed the
+gate, whatever the test problems say.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers import LlamaForCausalLM
 
 from prm_search.demo import tokenizer
 from prm_search.demo.chains import CONSTRUCTED, DELIMITER, problems
-from prm_search.demo.learn import PolicyRecipe, PRMRecipe, collect_rollouts, train_policy, train_prm
+from prm_search.demo.learn import Log, PolicyRecipe, PRMRecipe, collect_rollouts, train_policy, train_prm
 from prm_search.demo.measure import evaluate
 
 CARD = "pair.json"
+STAGES = ("policy", "prm")
 CARD_VERSION = 1
 HISTORY = (
     "Not the first runs of these seeds. Seed 0 was run once with 4 heads of 24 dimensions, too small for vLLM's CPU "
@@ -49,36 +54,52 @@ HISTORY = (
 )
 
 
-def run(seed: int, out: Path, *, test_problems: int = 300, test_seed: int = 0) -> dict[str, Any]:
-    """Trains and measures one pair and writes it to a folder.
+def run(
+    seed: int,
+    out: Path,
+    *,
+    test_problems: int = 300,
+    test_seed: int = 0,
+    policy_recipe: PolicyRecipe | None = None,
+    prm_recipe: PRMRecipe | None = None,
+    log: Log = print,
+) -> dict[str, Any]:
+    """Trains and measures one pair and writes it to a folder; goes on after the last stage that is finished there.
 
     Args:
         seed: of everything but the test problems.
-        out: gets ``policy/``, ``prm/`` (each with the tokenizer's files) and ``pair.json``.
+        out: gets ``policy/``, ``prm/`` (each with the tokenizer's files), ``rollouts.jsonl`` (``prm-search train``
+            reads it as well), and at last ``pair.json``. Until then a note of each finished stage lies beside them.
         test_problems: how many held-out problems of length 8.
         test_seed: which ones.
+        policy_recipe, prm_recipe: None for the recipe of the pair that ships.
+        log: is called with a line now and then.
 
     Returns:
         The card.
+
+    Raises:
+        ValueError: the folder holds a pair, or a stage of another seed or recipe.
+        OSError: it cannot be written.
     """
-    torch.set_num_threads(1)
-    policy_recipe, prm_recipe = PolicyRecipe(), PRMRecipe()
+    if (out / CARD).exists():
+        raise ValueError(f"{out} holds a pair already: name another folder")
     began = time.process_time()
 
-    def log(line: str) -> None:
-        print(f"[{time.process_time() - began:6.1f} s] {line}", flush=True)
+    def say(line: str) -> None:
+        log(f"[{time.process_time() - began:6.1f} s] {line}")
 
-    log(f"seed {seed}: policy")
-    policy, learnt = train_policy(seed, policy_recipe, log)
-    policy_seconds = time.process_time() - began
-    rollouts = collect_rollouts(policy, seed, prm_recipe)
-    positives = sum(r.label for r in rollouts)
-    log(f"{len(rollouts)} rollouts, {positives} with a right answer")
-    prm = train_prm(policy, rollouts, seed, prm_recipe, log)
-    prm_seconds = time.process_time() - began - policy_seconds
-    log("measuring")
-    asked = problems(test_problems, split="test", seed=test_seed, length=policy_recipe.gate_length)
-    metrics = evaluate(policy, prm, prm_recipe.beta, asked, seed=seed)
+    policy_recipe, prm_recipe = policy_recipe or PolicyRecipe(), prm_recipe or PRMRecipe()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other, and change the rounding
+    try:
+        policy, learnt = _policy(seed, out, policy_recipe, say)
+        prm, drawn = _prm(policy, seed, out, prm_recipe, say)
+        say(f"measuring on {test_problems} problems")
+        asked = problems(test_problems, split="test", seed=test_seed, length=policy_recipe.gate_length)
+        metrics = evaluate(policy, prm, prm_recipe.beta, asked, seed=seed)
+    finally:
+        torch.set_num_threads(threads)
 
     card: dict[str, Any] = {
         "format": CARD_VERSION,
@@ -92,8 +113,8 @@ def run(seed: int, out: Path, *, test_problems: int = 300, test_seed: int = 0) -
         "test": {"split": "test", "seed": test_seed, "length": policy_recipe.gate_length, "problems": test_problems},
         "policy_recipe": asdict(policy_recipe),
         "prm_recipe": asdict(prm_recipe),
-        "policy": learnt,
-        "rollouts": {"count": len(rollouts), "right_answer": positives},
+        "policy": learnt["policy"],
+        "rollouts": drawn["rollouts"],
         "metrics": metrics,
         "versions": {
             "python": platform.python_version(),
@@ -101,19 +122,75 @@ def run(seed: int, out: Path, *, test_problems: int = 300, test_seed: int = 0) -
             "transformers": transformers.__version__,
         },
         "cpu_seconds": {
-            "policy": round(policy_seconds, 1),
-            "prm": round(prm_seconds, 1),
+            "policy": learnt["cpu_seconds"],
+            "prm": drawn["cpu_seconds"],
             "test": metrics["cpu_seconds"],
         },
     }
-    words = tokenizer.build()
-    for name, model in (("policy", policy), ("prm", prm)):
-        model.save_pretrained(out / name)
-        words.save_pretrained(out / name)
-        (out / name / "model.safetensors").chmod(0o644)  # safetensors writes 0600; packages are for all to read
-    (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
-    log("done")
+    _write(out / CARD, card)
+    for stage in STAGES:
+        (out / f"{stage}.json").unlink()
     return card
+
+
+def _policy(seed: int, out: Path, recipe: PolicyRecipe, say: Log) -> tuple[Any, dict[str, Any]]:
+    """The policy, trained or read, and its stage's note."""
+    settings = {"seed": seed, "recipe": asdict(recipe)}
+    note = _finished(out, "policy", settings)
+    if note is not None:
+        say(f"seed {seed}: the policy is trained")
+        return LlamaForCausalLM.from_pretrained(out / "policy").eval(), note
+    say(f"seed {seed}: policy")
+    began = time.process_time()
+    policy, learnt = train_policy(seed, recipe, say)
+    return policy, _finish(out, "policy", policy, settings, began, policy=learnt)
+
+
+def _prm(policy: Any, seed: int, out: Path, recipe: PRMRecipe, say: Log) -> tuple[Any, dict[str, Any]]:
+    """The same of the PRM."""
+    settings = {"seed": seed, "recipe": asdict(recipe)}
+    note = _finished(out, "prm", settings)
+    if note is not None:
+        say("the PRM is trained")
+        return LlamaForCausalLM.from_pretrained(out / "prm").eval(), note
+    began = time.process_time()
+    rollouts = collect_rollouts(policy, seed, recipe)
+    with (out / "rollouts.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for place, rollout in enumerate(rollouts):
+            file.write(json.dumps({"index": place, **rollout.record()}) + "\n")
+    counts = {"count": len(rollouts), "right_answer": sum(r.label for r in rollouts)}
+    say(f"{counts['count']} rollouts, {counts['right_answer']} with a right answer")
+    prm = train_prm(policy, rollouts, seed, recipe, say)
+    return prm, _finish(out, "prm", prm, settings, began, rollouts=counts)
+
+
+def _finished(out: Path, stage: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The note of a stage that is finished, None if it is not. Raises ValueError where it had other settings."""
+    path = out / f"{stage}.json"
+    if not path.is_file():
+        return None
+    note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if note["settings"] != json.loads(json.dumps(settings)):  # tuples have become lists
+        raise ValueError(f"{path}: of another seed or recipe: name another folder, or the same seed")
+    return note
+
+
+def _finish(
+    out: Path, stage: str, model: Any, settings: Mapping[str, Any], began: float, **more: Any
+) -> dict[str, Any]:
+    """Writes a stage's model, then its note: a stage that has one is complete."""
+    model.save_pretrained(out / stage)
+    tokenizer.build().save_pretrained(out / stage)
+    (out / stage / "model.safetensors").chmod(0o644)  # safetensors writes 0600; packages are for all to read
+    note = {"settings": settings, **more, "cpu_seconds": round(time.process_time() - began, 1)}
+    _write(out / f"{stage}.json", note)
+    return note
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)  # whole or not at all
 
 
 def table(card: dict[str, Any]) -> str:
@@ -140,7 +217,7 @@ def ship(runs: list[Path], out: Path) -> dict[str, Any]:
     chosen = next((k for k, card in enumerate(cards) if card["policy"]["gate_passed"]), None)
     if chosen is None:
         raise ValueError(f"runs must hold one whose policy passed the gate, got none among {', '.join(map(str, runs))}")
-    shutil.copytree(runs[chosen], out, dirs_exist_ok=True)
+    shutil.copytree(runs[chosen], out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("rollouts.jsonl"))
     seeds = [card["seed"] for card in cards]
     card = cards[chosen] | {
         "selection": f"The first of the seeds {seeds}, fixed in advance, whose policy passes the loss gate. "
@@ -154,13 +231,13 @@ def ship(runs: list[Path], out: Path) -> dict[str, Any]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m prm_search.demo.recipe", description="Makes the demo pair.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        prog="python -m prm_search.demo.recipe", description="Chooses the pair that ships."
+    )
+    parser.add_argument("--ship", type=Path, nargs="+", required=True, metavar="RUN", help="folders of demo --train")
     parser.add_argument("--out", type=Path, required=True, help="folder for policy/, prm/ and pair.json")
-    parser.add_argument("--test-problems", type=int, default=300)
-    parser.add_argument("--ship", type=Path, nargs="+", metavar="RUN", help="train nothing: choose among these runs")
     args = parser.parse_args()
-    print(table(ship(args.ship, args.out) if args.ship else run(args.seed, args.out, test_problems=args.test_problems)))
+    print(table(ship(args.ship, args.out)))
 
 
 if __name__ == "__main__":
