@@ -13,7 +13,7 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTime
 
 # Arguments of the forward call that say nothing new of a text prompt, or are looked at here.
 _KNOWN = frozenset({
-    "attention_mask", "cache_params", "cache_position", "logits_to_keep", "past_key_values", "position_ids",
+    "attention_mask", "cache", "cache_params", "cache_position", "logits_to_keep", "past_key_values", "position_ids",
     "use_cache",
 })  # fmt: skip
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -117,7 +117,7 @@ def _check_config(config: Any) -> None:
 def _check_kwargs(input_ids: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("inputs_embeds") is not None or input_ids.shape[1] == 0:
         raise ValueError("inputs_embeds cannot be used with prm_guidance: pass input_ids, the search is over tokens")
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name since transformers 5.24, and before
     if cache is not None:
         if type(cache) is not DynamicCache:
             raise ValueError(

@@ -16,7 +16,7 @@ import numpy as np
 
 from .engine.adapters import AUTO
 from .engine.language_model import LanguageModel
-from .engine.memo import node_logprobs
+from .engine.memo import logprobs_under
 from .policy import encode_prompt
 from .reference_free import ConstantReference
 from .retokenise import Fit, OwnTree, Reader, score_paths
@@ -280,8 +280,9 @@ class ImplicitPRM:
             prompt = node.tree.prompt
             if prompt.token_ids is None:
                 node.tree.prompt = prompt.with_ids(encode_prompt(self.need_tokenizer(), prompt))
-        trained = node_logprobs(self.prm, nodes)
-        for node, mine, theirs in zip(nodes, trained, self._reference_logprobs(nodes), strict=True):
+        self._refuse_strangers(nodes)
+        known = logprobs_under(self._lms(), nodes)
+        for node, mine, theirs in zip(nodes, known[self.prm], self._reference_logprobs(nodes, known), strict=True):
             with np.errstate(invalid="ignore"):
                 ratio = mine - theirs
             if np.isnan(ratio).any():
@@ -308,21 +309,26 @@ class ImplicitPRM:
                 self._trees[tree] = OwnTree(tree, prompt, reader.path, lms)
         return self._trees[tree]
 
-    def _reference_logprobs(self, nodes: Sequence[Node]) -> Sequence[np.ndarray | float]:
+    def _refuse_strangers(self, nodes: Sequence[Node]) -> None:
+        """Raise where the reference is the policy, and a node was sampled by another."""
+        samplers = {node.sampler for node in nodes} - {None, self.reference_id}
+        if samplers and self._constant is None and self._follows_policy and self._policy is not None:
+            raise ValueError(f"reference='policy': the policy is {self.reference_id!r}, nodes come from {samplers}")
+
+    def _reference_logprobs(
+        self, nodes: Sequence[Node], known: Mapping[LanguageModel, list[np.ndarray]]
+    ) -> Sequence[np.ndarray | float]:
         if self._constant is not None:
             return [self._constant] * len(nodes)
-        samplers = {node.sampler for node in nodes} - {None, self.reference_id}
-        if samplers and self._follows_policy and self._policy is not None:
-            raise ValueError(f"reference='policy': the policy is {self.reference_id!r}, nodes come from {samplers}")
         if self.reference is not None:
-            return node_logprobs(self.reference, nodes)
-        known = [node.logprobs for node in nodes if node.logprobs is not None]
-        if len(known) < len(nodes):
+            return known[self.reference]
+        own = [node.logprobs for node in nodes if node.logprobs is not None]
+        if len(own) < len(nodes):
             raise ValueError(
                 "reference='policy': the policy has no model here that could score nodes, and a node carries no "
                 "log-probabilities of its own (they are Node.logprobs, or logprobs= of score)"
             )
-        return known
+        return own
 
     def score(
         self,

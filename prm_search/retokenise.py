@@ -19,6 +19,7 @@ import numpy as np
 
 from .engine.kv_tree import Branch
 from .engine.language_model import LanguageModel
+from .engine.pending import Pending
 from .policy import encode_prompt
 from .tokens import TokenText
 from .tree import Node, Prompt, SearchTree
@@ -134,7 +135,8 @@ def score_paths(
         for own, node in jobs:
             grown.append(own.grow(node))
         fresh = [(job[0], job[1], path) for job, path in zip(jobs, grown, strict=True) if len(path.ids) > path.shared]
-        tables = [_logprobs(k, fresh) for k in range(len(jobs[0][0].lms))] if fresh else []
+        begun = [_begin(k, fresh) for k in range(len(jobs[0][0].lms))] if fresh else []
+        tables = [pending.result() for pending in begun]
     except BaseException:
         for own, node in reversed(jobs[: len(grown)]):
             own.drop([node])
@@ -152,8 +154,8 @@ def score_paths(
     return scored
 
 
-def _logprobs(k: int, fresh: Sequence[tuple[OwnTree, Node, Path]]) -> list[np.ndarray]:
-    """Log-probabilities of each path's new tokens under the k-th model."""
+def _begin(k: int, fresh: Sequence[tuple[OwnTree, Node, Path]]) -> Pending[list[np.ndarray]]:
+    """Log-probabilities of each path's new tokens under the k-th model, launched."""
     lm = fresh[0][0].lms[k]
     branches = [path.branches[k] for _, _, path in fresh]
     skip = [
@@ -163,7 +165,7 @@ def _logprobs(k: int, fresh: Sequence[tuple[OwnTree, Node, Path]]) -> list[np.nd
     for branch, (_, node, _) in zip(branches, fresh, strict=True):
         above = branch.parent
         node.tree.meter.add("cached", lm.id, branch.start if above is not None and above.encoded else 0)
-    return lm.score(branches, skip)
+    return lm.begin_score(branches, skip)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -55,8 +55,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "bloom .*its attention does not go through transformers' attention interface",
     ),
     "rotary attention of its own": (
-        lambda: built("GPTJConfig", n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
-        "gptj .*its attention does not go through transformers' attention interface",
+        lambda: built("GPTNeoXJapaneseConfig", intermediate_multiple_size=2),
+        "gpt_neox_japanese .*its attention does not go through transformers' attention interface",
     ),
     "recurrent": (
         lambda: built("MambaConfig", state_size=4),

@@ -224,7 +224,11 @@ def write_kv(k_pool: Tensor, v_pool: Tensor, k_new: Tensor, v_new: Tensor, slots
     keep, index = slots >= 0, slots.long()
     if not slots.is_cuda and not torch.compiler.is_compiling() and bool(keep.all()):  # the usual case: nothing to skip
         k_pool[index], v_pool[index] = k_new, v_new
-        return
+    else:
+        _write_kept(k_pool, v_pool, k_new, v_new, keep, index)
+
+
+def _write_kept(k_pool: Tensor, v_pool: Tensor, k_new: Tensor, v_new: Tensor, keep: Tensor, index: Tensor) -> None:
     # A skipped token repeats the first kept token's write; where none is kept, slot 0 is given its own value.
     first = keep.int().argmax(dim=0, keepdim=True)  # [1]
     index = torch.where(keep, index, index[first]).clamp(min=0)

@@ -8,26 +8,38 @@ original name stands for.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .kernel_layout import KernelLayout
 from .layout import Scores
 from .pool import KVPool
-from .torch_layout import TorchLayout
-
-Layout = TorchLayout | KernelLayout
 
 PREFIX = "prm_search_over_"
+
+
+class Layout(Protocol):
+    """Which tokens attend over which paths."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        how: Scores,
+    ) -> torch.Tensor:
+        """See TorchLayout.attend."""
+        ...
 
 
 class Packed:
@@ -35,14 +47,19 @@ class Packed:
 
     Args:
         pool: where keys and values live.
-        slots: [T] int64 slot of each packed token.
+        slots: [T] int32 or int64, slot of each packed token; a negative one is written nowhere.
         layout: which tokens attend over which paths.
+
+    Attributes:
+        no_mask: stands for "no mask". transformers hands a mask of four dimensions on as it is; from none at all it
+            would look for packed sequences in the position ids, and wait for the device to answer.
     """
 
-    def __init__(self, pool: KVPool, slots: np.ndarray, layout: Layout) -> None:
+    def __init__(self, pool: KVPool, slots: torch.Tensor, layout: Layout) -> None:
         self.pool = pool
         self.layout = layout
-        self._slots = torch.from_numpy(slots)
+        self.no_mask = _no_mask(slots.device)
+        self._slots = slots
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: Scores
@@ -62,6 +79,11 @@ class Packed:
             self._slots = self._slots.to(key.device)
         keys, values = self.pool.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         return self.layout.attend(query[0], key[0], value[0], keys, values, how)[None]
+
+
+@functools.cache
+def _no_mask(device: torch.device) -> torch.Tensor:
+    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
 
 
 # --- the switch ----------------------------------------------------------------------------------------------------

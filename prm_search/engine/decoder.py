@@ -236,13 +236,11 @@ class Decoder:
                     nodes[node] = len(ids)
                     ids.append(())
                 index[id(row)] = nodes[node]
-        tables = []
+        begun = []  # every model's forward is launched before the first is waited for
         for k, lm in enumerate(self.lms):
             branches = [row.branches[-1][k] for row in continued] + [lm.memo(node.tree).branch(node) for node in nodes]
-            table = lm.extend(branches, ids, want="log_softmax")
-            assert isinstance(table, torch.Tensor)
-            tables.append(table)
-        return tables, index
+            begun.append(lm.begin_extend(branches, ids, want="log_softmax"))
+        return [pending.result() for pending in begun], index  # type: ignore[misc]
 
     def _cut_uncertain(self, rows: Sequence[Row], logprobs: torch.Tensor, index: dict[int, int]) -> list[Row]:
         """End steps before a token the policy is unsure of; returns the rows that still draw in this round."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..triton_kernels import SharedPrefix, tree_attention
+from .host import ship
 from .layout import Scores, Unit
 
 
@@ -26,32 +27,27 @@ class KernelLayout:
         self.new = np.array([unit.new for unit in rows])
         self.full = np.array([len(unit.path) for unit in rows])
         self._rows = rows
-        self._on: tuple[torch.Tensor, torch.Tensor, torch.Tensor, SharedPrefix] | None = None
+        self._on: dict[torch.device, list[torch.Tensor]] = {}
+        self._group_tokens = self._prefix = 0
 
-    def _tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SharedPrefix]:
-        """Slot table, path lengths, query starts and shared prefixes on the device, in one copy a forward."""
-        if self._on is None:
-            count, width = len(self._rows), int(self.full.max())
-            stems = np.array([unit.stem for unit in self._rows])
-            edges = np.flatnonzero(np.concatenate(([True], stems[1:] != stems[:-1], [True])))
-            sizes = np.diff(edges)
-            shared = np.where(np.repeat(sizes, sizes) > 1, [unit.shared for unit in self._rows], 0)
-            flat = np.zeros(count * width + 3 * count + 1 + len(edges), np.int32)
-            table = flat[: count * width].reshape(count, width)
-            for line, unit in zip(table, self._rows, strict=True):
-                line[: len(unit.path)] = unit.path
-            rest = flat[count * width :]
-            rest[:count] = self.full
-            rest[count + 1 : 2 * count + 1] = np.cumsum(self.new)
-            rest[2 * count + 1 : 3 * count + 1] = shared
-            rest[3 * count + 1 :] = edges
-            host = torch.from_numpy(flat)
-            on = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-            parts = on[count * width :].split([count, count + 1, count, len(edges)])
-            tokens = np.add.reduceat(self.new, edges[:-1])
-            prefix = SharedPrefix(parts[3], parts[2], int(tokens.max()), int(shared.max()))
-            self._on = on[: count * width].view(count, width), parts[0], parts[1], prefix
-        return self._on
+    def tables(self) -> list[np.ndarray]:
+        """Slot table, path lengths, query starts, shared prefixes and first rows of families, all int32."""
+        count, width = len(self._rows), int(self.full.max())
+        stems = np.array([unit.stem for unit in self._rows])
+        edges = np.flatnonzero(np.concatenate(([True], stems[1:] != stems[:-1], [True])))
+        sizes = np.diff(edges)
+        shared = np.where(np.repeat(sizes, sizes) > 1, [unit.shared for unit in self._rows], 0)
+        self._group_tokens = int(np.add.reduceat(self.new, edges[:-1]).max())
+        self._prefix = int(shared.max())
+        table = np.zeros((count, width), np.int32)
+        for line, unit in zip(table, self._rows, strict=True):
+            line[: len(unit.path)] = unit.path
+        starts = np.concatenate(([0], np.cumsum(self.new)))
+        return [table, *(part.astype(np.int32) for part in (self.full, starts, shared, edges))]
+
+    def place(self, tables: list[torch.Tensor]) -> None:
+        """Take `tables` as they are on a device."""
+        self._on[tables[0].device] = tables
 
     def attend(
         self,
@@ -63,7 +59,9 @@ class KernelLayout:
         how: Scores,
     ) -> torch.Tensor:
         """As TorchLayout.attend."""
-        table, paths, starts, prefix = self._tables(query.device)
+        if query.device not in self._on:  # a model spread over several devices
+            self.place(ship(self.tables(), query.device))
+        table, paths, starts, shared, edges = self._on[query.device]
         return tree_attention(
             query.transpose(0, 1),
             keys,
@@ -77,6 +75,6 @@ class KernelLayout:
             sinks=how.sinks,
             max_new=int(self.new.max()),
             max_path=int(self.full.max()),
-            prefix=prefix,
+            prefix=SharedPrefix(edges, shared, self._group_tokens, self._prefix),
             backend=self.backend,
         )

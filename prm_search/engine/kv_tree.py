@@ -31,11 +31,12 @@ class Branch:
         hidden: [D] last hidden row of its last token, once that was encoded; kept when the KV is evicted.
         boundary: [D] hidden row of the token before its first, from which the first token is scored.
         meter: where its tokens are counted.
+        epoch: grows when it gives slots back: until then, the slots of its path stay what they are.
     """
 
     __slots__ = (
-        "__weakref__", "_path", "boundary", "children", "encoded", "hidden", "hidden_at", "meter", "parent", "pins",
-        "queued", "released", "resident_children", "seen", "slots", "start", "tick", "token_ids", "tree",
+        "__weakref__", "_path", "boundary", "children", "encoded", "epoch", "hidden", "hidden_at", "meter", "parent",
+        "pins", "queued", "released", "resident_children", "seen", "slots", "start", "tick", "token_ids", "tree",
     )  # fmt: skip
 
     def __init__(self, tree: KVTree, parent: Branch | None, start: int, meter: Meter | None) -> None:
@@ -46,6 +47,7 @@ class Branch:
         self.token_ids: list[int] = []
         self.encoded = 0
         self.seen = 0
+        self.epoch = 0
         self.slots = np.empty(0, np.int64)
         self.hidden: torch.Tensor | None = None
         self.hidden_at = -1  # own tokens up to which `hidden` speaks
@@ -246,6 +248,7 @@ class KVTree:
         self._free[self.free : self.free + tokens] = branch.slots[kept : branch.encoded][::-1]
         self.free += tokens
         branch.encoded = kept
+        branch.epoch += 1
         if kept == 0:
             branch._path = None  # its ancestors may move to other slots from now on
         if tokens and kept == 0:

@@ -10,9 +10,9 @@ import itertools
 import secrets
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,21 +21,20 @@ from torch import nn
 from ..checks import integer
 from ..triton_kernels.launch import Backend
 from . import adapters, admission
-from .attention import Layout, Packed, packed
 from .head import Head
-from .kernel_layout import KernelLayout
 from .kv_tree import Branch, KVTree
-from .layout import Unit
 from .limits import context_of, default_capacity
-from .plan import Piece, chains, missing, next_batch, split
+from .pending import Launched, Pending, Undo
+from .plan import Piece, missing, next_batch, split
 from .pool import KVPool
 from .rows import WaveRows
-from .torch_layout import TorchLayout
+from .runner import Runner
 
 if TYPE_CHECKING:
     from ..tree import SearchTree
     from .memo import Memo
 
+T = TypeVar("T")
 Want = Literal["target", "hidden", "log_softmax"]
 
 _ids = itertools.count(1)
@@ -61,6 +60,7 @@ class LanguageModel:
         id: says which weights these are; equal ids mean equal log-probabilities.
         tree: the branches.
         forwards: forward calls so far.
+        stream: the CUDA stream that its forwards run on, see `own_stream`; None for the caller's.
         context: tokens of the longest path the model takes, or None where its config does not say.
     """
 
@@ -81,14 +81,15 @@ class LanguageModel:
         self.head = Head(module, backend)
         self.forward_tokens = forward_tokens
         self.forwards = 0
+        self.stream: torch.cuda.Stream | None = None
         self._layers = adapters.tuner_layers(module)
-        self._configs = _configs_of(module)
         self._lock = _locks.setdefault(module, threading.RLock())
         self._memos: weakref.WeakKeyDictionary[SearchTree, Memo] = weakref.WeakKeyDictionary()
         name = getattr(module.config, "_name_or_path", "") or type(module).__name__
         self.id: Hashable = f"{name}{'' if state is None else '+' + '+'.join(state)}#{_process}.{next(_ids)}"
         self.tree = KVTree(capacity)
         self.pool = KVPool(self.tree.capacity)
+        self.runner = Runner(module, self.pool, backend)
 
     @classmethod
     def of(
@@ -136,6 +137,21 @@ class LanguageModel:
         """Where input ids go."""
         return adapters.device_of(self.module)
 
+    def own_stream(self, on: bool) -> None:
+        """Run this model's forwards on a CUDA stream of its own, beside those of other models, or no longer do so.
+
+        Without one, models whose calls are begun together run one after the other, without a gap. No result changes.
+
+        Raises:
+            ValueError: the model is not on a CUDA device.
+        """
+        if on and self.device.type != "cuda":
+            raise ValueError(f"{self.id} is on {self.device}: streams of their own are for models on a CUDA device")
+        with self._lock, self.tree.lock:
+            if on != (self.stream is not None):
+                torch.cuda.synchronize(self.device)  # its memory changes hands between streams
+                self.stream = torch.cuda.Stream(self.device) if on else None
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """The module for this thread alone, with these weights' adapters switched on."""
@@ -151,6 +167,7 @@ class LanguageModel:
             with self.tree.lock:  # no forward of another thread is under way
                 if not self.tree.used:
                     self.pool.follow(self.module.get_input_embeddings().weight)
+                    self.runner.steps.refresh(adapters.tuner_layers(self.module))
                     if self.module.get_output_embeddings() is not self.head.linear:  # resized or exchanged
                         self.head = Head(self.module, self.backend)
             self._layers = adapters.tuner_layers(self.module)  # adapters may have been injected since
@@ -175,6 +192,7 @@ class LanguageModel:
             self.release(tree)
         if self.tree.used:
             raise ValueError("a search is under way, whose KV would be of other weights: end or cancel it first")
+        self.runner.steps.forget()
         self.id = f"{str(self.id).rpartition('#')[0]}#{next(_ids)}"
 
     def extend(
@@ -198,29 +216,44 @@ class LanguageModel:
             ValueError: a path with its new tokens exceeds the KV capacity or the context, a token id lies outside the
                 vocabulary, or the model computes NaN.
         """
+        return self.begin_extend(branches, ids, want).result()
+
+    def begin_extend(
+        self, branches: Sequence[Branch], ids: Sequence[Sequence[int]], want: Want | None = "target"
+    ) -> Pending[list[np.ndarray] | torch.Tensor | None]:
+        """`extend`, launched and not waited for. The branches are not to be used before its result is there.
+
+        Raises:
+            ValueError: as extend, here or by the result.
+        """
         self._validate(branches, ids)
-        with self.exclusive(), self.tree.lock, torch.no_grad():  # the head may have an adapter too
+        with self._running():
             heads = [len(branch.token_ids) for branch in branches]
-            rows_before = [(branch.hidden, branch.hidden_at) for branch in branches]
+            undo = Undo(self.tree)
+            for branch in branches:
+                undo.note(branch)
             for branch, new in zip(branches, ids, strict=True):
                 branch.token_ids.extend(int(i) for i in new)
+
+            def undone() -> None:  # as if nothing had been appended: an earlier wave may have gone through
+                undo.roll_back()
+                for branch, head in zip(branches, heads, strict=True):
+                    del branch.token_ids[head:]
+
             try:
-                found = self._encode(branches, heads if want == "target" else None)
+                launched = self._encode(branches, heads if want == "target" else None, undo)
                 if want == "target":
-                    return found
+                    return self._pending(launched.numbers(), launched.read, undone)
                 if want is None:
-                    return None
+                    return self._pending(None, lambda _: None, undone)
                 rows = torch.stack([branch.end_row() for branch in branches])
                 if want == "hidden":
-                    return rows
+                    return self._pending(None, lambda _: self._handed_over(rows), undone)
                 table = self.head.log_softmax(rows)
-                self._refuse_nan(bool(table[:, :1].isnan().any()))  # one NaN, or inf, makes a whole row NaN
-                return table
-            except BaseException:  # as if nothing had been appended: an earlier wave may have gone through
-                for branch, head, row in zip(branches, heads, rows_before, strict=True):
-                    self.tree.give_back(branch, max(0, branch.encoded - head))
-                    del branch.token_ids[head:]
-                    branch.hidden, branch.hidden_at = row
+                # One NaN, or inf, makes a whole row NaN.
+                return self._pending(table[:, :1], lambda _: self._handed_over(table), undone)
+            except BaseException:
+                undone()
                 raise
 
     def score(self, branches: Sequence[Branch], skip: Sequence[int] | None = None) -> list[np.ndarray]:
@@ -237,13 +270,23 @@ class LanguageModel:
         Raises:
             ValueError: as extend; or a branch has been encoded before.
         """
+        return self.begin_score(branches, skip).result()
+
+    def begin_score(self, branches: Sequence[Branch], skip: Sequence[int] | None = None) -> Pending[list[np.ndarray]]:
+        """`score`, launched and not waited for; as begin_extend."""
         self._validate(branches, [()] * len(branches))
         if any(branch.encoded or branch.hidden is not None for branch in branches):
             raise ValueError("a branch has been encoded before: its rows are gone, score a fork of its parent")
         for part in {id(part): part for branch in branches for part in branch.lineage() if not part.encoded}.values():
             self._check_ids(part.token_ids)
-        with self.exclusive(), self.tree.lock, torch.no_grad():  # the head may have an adapter too
-            return self._encode(branches, [0] * len(branches) if skip is None else skip)
+        with self._running():
+            undo = Undo(self.tree)
+            try:
+                launched = self._encode(branches, [0] * len(branches) if skip is None else skip, undo)
+                return self._pending(launched.numbers(), launched.read, undo.roll_back)
+            except BaseException:
+                undo.roll_back()
+                raise
 
     def _validate(self, branches: Sequence[Branch], ids: Sequence[Sequence[int]]) -> None:
         if len(branches) != len(ids):
@@ -262,25 +305,65 @@ class LanguageModel:
             if length == 0:
                 raise ValueError("an empty path cannot be encoded: a prompt needs at least one token")
 
-    def _refuse_nan(self, found: bool) -> None:
-        if found:
-            raise ValueError(
-                f"{self.id} gives probabilities that are not numbers: its weights hold NaN or inf, or what it computes "
-                f"is beyond {str(self.module.dtype).removeprefix('torch.')}"
-            )
-
     def _check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) and not (min(ids) >= 0 and max(ids) < self.head.vocab):
             raise ValueError(f"token ids {min(ids)}..{max(ids)} lie outside the vocabulary of {self.head.vocab}")
 
-    def _encode(self, branches: Sequence[Branch], score_from: Sequence[int] | None) -> list[np.ndarray]:
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Everything that a forward needs: the module, the slots, no gradients, the stream."""
+        with self.exclusive(), self.tree.lock, torch.no_grad():  # the head may have an adapter too
+            if self.stream is None:
+                yield
+            else:
+                self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+                with torch.cuda.stream(self.stream):
+                    yield
+
+    def _pending(
+        self, numbers: torch.Tensor | None, read: Callable[[np.ndarray], T], undone: Callable[[], None]
+    ) -> Pending[T]:
+        """A call whose forwards are launched.
+
+        Args:
+            numbers: what the host has to see before the call is good; None: nothing.
+            read: makes the call's result of them, once they are there and none is NaN.
+            undone: takes back what the call did, for when one is.
+        """
+
+        def finish() -> T:
+            try:
+                host = np.empty(0) if numbers is None else numbers.cpu().numpy()
+                if np.isnan(host).any():
+                    raise ValueError(
+                        f"{self.id} gives probabilities that are not numbers: its weights hold NaN or inf, or what it "
+                        f"computes is beyond {str(self.module.dtype).removeprefix('torch.')}"
+                    )
+                return read(host)
+            except BaseException:
+                undone()
+                raise
+
+        return Pending(finish, self.stream)
+
+    def _handed_over(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A result of this model's stream, kept in memory until the caller's stream is done with it."""
+        if self.stream is not None:
+            tensor.record_stream(torch.cuda.current_stream(self.stream.device))
+        return tensor
+
+    def _encode(self, branches: Sequence[Branch], score_from: Sequence[int] | None, undo: Undo) -> Launched:
         """Encode what is missing, cut into forwards that fit the capacity and forward_tokens; pins while one runs.
 
-        Returns:
-            log-probs of each branch's own tokens from score_from[i] on; empty arrays where that is None.
+        Args:
+            branches: whose paths.
+            score_from: own tokens of each from which on log-probs are wanted; None: none.
+            undo: notes what is changed.
         """
+        if self.module.training:
+            raise ValueError(f"{self.id} is in training mode, where dropout randomises probabilities: call .eval()")
+        launched = Launched([id(branch) for branch in branches])
         targets: dict[int, tuple[int, int]] = {}
-        found: dict[int, list[np.ndarray]] = {id(branch): [] for branch in branches}
         if score_from is not None:
             targets = {id(b): (low, len(b.token_ids)) for b, low in zip(branches, score_from, strict=True)}
         pending = [branch for branch in branches if missing(branch)]
@@ -293,71 +376,24 @@ class LanguageModel:
             try:
                 for wave in split(batch.pieces, self.forward_tokens):
                     self.tree.reserve(sum(p.end - p.begin for p in wave), batch.path)
-                    self._forward(wave, targets, found)
+                    for piece in wave:
+                        undo.note(piece.branch)
+                    self._forward(wave, targets, launched)
             finally:
                 for branch, _ in batch.path:
                     branch.pins -= 1
             pending = pending[batch.branches :]
-        return [np.concatenate(found[id(b)]) if found[id(b)] else np.zeros(0, np.float32) for b in branches]
+        return launched
 
-    def _forward(
-        self, wave: Sequence[Piece], targets: dict[int, tuple[int, int]], found: dict[int, list[np.ndarray]]
-    ) -> None:
+    def _forward(self, wave: Sequence[Piece], targets: Mapping[int, tuple[int, int]], launched: Launched) -> None:
         """Encode the pieces, keep each branch's last hidden row, and score the target tokens among them."""
-        before = [piece.branch.encoded for piece in wave]
-        try:
-            hidden, order = self._encoded(wave)
-            rows = WaveRows(wave, order, hidden)
-            rows.bound()
-            wanted = rows.targets(targets)
-            if wanted is not None:
-                flat = self.head.logprobs(wanted.hidden, wanted.ids).cpu().numpy()
-                self._refuse_nan(bool(np.isnan(flat).any()))
-                wanted.hand_out(flat, found)
-        except BaseException:  # KV that nobody has the hidden rows of, or that was never written
-            for piece, encoded in zip(reversed(wave), reversed(before), strict=True):
-                self.tree.give_back(piece.branch, piece.branch.encoded - encoded)
-            raise
-        self.forwards += 1
-        rows.keep(self.id)
-
-    def _encoded(self, wave: Sequence[Piece]) -> tuple[torch.Tensor, list[int]]:
-        """[T, D] last hidden rows of the pieces, and the order in which those are packed."""
         slots = [self.tree.take(piece.branch, piece.end - piece.begin) for piece in wave]
-        runs = chains(wave)
-        units = []
-        for chain in runs:
-            top = wave[chain[0]].branch
-            stem = id(top) if top.parent is None else hash((id(top.parent), top.start))
-            new = sum(len(slots[i]) for i in chain)
-            units.append(Unit(wave[chain[-1]].branch.path_slots(), new, stem, top.start))
-        layout = self._layout(units)
-        packing = [i for unit in layout.order for i in runs[unit]]  # pieces in packed order
-        ids = [t for i in packing for t in wave[i].branch.token_ids[wave[i].begin : wave[i].end]]
-        starts = [wave[i].branch.start + wave[i].begin for i in packing]
-        positions = np.concatenate([np.arange(s, s + len(slots[i])) for s, i in zip(starts, packing, strict=True)])
-        forward = Packed(self.pool, np.concatenate([slots[i] for i in packing]), layout)
-        return self._hidden(ids, positions, forward), packing
-
-    def _layout(self, units: Sequence[Unit]) -> Layout:
-        if self.backend == "torch" or (self.backend == "auto" and self.device.type != "cuda"):
-            return TorchLayout(units)
-        return KernelLayout(units, self.backend)
-
-    def _hidden(self, ids: list[int], positions: np.ndarray, forward: Packed) -> torch.Tensor:
-        """[T, D] last hidden rows of the packed tokens."""
-        if self.module.training:
-            raise ValueError(f"{self.id} is in training mode, where dropout randomises probabilities: call .eval()")
-        device = self.device
-        with packed(self._configs, forward):
-            out = self.module.base_model(
-                input_ids=torch.tensor([ids], dtype=torch.long, device=device),
-                position_ids=torch.from_numpy(positions).to(device)[None],
-                use_cache=False,
-            )
-        return out[0][0]
-
-
-def _configs_of(module: Any) -> list[Any]:
-    configs = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
-    return [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
+        forward = self.runner.plan(wave, slots)
+        rows = WaveRows(wave, forward.order, targets)
+        hidden, (ends, ids) = forward.run([rows.ends, rows.targets.ids])
+        self.forwards += 1
+        rows.bound(hidden)
+        before = rows.scored(hidden)
+        if before is not None:
+            launched.add(rows, self.head.logprobs(before, ids))
+        rows.keep(hidden, ends, self.id)

@@ -124,3 +124,8 @@ def chains(wave: Sequence[Piece]) -> list[list[int]]:
             joined.append(run)
         tips[id(piece.branch)] = run
     return joined
+
+
+def stem_of(branch: Branch) -> int:
+    """Equal for branches that leave one parent at one place: their paths begin with the same `branch.start` slots."""
+    return id(branch) if branch.parent is None else hash((id(branch.parent), branch.start))

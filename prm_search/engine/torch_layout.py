@@ -40,6 +40,13 @@ class TorchLayout:
             self.kin = Kin([units[i] for i in kin], self.groups[-1].stop if self.groups else 0)
             self.order += [kin[i] for i in self.kin.order]
 
+    def tables(self) -> list[np.ndarray]:
+        """Nothing: the groups make theirs as they need them."""
+        return []
+
+    def place(self, tables: list[torch.Tensor]) -> None:
+        """Nothing to take."""
+
     def attend(
         self,
         query: torch.Tensor,

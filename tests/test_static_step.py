@@ -1,0 +1,343 @@
+"""Static steps: they compute what packed forwards do, and a replay needs nothing but the static tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import VOCABULARY, naive_rows, tiny
+from prm_search.triton_kernels import reference, tiles
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from prm_search.engine import graphs, static_step
+from prm_search.engine.graphs import Graphs
+from prm_search.engine.language_model import LanguageModel
+from prm_search.engine.lines import Lines, families
+
+NATS = 1e-4
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny("llama")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow tables and short prefixes, so that paths of tens of tokens cross several edges."""
+    monkeypatch.setattr(static_step, "LEAST_PATH", 16)
+    monkeypatch.setattr(tiles, "PREFIX_LEAST", 8)
+    monkeypatch.setattr(graphs, "USES", 2)
+
+
+def served(model: Any, mode: str, capacity: int = 400) -> LanguageModel:
+    lm = LanguageModel(model, None, capacity=capacity)
+    lm.runner.steps.set_mode(mode)  # type: ignore[arg-type]
+    return lm
+
+
+class Growth:
+    """The same random tree grown in several LanguageModels, mostly by one token for each of some branches."""
+
+    def __init__(self, lms: list[LanguageModel], seed: int) -> None:
+        self.lms = lms
+        self.draw = random.Random(seed)
+        prompt = self.ids(self.draw.randint(9, 14))
+        self.roots = [lm.tree.root() for lm in lms]
+        for lm, root in zip(lms, self.roots, strict=True):
+            lm.extend([root], [prompt], want=None)
+        self.tips = [[lm.tree.fork(root)] for lm, root in zip(lms, self.roots, strict=True)]
+
+    def ids(self, count: int) -> list[int]:
+        return [self.draw.randrange(3, VOCABULARY) for _ in range(count)]
+
+    def fork(self) -> None:
+        """Two or three children of one tip."""
+        at, count = self.draw.randrange(len(self.tips[0])), self.draw.randint(2, 3)
+        for lm, tips in zip(self.lms, self.tips, strict=True):
+            tips += [lm.tree.fork(tips[at]) for _ in range(count)]
+
+    def step(self) -> list[torch.Tensor]:
+        """One token for each of some tips; the distributions after them, by LanguageModel."""
+        count = len(self.tips[0])
+        chosen = sorted(self.draw.sample(range(count), self.draw.randint(1, min(count, 7))))
+        new = [self.ids(1) for _ in chosen]
+        return [
+            lm.extend([tips[i] for i in chosen], new, want="log_softmax")  # type: ignore[misc]
+            for lm, tips in zip(self.lms, self.tips, strict=True)
+        ]
+
+    def evict(self) -> None:
+        """Something else takes all the slots that are not in use just now."""
+        for lm in self.lms:
+            other = lm.tree.root()
+            lm.extend([other], [self.ids(1) * lm.tree.capacity], want=None)
+            lm.tree.release(other)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss"])
+def test_a_static_step_computes_what_a_packed_forward_does(name: str, seed: int) -> None:
+    model = tiny(name)
+    static, plain = served(model, "static", 90), served(model, "packed", 90)
+    growth = Growth([static, plain], seed)
+    for turn in range(16):
+        if turn % 5 == 0:
+            growth.fork()
+        if turn % 7 == 6:
+            growth.evict()
+        ours, theirs = growth.step()
+        assert (ours - theirs).abs().max() < NATS
+    assert static.forwards == plain.forwards
+    assert static.runner.steps._step.copied > 0 == plain.runner.steps._step.copied
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph in torch ops: what was launched, to be launched again on the same addresses, and nothing else.
+
+    Every number that the host put into a launch is baked in, as in a graph; asking a tensor for one is refused.
+    """
+
+    def __init__(self, work: Callable[[], None], _: torch.device) -> None:
+        super().__init__()
+        self.launches: list[tuple[Any, Any, Any, Any]] = []
+        with self:
+            work()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        out = func(*args, **(kwargs or {}))
+        self.launches.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.launches:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LanguageModel]:
+    """LanguageModels on a CPU that replay tapes as they would graphs on a GPU."""
+
+    def write(k_pool: Any, v_pool: Any, k_new: Any, v_new: Any, slots: Any) -> None:
+        reference._write_kept(k_pool, v_pool, k_new, v_new, slots >= 0, slots.long())
+
+    def make(model: Any, capacity: int = 400, capture: Any = Tape) -> LanguageModel:
+        lm = LanguageModel(model, None, capacity=capacity)
+        steps = lm.runner.steps
+        steps.graphs = Graphs(capture)
+        steps._why_not, steps.mode = "", "graph"
+        monkeypatch.setattr(steps, "_obstacle", lambda: steps.graphs.refused)
+        return lm
+
+    monkeypatch.setattr(reference, "write_kv", write)  # without the CPU's look at the slots
+    return make
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_replays_read_static_tensors_only(model: Any, seed: int, taped: Callable[..., LanguageModel]) -> None:
+    """Growing over the edges of buckets, forks, padding, evictions between steps: a replay is still the step."""
+    replayed, static = taped(model, 90), served(model, "static", 90)
+    growth = Growth([replayed, static], seed)
+    for turn in range(45):
+        if turn % 20 == 0:
+            growth.fork()
+        if turn % 7 == 6:
+            growth.evict()
+        ours, theirs = growth.step()
+        assert torch.equal(ours, theirs)
+    assert replayed.runner.steps.graphs.refused is None
+    assert replayed.runner.steps.graphs.replays > 10
+
+
+def decode(lm: LanguageModel, branches: list[Any], tokens: int, seed: int = 0) -> list[torch.Tensor]:
+    draw = random.Random(seed)
+    new = [[[draw.randrange(3, VOCABULARY)] for _ in branches] for _ in range(tokens)]
+    return [lm.extend(branches, ids, want="log_softmax") for ids in new]  # type: ignore[misc]
+
+
+def begin(lm: LanguageModel, rows: int, prompt: int = 12) -> list[Any]:
+    root = lm.tree.root(list(range(3, 3 + prompt)))
+    branches = [lm.tree.fork(root) for _ in range(rows)]
+    lm.extend(branches, [[]] * rows, want=None)
+    return branches
+
+
+def test_a_row_that_goes_on_is_appended_to(model: Any) -> None:
+    """A step of rows that were in the last one copies no path again."""
+    lm = served(model, "static")
+    branches = begin(lm, 5)
+    header = len(static_step._FIELDS) * static_step._SPAN
+    copied = []
+    for _ in range(6):
+        before = lm.runner.steps._step.copied
+        decode(lm, branches, 1)
+        copied.append(lm.runner.steps._step.copied - before)
+    assert copied == [header + 5 * (1 + 16), header, header, header, header + 5 * (1 + 32), header]  # 16 slots, then 32
+    lm.tree.release(branches[2])
+    before = lm.runner.steps._step.copied
+    decode(lm, [*branches[:2], *branches[3:]], 1)
+    assert lm.runner.steps._step.copied - before == header + 1 + 32  # one stands beyond the four lines of this shape
+
+
+def test_moved_weights_and_pools_drop_the_graphs(model: Any, taped: Callable[..., LanguageModel]) -> None:
+    lm = taped(model)
+    steps = lm.runner.steps
+    branches = begin(lm, 4)
+    decode(lm, branches, 3)
+    steps.refresh([])
+    decode(lm, branches, 3)
+    assert len(steps.graphs) == 1
+    steps.refresh([])  # nothing has changed
+    assert len(steps.graphs) == 1
+    kept, model.model.norm.weight = model.model.norm.weight, torch.nn.Parameter(2 * model.model.norm.weight.data)
+    steps.refresh([])
+    assert len(steps.graphs) == 0
+    for branch in branches:
+        lm.tree.release(branch)
+    table = decode(lm, branches := begin(lm, 4), 4)[-1]
+    assert len(steps.graphs) == 1
+    want = naive_rows(model, branches[0].path_ids())[-1]
+    np.testing.assert_allclose(table[0].numpy(), want, rtol=0, atol=NATS)
+    model.model.norm.weight = kept
+    lm.pool.layers = {layer: (k.clone(), v.clone()) for layer, (k, v) in lm.pool.layers.items()}  # they have moved
+    steps.refresh([])
+    lm2 = served(model, "packed")
+    for branch in branches:
+        lm.tree.release(branch)
+    branches = begin(lm, 4)
+    assert (decode(lm, branches, 4)[-1] - decode(lm2, begin(lm2, 4), 4)[-1]).abs().max() < NATS
+    assert len(steps.graphs) == 1
+    steps.forget()
+    assert len(steps.graphs) == 0
+
+
+def test_graphs_are_few_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    out, made = torch.zeros(2), []
+
+    def capture(work: Callable[[], None], device: torch.device) -> Tape:
+        made.append(work)
+        return Tape(work, device)
+
+    kept = Graphs(capture)
+    for key in (1, 2, 1, 3, 1, 2):
+        for _ in range(4):
+            kept.run(key, lambda key=key: out.fill_(key), lambda: out)
+            assert out.tolist() == [key, key]
+    assert len(kept) == 2
+    assert [kept.has(key) for key in (1, 2, 3)] == [True, True, False]
+    assert len(made) == 4  # 1, 2, 3 and 2 again
+
+
+def test_a_module_that_waits_for_the_device_is_told_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch, taped: Callable[..., LanguageModel]
+) -> None:
+    forward = model.model.layers[1].mlp.forward
+    monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x: forward(x) if x.sum().item() != 0.5 else x)
+    lm, plain = taped(model), served(model, "packed")
+    steps = lm.runner.steps
+    steps.mode = "auto"
+    monkeypatch.setattr(type(lm.runner), "on_gpu", True)
+    branches = begin(lm, 3)
+    with pytest.warns(RuntimeWarning, match="no CUDA graphs: its capture failed: RuntimeError: operation not"):
+        ours = decode(lm, branches, 6)
+    theirs = decode(plain, begin(plain, 3), 6)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < NATS
+    assert steps.choice(3, 20).way == "packed"
+    assert "capture failed" in steps.choice(3, 20).reason
+    steps.forget()
+    steps.mode = "graph"
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="stepping='graph' is impossible: its capture"):
+        decode(lm, branches, 6)
+
+
+def test_a_replay_that_differs_is_not_used(
+    model: Any, monkeypatch: pytest.MonkeyPatch, taped: Callable[..., LanguageModel]
+) -> None:
+    class Wrong(Tape):
+        def replay(self) -> None:
+            super().replay()
+            self.launches[-1][1][0].add_(1.0)
+
+    lm, plain = taped(model, capture=Wrong), served(model, "packed")
+    lm.runner.steps.mode = "auto"
+    monkeypatch.setattr(type(lm.runner), "on_gpu", True)
+    with pytest.warns(RuntimeWarning, match="a replay gave other numbers than the eager step"):
+        ours = decode(lm, begin(lm, 3), 5)
+    theirs = decode(plain, begin(plain, 3), 5)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < NATS
+
+
+def test_what_is_known_to_be_impossible_is_refused_by_rule(model: Any) -> None:
+    for name, why in {"mixtral": "experts are run one by one", "llama": None, "qwen2-moe": "experts"}.items():
+        found = graphs.obstacle_in(tiny_eager(name))
+        assert (found is None) if why is None else (why in found)
+    moe = tiny_eager("mixtral")
+    moe.set_experts_implementation("grouped_mm")
+    assert graphs.obstacle_in(moe) is None
+    hook = model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert "model.layers.0 has forward hooks" in str(graphs.obstacle_in(model))
+    hook.remove()
+    model.config.rope_parameters["rope_type"] = "dynamic"
+    assert "dynamic rotary frequencies" in str(graphs.obstacle_in(model))
+    model.config.rope_parameters["rope_type"] = "default"
+    lm = served(model, "auto")
+    assert lm.runner.steps.choice(4, 100).way == "packed"
+    assert "cpu" in lm.runner.steps.choice(4, 100).reason
+    with pytest.raises(ValueError, match=r"stepping='graph' is impossible: .*cpu"):
+        lm.runner.steps.set_mode("graph")
+    with pytest.raises(ValueError, match="stepping='fast'; allowed are 'auto', 'packed', 'static', 'graph'"):
+        lm.runner.steps.set_mode("fast")  # type: ignore[arg-type]
+
+
+def tiny_eager(name: str) -> Any:
+    model = tiny(name)
+    if hasattr(model, "set_experts_implementation") and name != "llama":
+        model.set_experts_implementation("eager")
+    return model
+
+
+def test_lines_and_families() -> None:
+    lm = served(tiny("llama"), "static")
+    parents = [lm.tree.root(list(range(3, 13 + i))) for i in range(3)]
+    lm.extend(parents, [[]] * 3, want=None)
+    a, b, c = ([lm.tree.fork(parent) for _ in range(3)] for parent in parents)
+
+    def grow(branches: list[Any]) -> list[Any]:
+        lm.extend(branches, [[5]] * len(branches), want=None)
+        return branches
+
+    lines = Lines(16)
+    first = grow([a[0], b[0], a[1], b[1]])
+    at, dirty = lines.assign(first, 8, together=True)
+    assert sorted(at.tolist()) == [0, 1, 2, 3]
+    assert dirty == [0, 1, 2, 3]
+    starts, shared = families(first, at, 4)  # type: ignore[misc]
+    assert sorted(starts.tolist()) == [0, 2]
+    assert shared.tolist() == [10, 11, 10, 11]
+    second = grow([a[1], b[1], c[0], c[1]])  # those who stay keep their lines
+    again, dirty = lines.assign(second, 8, together=True)
+    assert again[:2].tolist() == at[2:].tolist()
+    assert dirty == [2, 3]
+    assert families(second, again, 1) is None
+    alone = families([c[0]], np.array([5]), 4)
+    assert alone is not None
+    assert [part.tolist() for part in alone] == [[0, 5], [0]]
+    mixed = grow([c[0], a[2], c[1], a[0], c[2], a[1]])
+    scattered = Lines(16)
+    scattered.assign(mixed, 8, together=False)
+    apart = grow(mixed)
+    packed, _ = scattered.assign(apart, 8, together=True)
+    assert len(families(apart, packed, 8)[0]) == 2  # type: ignore[index]
