@@ -1,0 +1,213 @@
+"""One Request as vLLM requests, a request a child, and the tokens these bring as steps. Imports no vLLM itself.
+
+The engine is asked for tokens as it draws them, and the StepRule's own matcher decides where a step ends, so that a
+step is the same on every engine. vLLM's stop strings are not used, which know nothing of leading delimiters, of a
+delimiter begun in the parent, or of patterns; nor is its detokenizer. Both would end a request as this does: the front
+end sees a token and tells the engine to abort.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import exp
+from typing import Any
+
+from ...protocols import Request, Segment, commit
+from ...rng import stream
+from ...steps import StepMatcher
+from ...tokens import TokenText
+from ...tree import Node
+from .engines import EngineFacts, Ledger
+
+_SEEDS = (1 << 63) - 1  # vLLM's seeds are signed 64-bit integers, and -1 means none
+
+
+@dataclass(eq=False)
+class Row:
+    """One child being drawn.
+
+    Attributes:
+        index: its place in the request.
+        matcher: where its steps end.
+        left: tokens it may still draw.
+        chain: the steps drawn, the last one under way; closed where `fresh`.
+        fresh: the next token starts a new step.
+        drawn: tokens in the chain.
+        dropped: tokens the engine drew beyond its end.
+        cached: tokens of its prompt that the engine had cached; None before its first output.
+        done: it draws no more.
+    """
+
+    index: int
+    matcher: StepMatcher
+    left: int
+    chain: list[Segment] = field(default_factory=list)
+    fresh: bool = True
+    drawn: int = 0
+    dropped: int = 0
+    cached: int | None = None
+    done: bool = False
+
+
+class Drawing:
+    """The children of one request while vLLM draws them.
+
+    Args:
+        request: what to draw.
+        facts: of the engine.
+        text: bytes of the tokens.
+        stop_ids: tokens that end a response.
+        seeded: whether each child's draws have a seed of their own.
+        ledger: counts what the engine encodes.
+
+    Attributes:
+        token_ids: what each child's request begins with.
+        rows: the children.
+        failed: why the engine gave one of them up; None where it has not.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        facts: EngineFacts,
+        text: TokenText,
+        stop_ids: frozenset[int],
+        seeded: bool,
+        ledger: Ledger,
+    ) -> None:
+        sampling = request.sampling
+        if sampling.temperature > 2:
+            raise ValueError(f"temperature={sampling.temperature}: vLLM samples at temperatures in [0, 2]")
+        self.request = request
+        self._facts, self._text, self._stop_ids, self._ledger = facts, text, stop_ids, ledger
+        self._seeded = seeded and sampling.temperature > 0
+        self._confidence = sampling.steps.confidence is not None
+        node = request.node
+        self.token_ids = [*node.tree.prompt_ids, *node.path_ids()]
+        matcher = sampling.steps.matcher(text.piece, node)
+        self.rows = [Row(i, matcher.copy(), cap) for i, cap in enumerate(request.caps)]
+        self.failed: str | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether every child has ended, or one cannot."""
+        return self.failed is not None or all(row.done for row in self.rows)
+
+    def params(self, row: Row) -> Any:
+        """vLLM's SamplingParams for a child."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        request, sampling = self.request, self.request.sampling
+        longest = sampling.steps.max_tokens
+        whole = request.until == "end" or longest is None
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=self._seed(row) if self._seeded else None,
+            max_tokens=row.left if whole else min(row.left, longest),
+            stop_token_ids=sorted(self._stop_ids),
+            ignore_eos=True,  # the ids above are all that ends a response
+            logprobs=1 if self._confidence else 0,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def _seed(self, row: Row) -> int:
+        """A seed from everything that a draw depends on. vLLM's generators begin anew with each request, so the
+        response position is part of it, even where a child goes on in its parent's lineage."""
+        node = self.request.node
+        return (
+            stream((self.request.sampling.seed, node.tree.stream, self.request.lineages[row.index], node.end)) & _SEEDS
+        )
+
+    def take(self, row: Row, output: Any) -> None:
+        """Feed a child what the engine has drawn for it since the last time.
+
+        Args:
+            row: the child.
+            output: a RequestOutput of kind DELTA.
+        """
+        if row.cached is None:
+            row.cached = int(output.num_cached_tokens or 0)
+            self._ledger.encoded(self.request.node, len(self.token_ids), row.cached)
+        (completion,) = output.outputs
+        logprobs = completion.logprobs or ()
+        for token, table in zip(completion.token_ids, logprobs, strict=True):
+            if row.done:
+                row.dropped += 1
+            else:
+                self._draw(row, int(token), table)
+        reason = completion.finish_reason
+        if reason is None or row.done:
+            return
+        if reason == "length" and row.chain:  # of the context, which ends before the cap
+            row.chain[-1].finish, row.done = "length", True
+            self._close(row)
+        else:
+            self.failed = f"vLLM ended a request before its step was complete: {reason}"
+
+    def _draw(self, row: Row, token: int, table: Any) -> None:
+        """One token of a child; the same decisions in the same order as the HF engine's decoder takes."""
+        if self._confidence and not row.fresh and row.matcher.uncertain(_top_prob(table)):
+            row.matcher.cut()
+            self._close(row)
+            if self.request.until == "step":
+                row.done = True
+                row.dropped += 1
+                return
+        if row.fresh:
+            row.chain.append(Segment())
+            row.fresh = False
+        segment = row.chain[-1]
+        segment.token_ids.append(token)
+        segment.logprobs.append(float(table[token].logprob))
+        row.drawn += 1
+        row.left -= 1
+        step = row.matcher.feed(token)
+        if token in self._stop_ids:
+            segment.finish, row.done = "stop", True
+        elif row.left == 0:
+            segment.finish, row.done = self.request.cap_reasons[row.index], True
+        elif step:
+            segment.finish, row.done = "step", self.request.until == "step"
+        if row.done or step:
+            self._close(row)
+
+    def _close(self, row: Row) -> None:
+        row.fresh = True
+        row.chain[-1].text = self._text.text(row.chain[-1].token_ids)
+
+    def interrupt(self) -> list[Node]:
+        """What has been drawn so far as nodes; a child that has drawn nothing gives none."""
+        for row in self.rows:
+            if not row.done and row.chain:
+                row.chain[-1].finish, row.done = "budget", True
+                self._close(row)
+        return self.finish()
+
+    def finish(self) -> list[Node]:
+        """Put what was drawn into the tree: the last node of each child's chain (twins repeated).
+
+        Raises:
+            RuntimeError: the engine gave one of the children up.
+        """
+        if self.failed is not None:
+            raise RuntimeError(self.failed)
+        rows = [row for row in self.rows if row.chain]
+        self.request.node.tree.meter.add("sampled", self._facts.id, sum(row.drawn + row.dropped for row in self.rows))
+        if not rows:
+            return []
+        kept = replace(self.request, lineages=tuple(self.request.lineages[row.index] for row in rows))
+        made = commit(kept, [row.chain for row in rows], self._facts.id)
+        for row, nodes in zip(rows, made, strict=True):
+            self._ledger.drawn(nodes, row.drawn + row.dropped)
+        return [nodes[-1] for nodes in made]
+
+
+def _top_prob(table: Any) -> float:
+    """Probability of the most probable token."""
+    return exp(max(entry.logprob for entry in table.values()))

@@ -1,0 +1,194 @@
+"""What is asked of a vLLM engine: its limits, and what it has encoded of a search. Imports no vLLM."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...tree import Node, SearchTree
+
+_ids = itertools.count(1)
+_known: weakref.WeakKeyDictionary[Any, EngineFacts] = weakref.WeakKeyDictionary()
+_pumps: weakref.WeakKeyDictionary[Any, Pump] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+_request_ids = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What a vLLM engine says of itself.
+
+    Attributes:
+        id: of the engine, equal for everything made from it: a pair and a policy over one engine know each other by it.
+        context: tokens that prompt and response may have together.
+        vocab: tokens that the model knows.
+        block: tokens of a block of its KV cache.
+        cpu: whether it runs on a CPU.
+        chunked: whether a prompt may be split over several forwards.
+        v2: whether it runs Model Runner V2.
+        logprobs_mode: what its log-probabilities are of.
+        max_logprobs: log-probabilities a position at most; -1 for all.
+    """
+
+    id: Hashable
+    context: int
+    vocab: int
+    block: int
+    cpu: bool
+    chunked: bool
+    v2: bool
+    logprobs_mode: str
+    max_logprobs: int
+
+    @classmethod
+    def of(cls, engine: Any) -> EngineFacts:
+        """Facts of an LLMEngine or an AsyncLLM, the same object each time."""
+        with _lock:
+            found = _known.get(engine)
+            if found is None:
+                config = engine.vllm_config
+                model = config.model_config
+                found = _known[engine] = cls(
+                    id=f"vllm:{model.model}#{os.getpid()}.{next(_ids)}",
+                    context=int(model.max_model_len),
+                    vocab=int(model.get_vocab_size()),
+                    block=int(config.cache_config.block_size),
+                    cpu=config.device_config.device_type == "cpu",
+                    chunked=bool(config.scheduler_config.enable_chunked_prefill),
+                    v2=bool(config.use_v2_model_runner),
+                    logprobs_mode=str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
+                    max_logprobs=int(model.max_logprobs),
+                )
+        return found
+
+
+def stop_ids(engine: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a response: the eos ids of the model's generation config, else the tokenizer's."""
+    found = engine.vllm_config.model_config.try_get_generation_config().get("eos_token_id")
+    if found is None:
+        found = getattr(tokenizer, "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    return frozenset([int(found)] if isinstance(found, int) else map(int, found))
+
+
+def request_id() -> str:
+    """An id that no other request of this or another process has."""
+    return f"prm-search-{os.getpid()}-{next(_request_ids)}"
+
+
+class Pump:
+    """The step loop of an offline LLMEngine, shared by whatever has requests in it.
+
+    An LLMEngine hands the outputs of all its requests to whoever steps it, and is not thread-safe. So policies, their
+    sessions and scorers over one LLM share its pump: each output goes to the function its request was added with.
+
+    Attributes:
+        lock: held while the engine is touched; reentrant.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = weakref.ref(engine)
+        self.lock = threading.RLock()
+        self._takers: dict[str, Callable[[Any], object]] = {}
+
+    @classmethod
+    def of(cls, engine: Any) -> Pump:
+        """The one pump of an engine."""
+        with _lock:
+            found = _pumps.get(engine)
+            if found is None:
+                found = _pumps[engine] = cls(engine)
+        return found
+
+    @property
+    def engine(self) -> Any:
+        """The engine. Raises RuntimeError where it is gone."""
+        engine = self._engine()
+        if engine is None:
+            raise RuntimeError("the vLLM engine is gone: keep a reference to the LLM while it is used")
+        return engine
+
+    def add(self, token_ids: Sequence[int], params: Any, take: Callable[[Any], object]) -> str:
+        """Queue a request; `take` is called with each of its outputs, under the lock. Returns its id."""
+        with self.lock:
+            name = request_id()
+            self.engine.add_request(name, {"prompt_token_ids": list(token_ids)}, params)
+            self._takers[name] = take
+            return name
+
+    def step(self) -> None:
+        """One step of the engine."""
+        with self.lock:
+            for output in self.engine.step():
+                take = self._takers.get(output.request_id)
+                if take is None:
+                    continue
+                if output.finished:
+                    del self._takers[output.request_id]
+                take(output)
+
+    def abort(self, names: Sequence[str]) -> None:
+        """End requests; those that have ended are no error."""
+        with self.lock:
+            live = [name for name in names if self._takers.pop(name, None) is not None]
+            if live:
+                self.engine.abort_request(live)
+
+
+class Ledger:
+    """Which tokens of its trees an engine has encoded at least once, so that usage tells new work from repeated work.
+
+    vLLM caches whole blocks only, so the tail of a path is encoded again for every request that goes on from it.
+
+    Args:
+        model: id of the engine, for the trees' meters.
+    """
+
+    def __init__(self, model: Hashable) -> None:
+        self._model = model
+        self._seen: weakref.WeakKeyDictionary[SearchTree, dict[Node, int]] = weakref.WeakKeyDictionary()
+
+    def encoded(self, node: Node, tokens: int, cached: int) -> None:
+        """Count a request's prompt.
+
+        Args:
+            node: whose path it was, after the tree's prompt.
+            tokens: of it, all together.
+            cached: of these, found in the prefix cache.
+        """
+        tree = node.tree
+        nodes = [tree.root, *node.path()]
+        seen = self._seen.setdefault(tree, {})
+        path = sum(len(part.token_ids) for part in nodes)
+        sizes = [tokens - path if part is tree.root else len(part.token_ids) for part in nodes]
+        new = sum(size - seen.get(part, 0) for part, size in zip(nodes, sizes, strict=True))
+        seen.update(zip(nodes, sizes, strict=True))
+        first = min(new, tokens - cached)
+        tree.meter.add("encoded", self._model, first)
+        tree.meter.add("reencoded", self._model, tokens - cached - first)
+        tree.meter.add("cached", self._model, cached)
+
+    def drawn(self, nodes: Sequence[Node], tokens: int) -> None:
+        """Count the tokens one child drew: each but the last was encoded to draw the next.
+
+        Args:
+            nodes: the child's chain.
+            tokens: drawn, those of no node too.
+        """
+        tree = nodes[0].tree
+        seen = self._seen.setdefault(tree, {})
+        for node in nodes[:-1]:
+            seen[node] = len(node.token_ids)
+        last = nodes[-1]
+        seen[last] = max(seen.get(last, 0), len(last.token_ids) - 1)
+        tree.meter.add("encoded", self._model, tokens - 1)
+
+    def forget(self, tree: SearchTree) -> None:
+        """Drop a tree."""
+        self._seen.pop(tree, None)

@@ -1,0 +1,277 @@
+"""VLLMPolicy and AsyncVLLMPolicy: sample steps from a vLLM engine, token ids in and token ids out."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Hashable, Iterable, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any, Literal
+
+from ...policy import encode_prompt
+from ...protocols import Request, Sampling
+from ...tokens import TokenText
+from ...tree import Node, Prompt, SearchTree
+from .drawing import Drawing, Row
+from .engines import EngineFacts, Ledger, Pump, request_id, stop_ids as eos_of
+
+
+class _Base:
+    """What both policies have in common."""
+
+    def __init__(self, engine: Any, tokenizer: Any, stop_ids: Iterable[int] | None, seeds: bool | None) -> None:
+        self.tokenizer = engine.get_tokenizer() if tokenizer is None else tokenizer
+        if not hasattr(self.tokenizer, "convert_ids_to_tokens"):
+            raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(self.tokenizer).__name__}")
+        self.facts = EngineFacts.of(engine)
+        if self.facts.logprobs_mode != "raw_logprobs":
+            raise ValueError(
+                f"the engine has logprobs_mode={self.facts.logprobs_mode!r}, and nodes carry raw log-probabilities: "
+                "start it with logprobs_mode='raw_logprobs', vLLM's default"
+            )
+        if seeds and not self._seeds_are_safe:
+            raise ValueError(
+                "seeds=True: on a CPU a seeded request whose prompt is split over two forwards kills vLLM's engine: "
+                "start it with enable_chunked_prefill=False"
+            )
+        self.seeds = self._seeds_are_safe if seeds is None else bool(seeds)
+        self.token_text = TokenText(self.tokenizer)
+        self.stop_ids = eos_of(engine, self.tokenizer) if stop_ids is None else frozenset(stop_ids)
+        self._ledger = Ledger(self.facts.id)
+
+    @property
+    def _seeds_are_safe(self) -> bool:
+        return not (self.facts.cpu and self.facts.chunked and not self.facts.v2)
+
+    @property
+    def id(self) -> Hashable:
+        """Id of the engine whose raw log-probabilities the nodes carry."""
+        return self.facts.id
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and response may have together."""
+        return self.facts.context
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt: as given, by the chat template for messages, else the tokenizer's own encoding.
+
+        Raises:
+            ValueError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context.
+        """
+        ids = encode_prompt(self.tokenizer, prompt)
+        if min(ids) < 0 or max(ids) >= self.facts.vocab:
+            raise ValueError(f"prompt ids {min(ids)}..{max(ids)} lie outside the vocabulary of {self.facts.vocab}")
+        if len(ids) >= self.context:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens; the context of {self.context} leaves no room for a response"
+            )
+        return ids
+
+    def _drawing(self, request: Request) -> Drawing:
+        return Drawing(
+            request,
+            facts=self.facts,
+            text=self.token_text,
+            stop_ids=self.stop_ids,
+            seeded=self.seeds,
+            ledger=self._ledger,
+        )
+
+
+class VLLMPolicy(_Base):
+    """Samples steps from vLLM's offline `LLM`.
+
+    Every child is a request of its own, with its own cap and seed; vLLM's prefix cache shares the prompt and path
+    between them. A child that ends its step makes room at once, and its search goes on without waiting for others.
+
+    Args:
+        llm: a vllm.LLM for a causal LM, with its prefix cache on. Keep a reference to it.
+        tokenizer: a transformers tokenizer; None for the engine's.
+        stop_ids: tokens that end a response; None: the eos ids of the generation config, else the tokenizer's.
+        seeds: give each child a seed made of the search's seed, its prompt and its place, so that draws do not depend
+            on what else the engine does. None: where that is safe, which on a CPU needs enable_chunked_prefill=False.
+            Without it draws come from the engine's own random state.
+
+    Attributes:
+        facts: what the engine says of itself.
+        tokenizer, stop_ids, seeds: as given or found.
+
+    Raises:
+        TypeError: llm is no LLM, or the tokenizer no transformers tokenizer.
+        ValueError: seeds=True where that is not safe, or the engine's log-probabilities are not raw.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        *,
+        tokenizer: Any = None,
+        stop_ids: Iterable[int] | None = None,
+        seeds: bool | None = None,
+    ) -> None:
+        engine = getattr(llm, "llm_engine", None)
+        if engine is None:
+            raise TypeError(f"llm must be a vllm.LLM, got {type(llm).__name__} (AsyncVLLMPolicy takes an AsyncLLM)")
+        super().__init__(engine, tokenizer, stop_ids, seeds)
+        self.llm = llm
+        self._pump = Pump.of(engine)
+        self._jobs: dict[Request, tuple[Drawing, list[str]]] = {}
+
+    def session(self) -> VLLMPolicy:
+        """This policy with requests of its own; see Policy. Searches may share an engine, also from several threads."""
+        own = copy.copy(self)
+        own._jobs = {}
+        return own
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue a vLLM request a child.
+
+        Raises:
+            ValueError: the temperature is above 2, which vLLM refuses.
+        """
+        for request in requests:
+            drawing = self._drawing(request)
+            names: list[str] = []
+            self._jobs[request] = (drawing, names)
+            for row in drawing.rows:
+                take = partial(self._take, drawing, row, names, len(names))
+                names.append(self._pump.add(drawing.token_ids, drawing.params(row), take))
+
+    def _take(self, drawing: Drawing, row: Row, names: list[str], place: int, output: Any) -> None:
+        drawing.take(row, output)
+        if row.done and not output.finished:
+            self._pump.abort([names[place]])
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        """One step of the engine; see Policy.advance."""
+        with self._pump.lock:
+            ended = self._ended()
+            if not ended and self._jobs:  # another session's step may have ended some
+                self._pump.step()
+                ended = self._ended()
+            answered = []
+            for request in ended:
+                drawing, names = self._jobs.pop(request)
+                self._pump.abort(names)  # none is left, unless the engine gave one of them up
+                answered.append((request, drawing.finish()))
+            return answered
+
+    def _ended(self) -> list[Request]:
+        return [request for request, (drawing, _) in self._jobs.items() if drawing.done]
+
+    def interrupt(self, request: Request) -> list[Node]:
+        """See Policy.interrupt."""
+        with self._pump.lock:
+            drawing, names = self._jobs.pop(request)
+            self._pump.abort(names)
+            return drawing.interrupt()
+
+    def expand(
+        self, nodes: Sequence[Node], n: int, *, sampling: Sampling, until: Literal["step", "end"] = "step"
+    ) -> list[list[Node]]:
+        """Draw n children of each lineage of each node; see Policy.expand."""
+        for node in nodes:
+            if node.tree.prompt.token_ids is None:
+                node.tree.prompt = node.tree.prompt.with_ids(self.encode(node.tree.prompt))
+        requests = [Request.draw(node, n, sampling, until=until) for node in nodes]
+        own = self.session()
+        answers: dict[Request, list[Node]] = {}
+        try:
+            own.submit(requests)
+            while len(answers) < len(requests):
+                answers.update(own.advance())
+        except BaseException:
+            own._drop(list(own._jobs))
+            raise
+        return [answers[request] for request in requests]
+
+    def release(self, tree: SearchTree) -> None:
+        """Drop a tree's requests. Its KV stays in the engine's prefix cache until that needs the room."""
+        self._drop([request for request in self._jobs if request.node.tree is tree])
+        self._ledger.forget(tree)
+
+    def _drop(self, requests: Sequence[Request]) -> None:
+        with self._pump.lock:
+            for request in requests:
+                self._pump.abort(self._jobs.pop(request)[1])
+
+
+class AsyncVLLMPolicy(_Base):
+    """Samples steps from vLLM's `AsyncLLM`, also a server's: for `asearch` and AsyncSearchLoop.
+
+    Args:
+        engine: an AsyncLLM (an EngineClient) for a causal LM, with its prefix cache on.
+        tokenizer, stop_ids, seeds: see VLLMPolicy.
+
+    Attributes:
+        engine: as given.
+        facts, tokenizer, stop_ids, seeds: see VLLMPolicy.
+
+    Raises:
+        TypeError, ValueError: as VLLMPolicy.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        tokenizer: Any = None,
+        stop_ids: Iterable[int] | None = None,
+        seeds: bool | None = None,
+    ) -> None:
+        if hasattr(engine, "llm_engine") or not hasattr(engine, "generate"):
+            raise TypeError(f"engine must be a vLLM AsyncLLM, got {type(engine).__name__} (VLLMPolicy takes an LLM)")
+        super().__init__(engine, tokenizer, stop_ids, seeds)
+        self.engine = engine
+        self._running: dict[Request, list[asyncio.Task[None]]] = {}
+        self._interrupted: set[Request] = set()
+
+    async def run(self, request: Request) -> list[Node]:
+        """The last node of every child's chain (twins repeated); see AsyncPolicy.run.
+
+        Raises:
+            ValueError: the temperature is above 2, which vLLM refuses.
+        """
+        drawing = self._drawing(request)
+        tasks = self._running[request] = [asyncio.create_task(self._draw(drawing, row)) for row in drawing.rows]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            del self._running[request]
+            interrupted = request in self._interrupted
+            self._interrupted.discard(request)
+        failed = next((error for task in tasks if not task.cancelled() and (error := task.exception())), None)
+        if failed is not None:
+            raise failed
+        if interrupted:
+            return drawing.interrupt()
+        if not drawing.done:
+            raise RuntimeError("vLLM ended a request before its step was complete")
+        return drawing.finish()
+
+    async def _draw(self, drawing: Drawing, row: Row) -> None:
+        outputs = self.engine.generate({"prompt_token_ids": drawing.token_ids}, drawing.params(row), request_id())
+        async with aclosing(outputs):  # closed early it aborts the request
+            async for output in outputs:
+                drawing.take(row, output)
+                if drawing.failed is not None:
+                    raise RuntimeError(drawing.failed)
+                if row.done and not output.finished:
+                    break
+
+    def interrupt(self, request: Request) -> None:
+        """Make a running request end now with what its children have drawn; see AsyncPolicy."""
+        tasks = self._running.get(request, ())
+        if tasks:
+            self._interrupted.add(request)
+        for task in tasks:
+            task.cancel()
+
+    def release(self, tree: SearchTree) -> None:
+        """Forget a tree. Its KV stays in the engine's prefix cache until that needs the room."""
+        self._ledger.forget(tree)
