@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .commands.demo import demo
+from .commands.evaluate import evaluate
 from .commands.export_tree import export_tree
 from .commands.generate import generate
 from .commands.rollout import rollout
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for command in (demo, generate, score, rollout, train, export_tree):
     app.command()(command)
+app.command("eval")(evaluate)
 
 INTERRUPTED = 130
 
@@ -86,7 +88,7 @@ def _one_line(error: Exception) -> str | None:
     """What to tell a user whose input was wrong; None where the program is."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own, of whatever typer that is
         if type(error).__name__ == "NoArgsIsHelpError":
-            return "a command is needed: demo, generate, score, rollout, train or export-tree; --help says more"
+            return "a command is needed: demo, generate, score, rollout, train, export-tree or eval; --help says more"
         return " ".join(str(error.format_message()).split())
     if isinstance(error, ValueError | OSError | ImportError):
         from .commands.records import reason

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prm_search.demo import chains, learn, measure, pair_dir, recipe, tokenizer
 from prm_search.demo.sampling import response_log_probs, sample
+from prm_search.evaluation.statistics import sign_test
 
 CHAINS = st.builds(
     chains.make_problem,
@@ -255,7 +256,7 @@ def test_the_pair_searches_better_than_it_votes(pair):
     solved = [chains.check(p, c.text).correct for p, c in zip(asked, found, strict=True)]
     chosen = [chains.check(p, c.text).correct for p, c in zip(asked, best, strict=True)]
     assert sum(solved) > sum(any_right) >= sum(chosen)  # beyond what any choice among the samples could reach
-    assert measure.sign_test(solved, chosen) < 0.01
+    assert sign_test(solved, chosen) < 0.01
 
 
 # The recipe's tools
@@ -316,15 +317,6 @@ def test_steps_end_at_delimiters_and_at_the_end():
     d, e = tokenizer.DELIMITER_ID, tokenizer.EOS_ID
     assert measure.step_ends([9, 20, 30, d, 9, 20, 30, e]) == [4, 8]
     assert measure.step_ends([9, 20, d, 9]) == [3, 4]
-
-
-def test_wilson_interval_and_sign_test_by_hand():
-    assert measure.wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert measure.wilson(0, 10)[0] == 0.0
-    assert measure.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    # 5 discordant pairs, all one way: 2 / 2^5
-    assert measure.sign_test([True] * 6, [True] + [False] * 5) == pytest.approx(2 / 32)
-    assert measure.sign_test([True, False], [False, True]) == 1.0
 
 
 def test_shipping_takes_the_first_run_that_passed_the_gate_not_the_best(tmp_path):

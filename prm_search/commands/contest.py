@@ -15,6 +15,7 @@ from rich.table import Table
 from ..answers import Select, select
 from ..budget import Budget
 from ..demo.chains import DELIMITER, Problem, answer
+from ..evaluation.statistics import wilson
 from ..result import Event, Result
 from ..search import search
 from ..steps import StepRule
@@ -58,8 +59,6 @@ class Row:
 
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the accuracy."""
-        from ..demo.measure import wilson
-
         return wilson(sum(self.right), len(self.right))
 
     def record(self) -> dict[str, float]:

@@ -88,6 +88,19 @@ def at_least(option: str, given: int, least: int = 1) -> int:
     return given
 
 
+def listed(given: str) -> list[str]:
+    """The words of "a,b,c"."""
+    return [word.strip() for word in given.split(",")]
+
+
+def numbers(option: str, given: str) -> list[int]:
+    """The integers of "1,4,16". Raises BadInput naming the option where there are others."""
+    try:
+        return [int(word) for word in listed(given)]
+    except ValueError as error:
+        raise BadInput(f"{option} {given!r}: integers with commas between them are needed") from error
+
+
 def make_strategy(name: str, given: Mapping[str, Any]) -> Strategy:
     """The named strategy, configured by those options that were given (not None).
 

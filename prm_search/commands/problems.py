@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.labels import stated_answer
+from ..training.rollouts import Problem
 from . import BadInput
 from .records import Item, json_lines, prompt_of, reason
 
@@ -56,6 +57,15 @@ def read_problems(
     if not items:
         raise BadInput(f"{data} holds no problems")
     return items
+
+
+def encoded(item: Item, policy: Any) -> Problem:
+    """A problem with the policy's tokens. Raises BadInput, naming its line, where it is empty or too long."""
+    try:
+        prompt = item.prompt.with_ids(policy.encode(item.prompt))
+    except ValueError as error:
+        raise BadInput(f"{item.where}: {reason(error)}") from error
+    return Problem(prompt, str(item.response))
 
 
 def _problem(

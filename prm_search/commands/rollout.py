@@ -13,10 +13,10 @@ from ..answers import ANSWERS
 from ..protocols import Sampling
 from ..steps import StepRule
 from ..training.labels import LABELS, Judge
-from ..training.rollouts import Problem, sample_rollouts
+from ..training.rollouts import sample_rollouts
 from . import BadInput, options, render
-from .problems import function_of, read_problems
-from .records import Item, RecordFile, digests, reason, report
+from .problems import encoded, function_of, read_problems
+from .records import RecordFile, digests, report
 
 _DATA, _LABELS, _SAMPLING = "Problems", "Labels", "Sampling"
 
@@ -107,7 +107,7 @@ def rollout(
         try:
             quiet()
             sampler = load_policy(policy, device=device, dtype=dtype)
-            problems = [_encoded(item, sampler) for item in items]
+            problems = [encoded(item, sampler) for item in items]
             bar, tick = render.progress("responses", len(keys) - len(records))
             drawn = sample_rollouts(
                 problems,
@@ -159,11 +159,3 @@ def summary(records: Iterable[Mapping[str, Any]]) -> str:
         f"{right + wrong} responses to {len(labels)} problems: {right} right ({share:.1%}), {wrong} wrong "
         f"(of these {cut} cut); {mixed} problems have both"
     )
-
-
-def _encoded(item: Item, policy: Any) -> Problem:
-    try:
-        prompt = item.prompt.with_ids(policy.encode(item.prompt))
-    except ValueError as error:
-        raise BadInput(f"{item.where}: {reason(error)}") from error
-    return Problem(prompt, str(item.response))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from prm_search.demo.chains import Problem, answer, check, wrong_steps
 from prm_search.demo.sampling import sample
 from prm_search.demo.tokenizer import DELIMITER_ID, EOS_ID, prompt_ids, text
+from prm_search.evaluation.statistics import sign_test, wilson
 
 Value = Callable[[list[float]], float]
 VALUES: dict[str, Value] = {"sum": sum, "min": min, "mean": lambda r: sum(r) / len(r), "last": lambda r: r[-1]}
@@ -67,22 +68,6 @@ class Row:
             "all_steps_right": round(sum(self.all_steps) / n, 4),
             "policy_tokens": round(self.policy_tokens, 1),
         }
-
-
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (E. B. Wilson 1927)."""
-    p, d = successes / n, 1 + z * z / n
-    centre, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def sign_test(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Two-sided exact sign test (McNemar) of paired outcomes: how likely so uneven a split is if both are as good."""
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
-    n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n
-    return min(1.0, 2 * tail)
 
 
 def step_ends(ids: Sequence[int]) -> list[int]:

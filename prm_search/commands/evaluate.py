@@ -1,0 +1,335 @@
+"""``prm-search eval``: strategies against each other at equal budgets, with intervals, tests and plots."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..evaluation.plan import STRATEGIES, VOTES, WEIGHTS, Plan
+from ..evaluation.report import write_report
+from ..values import VALUES
+from . import BadInput, options, render
+from .options import listed, make_steps, numbers
+from .problems import encoded, function_of, read_problems
+from .records import Item, RecordFile, digests, json_lines, reason, report
+from .responses import read_responses
+from .rollout import make_judge
+
+if TYPE_CHECKING:
+    from ..evaluation.responses import Answered
+
+_DATA, _LABELS, _PLAN, _SAMPLING = "Problems", "Labels", "What is compared", "Sampling"
+RECORDS, RUN = "records.jsonl", "run.json"
+
+
+def evaluate(
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder for records.jsonl, each record as soon as it is finished, report.md, report.json and plots.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ],
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that samples: hub id, folder, PEFT adapter, .gguf file, or 'demo'.",
+            rich_help_panel=options.MODELS,
+        ),
+    ] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder or hub id with a pair card (pair.json), or 'demo'. May be repeated: all pairs choose among "
+            "the same samples.",
+            rich_help_panel=options.MODELS,
+        ),
+    ] = None,
+    prm: options.Prm = None,
+    reference: options.Reference = None,
+    beta: options.Beta = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Problems with answers: JSON Lines or a name for the package datasets, as for rollout.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    responses: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --policy and --data: responses that exist, as rollout writes them, or problems with "
+            '"responses" and "labels" or "answer".',
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = None,
+    split: Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = "test",
+    limit: Annotated[int | None, typer.Option(help="Problems at most.", rich_help_panel=_DATA)] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help=r"Text around the question, which stands for {}; \n is read as such.", rich_help_panel=_DATA),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are user messages to a chat model.", rich_help_panel=_DATA)
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=_DATA)] = None,
+    label: Annotated[
+        str,
+        typer.Option(
+            help="math (math-verify), exact, or module:function of response and answer.", rich_help_panel=_LABELS
+        ),
+    ] = "math",
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            help="The answer in a response, which is judged and votes: boxed, ####, number or module:function. "
+            "Default: what there is, in the order ####, boxed, number.",
+            rich_help_panel=_LABELS,
+        ),
+    ] = None,
+    strategies: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of {','.join(STRATEGIES)}. Default: all but lookahead; with --responses those that vote.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="Whole samples. Default: 1,4,16; with --responses the powers of 2 that there are.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Of the draws.", rich_help_panel=_PLAN)] = "0",
+    values: Annotated[
+        str, typer.Option(help=f"What best_of_n, weighted rank by, of {','.join(VALUES)}.", rich_help_panel=_PLAN)
+    ] = "q",
+    search_values: Annotated[
+        str | None,
+        typer.Option(help="What beam and lookahead rank by. Default: --values.", rich_help_panel=_PLAN),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help=f"Of weighted votes, of {','.join(WEIGHTS)}.", rich_help_panel=_PLAN)
+    ] = "softmax",
+    weight_temperature: Annotated[float, typer.Option(help="Of the weights.", rich_help_panel=_PLAN)] = 1.0,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="16=2x8: beam and lookahead of budget 16 have width 2 and 8 expansions. May be repeated. Default: as "
+            "square as N allows.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None,
+    lookahead_steps: Annotated[int, typer.Option(help="Steps of a rollout.", rich_help_panel=_PLAN)] = 1,
+    lookahead_rollouts: Annotated[int, typer.Option(help="Rollouts of a child.", rich_help_panel=_PLAN)] = 1,
+    delimiter: options.Delimiter = None,
+    step_tokens: options.StepTokens = None,
+    step_regex: options.StepRegex = None,
+    temperature: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 1.0,
+    top_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all.", rich_help_panel=_SAMPLING)] = 0,
+    min_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Of one response.", rich_help_panel=_SAMPLING)] = 1024,
+    batch: Annotated[
+        int, typer.Option(help="Problems searched together; changes no answer.", rich_help_panel=options.OUTPUT)
+    ] = 32,
+    title: Annotated[str, typer.Option(help="Of the report.", rich_help_panel=options.OUTPUT)] = "Evaluation",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the records of --out.", rich_help_panel=options.OUTPUT)
+    ] = False,
+    report_only: Annotated[
+        bool,
+        typer.Option(
+            "--report-only", help="Make the report of --out again from its records.", rich_help_panel=options.OUTPUT
+        ),
+    ] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compare strategies at equal budgets on problems with known answers."""
+    folder = Path(out)
+    if report_only:
+        rebuild(folder)
+        return
+    pairs = list(pair or [])
+    if len(set(pairs)) < len(pairs):
+        raise BadInput(f"--pair {pairs} names one twice")
+    options.check_models(pairs[0] if pairs else None, prm, reference, needed=False)
+    names = pairs or ([prm] if prm is not None else [])
+    options.at_least("--batch", batch)
+    if limit is not None:
+        options.at_least("--limit", limit)
+    if system is not None and not chat:
+        raise BadInput("--system needs --chat")
+    if (policy is None) != (responses is not None) or (data is None) != (responses is not None):
+        raise BadInput("--policy and --data are needed, or else --responses")
+    judge, extract = make_judge(label, answer if ":" not in label else None), _extractor(answer)
+    items: list[Item]
+    answered: list[Answered] = []
+    if responses is not None:
+        items, answered = read_responses(responses, chat=chat, system=system)
+        items, answered = items[:limit], answered[:limit]
+        most = min(len(each.responses) for each in answered)
+    else:
+        items = read_problems(
+            str(data),
+            config=config,
+            split=split,
+            limit=limit,
+            template=None if template is None else options.unescape(template),
+            chat=chat,
+            system=system,
+        )
+        most = 16
+    default = VOTES if responses is not None else [name for name in STRATEGIES if name != "lookahead"]
+    plan = Plan(
+        strategies=default if strategies is None else listed(strategies),
+        budgets=numbers("--budgets", budgets) if budgets else _powers(most) if responses is not None else (1, 4, 16),
+        seeds=numbers("--seeds", seeds),
+        values=listed(values),
+        search_values=None if search_values is None else listed(search_values),
+        weights=listed(weights),
+        weight_temperature=weight_temperature,
+        shapes=_shapes(shape or []),
+        lookahead_steps=lookahead_steps,
+        lookahead_rollouts=lookahead_rollouts,
+        steps=make_steps(delimiter, step_tokens, step_regex, default=_card_delimiter(pairs, delimiter, step_regex)),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        max_new_tokens=max_new_tokens,
+    )
+    if (plan.ranked or responses is not None) and not names:
+        raise BadInput(f"a pair is needed for {', '.join(plan.ranked or plan.strategies)}: --pair, or --prm")
+    units = plan.units(len(items), names) if responses is None else [None] * len(items)
+    settings = [policy, names, reference, beta, dtype, label, answer, plan.card()]
+    names_of = digests(items, "eval", *settings)
+    keys = [names_of[i if unit is None else unit.problem] for i, unit in enumerate(units)]
+    about = {
+        "policy": policy, "pairs": names, "reference": reference, "beta": beta, "data": data or responses,
+        "label": label, "answer": answer, "plan": plan.card(),
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    with RecordFile(str(folder / RECORDS), keys, resume=resume) as file:
+        records = dict(file.done)
+        try:
+            if len(records) < len(keys):
+                flow = _records(
+                    items, answered, plan, judge, extract, policy, pairs, prm, reference, beta, device, dtype,
+                    records, batch,
+                )  # fmt: skip
+                bar, tick = render.progress("records", len(keys) - len(records))
+                with bar:
+                    for record in flow:
+                        if not records:
+                            _write(folder / RUN, {"title": title, "expected": len(keys), "about": about})
+                        place = record["index"]
+                        records[place] = record | {"key": keys[place]}
+                        file.write(records[place])
+                        tick()
+        finally:
+            report(file, len(records), len(keys))
+    _write(folder / RUN, {"title": title, "expected": len(keys), "about": about})
+    rebuild(folder)
+
+
+def _records(
+    items: Sequence[Item],
+    answered: Sequence[Answered],
+    plan: Plan,
+    judge: Any,
+    extract: Any,
+    policy: str | None,
+    pairs: Sequence[str],
+    prm: str | None,
+    reference: str | None,
+    beta: float | None,
+    device: str,
+    dtype: str,
+    done: Mapping[int, dict[str, Any]],
+    batch: int,
+) -> Iterator[dict[str, Any]]:
+    """Load the models and run what is missing."""
+    from ..evaluation.responses import evaluate_responses
+    from ..evaluation.run import evaluate as run
+    from .loading import load_pair, load_policy, quiet
+
+    quiet()
+    where = {"device": device, "dtype": dtype}
+    sampler = None if policy is None else load_policy(policy, **where)
+    problems = [] if sampler is None else [encoded(item, sampler) for item in items]
+    scorers = [load_pair(name, None, None, beta=beta, name=name, **where) for name in pairs]
+    if prm is not None:
+        scorers.append(load_pair(None, prm, reference, beta=beta, name=prm, **where))
+    try:
+        if sampler is None:
+            yield from evaluate_responses(answered, scorers=scorers, plan=plan, judge=judge, answer=extract, done=done)
+        else:
+            yield from run(
+                problems, policy=sampler, scorers=scorers, plan=plan, judge=judge, answer=extract, done=done,
+                batch=batch,
+            )  # fmt: skip
+    except ValueError as error:
+        said = reason(error)
+        found = re.match(r"(?:problems|prompts)\[(\d+)\]:? ", said)
+        if found is None:
+            raise
+        raise BadInput(f"{items[int(found[1])].where}: {said[found.end() :]}") from error
+
+
+def rebuild(folder: Path) -> None:
+    """Make the report of a folder from its records, and print its table. Raises BadInput where it has none."""
+    from ..evaluation.report import table
+
+    path = folder / RUN
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        records = [record for _, record in json_lines(str(folder / RECORDS))]
+    except (OSError, json.JSONDecodeError) as error:
+        raise BadInput(f"--out {folder} holds no evaluation: {reason(error)}") from error
+    if not records:
+        raise BadInput(f"--out {folder}: its {RECORDS} holds no records")
+    summary = write_report(records, folder, title=about["title"], about=about["about"], expected=about["expected"])
+    print(table(summary))
+    print(f"{folder}: report.md, report.json", file=sys.stderr)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _extractor(answer: str | None) -> Any:
+    return function_of("--answer", answer) if answer is not None and ":" in answer else answer
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << i for i in range(most.bit_length())]
+
+
+def _shapes(given: Sequence[str]) -> dict[int, tuple[int, int]]:
+    found = {}
+    for each in given:
+        match = re.fullmatch(r"(\d+)=(\d+)x(\d+)", each.replace(" ", ""))
+        if match is None:
+            raise BadInput(f"--shape {each!r}: N=WIDTHxEXPANSIONS is needed, such as 16=2x8")
+        n, width, expansions = map(int, match.groups())
+        found[n] = (width, expansions)
+    return found
+
+
+def _card_delimiter(pairs: Sequence[str], delimiter: object, regex: object) -> str | None:
+    """What ends a step according to the pairs' cards. Raises BadInput where they disagree and no option decides."""
+    found = {options.card_delimiter(pair) for pair in pairs} - {None}
+    if len(found) > 1 and delimiter is None and regex is None:
+        raise BadInput(f"--pair: the cards end steps by {sorted(map(repr, found))}; --delimiter has to say which")
+    return next(iter(found)) if len(found) == 1 else None

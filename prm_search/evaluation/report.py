@@ -1,0 +1,152 @@
+"""write_report: a summary as report.md, report.json and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .statistics import RESAMPLES, Comparison
+from .summary import Row, Summary, summarise
+
+METHOD = f"""\
+* **right**: share of right final answers over all problems and seeds, with Wilson's 95 % interval. Where a problem was
+  answered under several seeds, n in Wilson's formula is the effective sample size: answers over the design effect with
+  problems as clusters, at least the number of problems.
+* **policy tokens**: sampled, pruned steps and rollouts included. **PRM**, **ref. tokens**: encoded by either model to
+  score them; 0 for a reference that is the policy, whose log-probabilities come from sampling. Means of a problem.
+  **total** is their sum. **seconds**: wall time of all problems; forwards that several searches share count in equal
+  parts, and of n samples the part that n have in the tokens of all.
+* Budget N: majority, best_of_n and weighted choose among the first N samples of a problem; beam and lookahead may
+  sample as many tokens as those N samples took on that problem and seed. **cut**: share of answers whose search that
+  limit cut.
+* **to oracle**: pass@N minus the accuracy. pass@k is the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374) from
+  all samples of a problem and seed; its interval is a percentile bootstrap over problems.
+* **vs majority**, **vs best_of_n**: difference of the accuracies at the same budget (best_of_n: of the same pair and
+  value), by a paired bootstrap: problems are resampled {RESAMPLES:,} times with both of their figures, each the mean
+  of its seeds; 95 % percentile interval, and the two-sided p that inverts it. The p are not corrected for how many
+  there are.
+* A majority vote sees no rewards: it breaks ties by draw order.
+"""
+
+
+def write_report(
+    records: Iterable[Mapping[str, Any]],
+    out: str | Path,
+    *,
+    title: str = "Evaluation",
+    about: Mapping[str, Any] | None = None,
+    expected: int | None = None,
+) -> Summary:
+    """Write report.md, report.json and, where matplotlib is installed, two plots into a folder, from records alone.
+
+    Args:
+        records: of evaluate, or of score_samples.
+        out: the folder; made where it is missing.
+        title: of the page.
+        about: what was evaluated, plain values: named in the page and kept in report.json.
+        expected: records of the whole run, so that the page can say what is missing.
+
+    Returns:
+        The summary.
+
+    Raises:
+        ValueError: there are no records.
+    """
+    kept = list(records)
+    summary = summarise(kept)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        from .plots import plot
+    except ImportError as error:
+        plots, remark = [], f"There are no plots: {error}."
+    else:
+        plots, remark = plot(summary, folder), ""
+    missing = None if expected is None else expected - len(kept)
+    card = {"title": title, "about": dict(about or {}), "records": len(kept), "missing": missing, **summary.card()}
+    (folder / "report.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    page = markdown(summary, title=title, about=about, missing=missing, plots=plots, remark=remark)
+    (folder / "report.md").write_text(page, encoding="utf-8")
+    return summary
+
+
+def markdown(
+    summary: Summary,
+    *,
+    title: str = "Evaluation",
+    about: Mapping[str, Any] | None = None,
+    missing: int | None = None,
+    plots: Sequence[str] = (),
+    remark: str = "",
+) -> str:
+    """The page. Arguments as of write_report; `plots` are file names."""
+    seeds = ", ".join(map(str, summary.seeds)) or "none"
+    parts = [f"# {title}", f"{summary.problems} problems; seeds {seeds}."]
+    if missing:
+        parts.append(f"**Unfinished**: {missing} records are missing.")
+    if about:
+        parts.append("\n".join(f"* {name}: {_plain(value)}" for name, value in about.items()))
+    parts.append(table(summary))
+    if summary.pass_at:
+        rows = [[str(each.k), f"{each.mean:.3f}", _interval(each.low, each.high)] for each in summary.pass_at]
+        parts.append(grid(["k", "pass@k", "95 % interval"], rows))
+    parts += [f"![{Path(name).stem.replace('-', ' ')}]({name})" for name in plots]
+    if remark:
+        parts.append(remark)
+    parts += ["## How it was computed", METHOD]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def table(summary: Summary) -> str:
+    """The rows, as a table in Markdown."""
+    many = len({row.cell.pair for row in summary.rows} - {None}) > 1
+    searched = any(row.against_best_of_n for row in summary.rows)
+    head = ["strategy", "N", "right", "95 % interval", "vs majority", *(["vs best_of_n"] if searched else [])]
+    head += ["to oracle", "policy tokens", "PRM tokens", "ref. tokens", "total", "seconds", "cut"]
+    return grid(head, [_cells(row, many, searched) for row in summary.rows], left=1)
+
+
+def _cells(row: Row, many: bool, searched: bool) -> list[str]:
+    return [
+        row.cell.title(with_pair=many),
+        str(row.cell.n),
+        f"{row.accuracy:.3f}",
+        _interval(row.low, row.high),
+        versus(row.against_majority),
+        *([versus(row.against_best_of_n)] if searched else []),
+        "" if row.oracle_gap is None else f"{row.oracle_gap:+.3f}",
+        f"{row.policy_tokens:.1f}",
+        f"{row.prm_tokens:.1f}",
+        f"{row.reference_tokens:.1f}",
+        f"{row.total_tokens:.1f}",
+        f"{row.seconds:.1f}",
+        f"{row.cut:.0%}" if row.cut else "",
+    ]
+
+
+def versus(comparison: Comparison | None) -> str:
+    """A comparison in a table: difference, interval, p."""
+    if comparison is None:
+        return ""
+    p = "p < .001" if comparison.p < 0.001 else f"p = {comparison.p:.3f}"
+    return f"{comparison.difference:+.3f} {_interval(comparison.low, comparison.high, sign=True)}, {p}"
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
+    """A table in Markdown; the first `left` columns are aligned to the left."""
+    lines = [head, ["---" if i < left else "---:" for i in range(len(head))], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _interval(low: float, high: float, *, sign: bool = False) -> str:
+    return f"[{low:+.3f}, {high:+.3f}]" if sign else f"[{low:.3f}, {high:.3f}]"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(each)}" for name, each in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,163 @@
+"""Responses that exist already: scored and chosen among as fresh samples are, as arXiv 2412.01981 evaluates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from ..answers import Answer, resolve_answer
+from ..scores import Scores
+from ..training.labels import final_answer
+from ..tree import Node, Prompt, SearchTree
+from ..values import VALUES
+from .plan import VOTES, Plan
+from .samples import Cost, Judge, Sample, record_of
+
+if TYPE_CHECKING:
+    from ..implicit_prm import ImplicitPRM
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response to score.
+
+    Attributes:
+        text: without special tokens.
+        token_ids: its tokens where they are known, the end of sequence included; None to encode the text.
+        right: its label, or None to ask the judge.
+        cut: it ended at a length, so it has no end of sequence and, unless labelled, is wrong.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] | None = None
+    right: bool | None = None
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A problem with its responses, in the order in which N takes them.
+
+    Attributes:
+        prompt: what was asked.
+        responses: at least as many as the largest budget.
+        answer: the right answer, for responses without a label; None where all have one.
+    """
+
+    prompt: Prompt
+    responses: Sequence[Response]
+    answer: str | None = None
+
+
+def evaluate_responses(
+    problems: Sequence[Answered],
+    *,
+    scorers: ImplicitPRM | Sequence[ImplicitPRM],
+    plan: Plan,
+    judge: Judge | None = None,
+    answer: str | Answer | None = None,
+    done: Mapping[int, dict[str, Any]] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Choose among responses that exist: best_of_n, weighted and majority at every budget. One record a problem.
+
+    Args:
+        problems: see Answered; only the first responses, up to the largest budget, are scored.
+        scorers: pairs, of distinct names.
+        plan: of strategies that vote only; its seeds and sampling play no part, its `steps` cut the responses.
+        judge, answer: as of `evaluate`; the judge is asked of responses without a label.
+        done: records of an earlier run, by the problem's place.
+
+    Yields:
+        Records as evaluate's of samples, with seed 0 and without seconds of sampling. Tokens are the first pair's.
+
+    Raises:
+        ValueError: a problem has too few responses, or neither labels nor a judge and an answer; the plan has a
+            strategy that samples; scorers are missing or of one name; a response does not suit a pair (the problem is
+            said).
+    """
+    pairs = list(scorers) if isinstance(scorers, Sequence) else [scorers]
+    names = [pair.name for pair in pairs]
+    if not pairs or len(set(names)) < len(names):
+        raise ValueError(f"scorers are named {names}: at least one is needed, each with a name of its own")
+    odd = [name for name in plan.strategies if name not in VOTES]
+    if odd:
+        raise ValueError(f"strategies: {', '.join(odd)} would sample; responses that exist take {', '.join(VOTES)}")
+    for place, problem in enumerate(problems):
+        if len(problem.responses) < plan.most:
+            raise ValueError(
+                f"problems[{place}] has {len(problem.responses)} responses; a budget of {plan.most} needs as many"
+            )
+        if (judge is None or problem.answer is None) and any(each.right is None for each in problem.responses):
+            raise ValueError(f"problems[{place}]: a response has no label, and there is no right answer to judge it by")
+    extract = resolve_answer(answer) or final_answer
+    return _records(problems, pairs, plan, judge, extract, done or {})
+
+
+def _records(
+    problems: Sequence[Answered],
+    pairs: Sequence[ImplicitPRM],
+    plan: Plan,
+    judge: Judge | None,
+    extract: Answer,
+    done: Mapping[int, dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    for place, problem in enumerate(problems):
+        if place in done:
+            continue
+        responses = problem.responses[: plan.most]
+        costs: dict[str, Cost] = {}
+        values: list[dict[str, dict[str, float]]] = [{} for _ in responses]
+        tokens: list[int] = []
+        for pair in pairs:
+            try:
+                scores, costs[pair.name] = _score(pair, problem.prompt, responses, plan)
+            except ValueError as error:
+                raise ValueError(f"problems[{place}]: {error}") from error
+            tokens = tokens or [len(each.token_ids) for each in scores]
+            for each, found in zip(scores, values, strict=True):
+                end = chain(each)[-1]
+                found[pair.name] = {value: float(VALUES[value](end)) for value in plan.values}
+        samples = []
+        for response, count, found in zip(responses, tokens, values, strict=True):
+            right = response.right
+            if right is None:
+                right = not response.cut and judge is not None and judge(response.text, str(problem.answer))[1]
+            vote = None if response.cut else extract(response.text) or None
+            finish = "length" if response.cut else "stop"
+            samples.append(Sample(response.text, vote, bool(right), count, count, finish, found))
+        prompt_tokens = costs[pairs[0].name].prm_tokens - sum(tokens)
+        record = record_of(samples, costs, plan, prompt_tokens=prompt_tokens)
+        yield {"index": place, "kind": "samples", "problem": place, "seed": 0, **record}
+
+
+def _score(
+    pair: ImplicitPRM, prompt: Prompt, responses: Sequence[Response], plan: Plan
+) -> tuple[Sequence[Scores], Cost]:
+    from ..policy import encode_prompt
+
+    ids = prompt.token_ids or encode_prompt(pair.need_tokenizer(), prompt)
+    began = perf_counter()
+    scores = pair.score(
+        [Prompt(token_ids=ids)] * len(responses),
+        [each.text if each.token_ids is None else each.token_ids for each in responses],
+        steps=plan.steps,
+        append_eos=[not each.cut for each in responses],
+    )
+    seconds = perf_counter() - began
+    encoded = len(ids) + sum(
+        len(each.token_ids) for each in scores
+    )  # equal prompts are one tree, nothing else is shared
+    return scores, Cost(encoded, 0 if pair.reference is None else encoded, seconds)
+
+
+def chain(scores: Scores) -> list[Node]:
+    """A scored response as the path of a tree, so that values can be read at the end of every step."""
+    tree = SearchTree(Prompt(token_ids=(0,)))
+    node, found = tree.root, []
+    for begin, end in zip([0, *scores.step_ends[:-1]], scores.step_ends, strict=True):
+        node = tree.add(node, scores.token_ids[begin:end])
+        node.set_rewards(tree.primary, scores.token_rewards[begin:end])
+        found.append(node)
+    return found

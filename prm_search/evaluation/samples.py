@@ -1,0 +1,159 @@
+"""Samples: whole responses to one problem, judged and scored once, chosen among at every budget. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..answers import Answer
+from ..settings import Settings
+from ..tree import Prompt, SearchTree
+from .plan import Cell, Plan
+
+#: Of a response's text and the reference answer: the answer found and whether it is right (training.labels.Judge).
+Judge = Callable[[str, str], tuple[str | None, bool]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A whole response.
+
+    Attributes:
+        text: without special tokens.
+        answer: what it votes for; None for no answer, and for a response that was cut.
+        right: its label.
+        tokens: how many it has, its end of sequence included.
+        new_tokens: how many of them no earlier sample shares as steps below the same prefix, which is what a
+            scorer has to encode.
+        finish: "stop", or "length" where it was cut.
+        values: pair -> value -> number.
+    """
+
+    text: str
+    answer: str | None
+    right: bool
+    tokens: int
+    new_tokens: int
+    finish: str
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What scoring all samples of a problem took.
+
+    Attributes:
+        prm_tokens, reference_tokens: encoded by either model, the prompt included; 0 where the sampler's own
+            log-probabilities served.
+        seconds: wall time.
+    """
+
+    prm_tokens: int
+    reference_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How responses are labelled and what they vote for.
+
+    Attributes:
+        judge: labels a complete response.
+        answer: finds what it votes for.
+        reference: the problem's right answer.
+    """
+
+    judge: Judge
+    answer: Answer
+    reference: str
+
+    def __call__(self, text: str, finish: str | None) -> tuple[str | None, bool]:
+        """Vote and label of a response. One that was cut has given no answer: wrong."""
+        if finish != "stop":
+            return None, False
+        return self.answer(text) or None, bool(self.judge(text, self.reference)[1])
+
+
+def choose(
+    samples: Sequence[Sample],
+    cell: Cell,
+    *,
+    weight_temperature: float = 1.0,
+) -> Sample:
+    """The sample that a cell chooses among its first n.
+
+    Votes are counted by answers.select, complete responses before cut ones. A majority vote sees no rewards, so it
+    breaks ties by draw order.
+
+    Raises:
+        ValueError: there are fewer than n samples, or they lack the cell's value.
+    """
+    if len(samples) < cell.n:
+        raise ValueError(f"{cell.title()} at {cell.n} needs as many samples, got {len(samples)}")
+    among = samples[: cell.n]
+    tree = SearchTree(Prompt(token_ids=(0,)))
+    answers: dict[str, str | None] = {}
+    nodes = []
+    for sample in among:
+        node = tree.add(tree.root, (0,), text=sample.text, finish=sample.finish)
+        node.value = 0.0
+        if cell.pair is not None and cell.value is not None:
+            if cell.value not in sample.values.get(cell.pair, {}):
+                raise ValueError(f"{cell.title()}: the samples were not scored by {cell.pair!r} in that value")
+            node.value = sample.values[cell.pair][cell.value]
+        answers[sample.text] = sample.answer or answers.get(sample.text)
+        nodes.append(node)
+    how: Any = {"best_of_n": "best", "majority": "majority", "weighted": "weighted"}[cell.strategy]
+    weight: Any = cell.weight or "softmax"
+    settings = Settings.make(
+        select=how, answer=answers.__getitem__, weight=weight, weight_temperature=weight_temperature
+    )
+    selection = settings.choose(nodes)
+    assert selection is not None  # n >= 1
+    return among[nodes.index(selection.node)]
+
+
+def record_of(
+    samples: Sequence[Sample],
+    costs: dict[str, Cost],
+    plan: Plan,
+    *,
+    seconds: float = 0.0,
+    prompt_tokens: int = 0,
+) -> dict[str, Any]:
+    """A problem's samples and what each cell chooses of them, as plain values.
+
+    Args:
+        samples: at least as many as the largest budget.
+        costs: of scoring all of them, by pair.
+        plan: says which cells.
+        seconds: wall time that drawing all of them took.
+        prompt_tokens: of the problem's prompt.
+    """
+    chosen = []
+    for cell in plan.votes(list(costs)):
+        winner = choose(samples, cell, weight_temperature=plan.weight_temperature)
+        chosen.append({**asdict(cell), "answer": winner.answer, "right": winner.right})
+    return {
+        "prompt_tokens": prompt_tokens,
+        "seconds": seconds,
+        "samples": [asdict(sample) for sample in samples],
+        "scoring": {name: asdict(cost) for name, cost in costs.items()},
+        "chosen": chosen,
+    }
+
+
+def tokens_of(record: dict[str, Any], n: int) -> int:
+    """Policy tokens of the first n samples of such a record."""
+    return sum(sample["tokens"] for sample in record["samples"][:n])
+
+
+def new_tokens(paths: Iterable[Sequence[tuple[object, int]]]) -> list[int]:
+    """For each path of (step, its tokens): tokens of the steps that came up in no path before."""
+    seen: set[object] = set()
+    found = []
+    for path in paths:
+        found.append(sum(tokens for step, tokens in path if step not in seen))
+        seen.update(step for step, _ in path)
+    return found

@@ -1,0 +1,260 @@
+"""summarise: records in, the table out. No model, so a report can be made again from its records alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from statistics import fmean
+from typing import Any
+
+from .plan import STRATEGIES, VOTES, Cell
+from .statistics import Comparison, bootstrap_interval, clustered_wilson, paired_bootstrap, pass_at_k
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a cell did on one problem under one seed. Tokens and seconds are what this cell alone would have spent.
+
+    Attributes:
+        problem, seed: which.
+        right: whether the answer that it chose is right.
+        policy_tokens: sampled, pruned steps and rollouts included.
+        prm_tokens, reference_tokens: encoded for scoring.
+        seconds: wall time of sampling and scoring.
+        cut: the search's budget cut something.
+    """
+
+    problem: int
+    seed: int | None
+    right: bool
+    policy_tokens: float
+    prm_tokens: float = 0.0
+    reference_tokens: float = 0.0
+    seconds: float = 0.0
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell's figures over all problems and seeds.
+
+    Attributes:
+        cell: which.
+        problems, answers: how many; answers = problems * seeds where the run is complete.
+        accuracy, low, high: share of right answers, and statistics.clustered_wilson's 95 % interval.
+        by_seed: share of right answers of each seed.
+        policy_tokens, prm_tokens, reference_tokens: means of an answer; total_tokens is their sum.
+        seconds: sum over all answers.
+        cut: share of the answers whose search the budget cut.
+        oracle_gap: pass@n minus accuracy, over the problems that have both; None without samples.
+        against_majority: paired bootstrap of the accuracy minus that of majority at the same budget; None without it.
+        against_best_of_n: the same against best_of_n of the same pair, value and budget, for searches.
+    """
+
+    cell: Cell
+    problems: int
+    answers: int
+    accuracy: float
+    low: float
+    high: float
+    by_seed: dict[str, float]
+    policy_tokens: float
+    prm_tokens: float
+    reference_tokens: float
+    total_tokens: float
+    seconds: float
+    cut: float
+    oracle_gap: float | None = None
+    against_majority: Comparison | None = None
+    against_best_of_n: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class PassAt:
+    """pass@k: the chance that k samples hold a right one, mean over problems, with a bootstrap 95 % interval."""
+
+    k: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The table.
+
+    Attributes:
+        problems: how many have any record.
+        seeds: of the draws.
+        rows: one a cell, by strategy, pair, value and budget.
+        pass_at: one for each budget.
+    """
+
+    problems: int
+    seeds: list[int]
+    rows: list[Row]
+    pass_at: list[PassAt]
+
+    def row(self, strategy: str, n: int, **which: str | None) -> Row:
+        """The one row of this strategy and budget, and of what else is said of its cell (pair, value, weight).
+
+        Raises:
+            KeyError: there is none, or there are several.
+        """
+        named = {"strategy": strategy, "n": n, **which}
+        found = [row for row in self.rows if all(getattr(row.cell, k) == v for k, v in named.items())]
+        if len(found) != 1:
+            raise KeyError(f"{len(found)} rows have {named}")
+        return found[0]
+
+    def card(self) -> dict[str, Any]:
+        """As report.json has it: plain values, the cell's fields among the row's."""
+        rows = [{**asdict(row.cell), **asdict(row)} for row in self.rows]
+        for row in rows:
+            del row["cell"]
+        return {
+            "problems": self.problems,
+            "seeds": self.seeds,
+            "pass_at": [asdict(each) for each in self.pass_at],
+            "rows": rows,
+        }
+
+
+def outcomes(records: Iterable[Mapping[str, Any]]) -> dict[Cell, list[Outcome]]:
+    """What each cell did, problem by problem, from the records of evaluate.
+
+    Of n samples, the seconds and the scorer's tokens are those of all samples, shared out by tokens: by sampled ones,
+    and by those that no earlier sample shares.
+    """
+    found: dict[Cell, list[Outcome]] = defaultdict(list)
+    for record in records:
+        each = _of_samples(record) if record["kind"] == "samples" else [(_cell(record), _of_search(record))]
+        for cell, outcome in each:
+            found[cell].append(outcome)
+    return dict(found)
+
+
+def _of_search(record: Mapping[str, Any]) -> Outcome:
+    same = ("problem", "seed", "right", "policy_tokens", "prm_tokens", "reference_tokens", "seconds")
+    return Outcome(**{name: record[name] for name in same}, cut=record["stopped"] == "tokens")
+
+
+def _of_samples(record: Mapping[str, Any]) -> Iterator[tuple[Cell, Outcome]]:
+    samples = record["samples"]
+    sampled = list(accumulate((sample["tokens"] for sample in samples), initial=0))
+    fresh = list(accumulate((sample["new_tokens"] for sample in samples), initial=record["prompt_tokens"]))
+    for choice in record["chosen"]:
+        cell = _cell(choice)
+        drawn, scored = sampled[cell.n] / sampled[-1], fresh[cell.n] / fresh[-1]
+        cost = record["scoring"].get(cell.pair, {"prm_tokens": 0, "reference_tokens": 0, "seconds": 0.0})
+        yield (
+            cell,
+            Outcome(
+                record["problem"],
+                record["seed"],
+                choice["right"],
+                policy_tokens=sampled[cell.n],
+                prm_tokens=cost["prm_tokens"] * scored,
+                reference_tokens=cost["reference_tokens"] * scored,
+                seconds=record["seconds"] * drawn + cost["seconds"] * scored,
+            ),
+        )
+
+
+def compare(a: Sequence[Outcome], b: Sequence[Outcome]) -> Comparison | None:
+    """Paired bootstrap of two cells' accuracies over the problems that both have; None where there is none.
+
+    Problems are resampled, each with the mean of its seeds.
+    """
+    mine, theirs = _by_problem(a), _by_problem(b)
+    both = sorted(mine.keys() & theirs.keys())
+    if not both:
+        return None
+    return paired_bootstrap([fmean(mine[i]) for i in both], [fmean(theirs[i]) for i in both])
+
+
+def summarise(records: Iterable[Mapping[str, Any]]) -> Summary:
+    """The table of these records, which may be those of an unfinished run.
+
+    Raises:
+        ValueError: there are no records.
+    """
+    kept = list(records)
+    if not kept:
+        raise ValueError("records is empty: there is nothing to summarise")
+    cells = outcomes(kept)
+    samples = [record for record in kept if record["kind"] == "samples"]
+    budgets = sorted({cell.n for cell in cells})
+    chances = {n: _chances(samples, n) for n in budgets}
+    rows = [_row(cell, cells, chances[cell.n]) for cell in sorted(cells, key=_order)]
+    pass_at = []
+    for n, by_problem in chances.items():
+        if by_problem:
+            means = [fmean(each) for each in by_problem.values()]
+            pass_at.append(PassAt(n, fmean(means), *bootstrap_interval(means)))
+    seeds = sorted({record["seed"] for record in kept if record["seed"] is not None})
+    return Summary(len({record["problem"] for record in kept}), seeds, rows, pass_at)
+
+
+def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], chances: Mapping[int, Sequence[float]]) -> Row:
+    done = cells[cell]
+    by_problem = _by_problem(done)
+    low, high = clustered_wilson(list(by_problem.values()))
+    by_seed: dict[str, list[bool]] = defaultdict(list)
+    for each in done:
+        by_seed["all" if each.seed is None else str(each.seed)].append(each.right)
+    shared = [i for i in by_problem if i in chances]
+    gap = fmean(fmean(chances[i]) - fmean(by_problem[i]) for i in shared) if shared else None
+    policy, prm, reference = (
+        fmean(getattr(each, name) for each in done) for name in ("policy_tokens", "prm_tokens", "reference_tokens")
+    )
+    rivals = {"majority": Cell("majority", cell.n), "best_of_n": Cell("best_of_n", cell.n, cell.pair, cell.value)}
+    against = {
+        name: compare(done, cells[rival]) if rival in cells and rival != cell else None
+        for name, rival in rivals.items()
+    }
+    return Row(
+        cell,
+        len(by_problem),
+        len(done),
+        fmean(each.right for each in done),
+        low,
+        high,
+        {seed: fmean(right) for seed, right in sorted(by_seed.items())},
+        policy,
+        prm,
+        reference,
+        policy + prm + reference,
+        sum(each.seconds for each in done),
+        fmean(each.cut for each in done),
+        gap,
+        against["majority"],
+        None if cell.strategy in VOTES else against["best_of_n"],
+    )
+
+
+def _by_problem(done: Sequence[Outcome]) -> dict[int, list[bool]]:
+    found: dict[int, list[bool]] = defaultdict(list)
+    for each in done:
+        found[each.problem].append(each.right)
+    return found
+
+
+def _chances(samples: Sequence[Mapping[str, Any]], k: int) -> dict[int, list[float]]:
+    """pass@k of each problem, one figure a seed; of problems with at least k samples."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for record in samples:
+        labels = [sample["right"] for sample in record["samples"]]
+        if k <= len(labels):
+            found[record["problem"]].append(pass_at_k(len(labels), sum(labels), k))
+    return found
+
+
+def _cell(record: Mapping[str, Any]) -> Cell:
+    return Cell(record["strategy"], record["n"], record.get("pair"), record.get("value"), record.get("weight"))
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    return STRATEGIES.index(cell.strategy), cell.pair or "", cell.value or "", cell.weight or "", cell.n
