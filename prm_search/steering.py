@@ -61,8 +61,8 @@ class Steering:
     """The log-ratios of one pair for the requests of one engine.
 
     Each token is encoded once a model; requests with the same prompt share its KV, and requests whose prompts begin
-    alike share that beginning. KV is a cache: beyond the models' capacity the least recently used is evicted and encoded
-    again on need.
+    alike share that beginning. KV is a cache: beyond the models' capacity the least recently used is evicted and
+    encoded again on need.
 
     A request that cannot be steered (a path beyond a model's context, an unknown token, NaN) goes on unguided, with one
     warning; whatever goes wrong with one leaves the others as they are.

@@ -130,7 +130,7 @@ def test_any_mixture_of_requests_equals_plain_forwards(modules, seed, capacity, 
     for _ in range(60):
         event = batch.draw.choice(events)
         full = len(batch.rows) >= 8
-        if event == batch.add and full or event in (batch.remove, batch.move) and len(batch.rows) < 2:
+        if (event == batch.add and full) or (event in (batch.remove, batch.move) and len(batch.rows) < 2):
             continue
         event()
         assert all(lm.tree.used <= capacity for lm in lms)
@@ -203,7 +203,7 @@ def test_prompts_that_begin_alike_for_a_few_tokens_stand_alone():
 
 
 def test_the_policy_stands_for_its_half(modules):
-    prm, policy = modules
+    policy = modules[1]
     steering, lms = steering_of(modules, policy=policy)
     outputs: list[list[int]] = [[], []]
     heads = [[5, 6, 7], [8, 9]]
@@ -273,7 +273,7 @@ def test_a_request_that_cannot_be_steered_says_so_once(modules, warned, prompt, 
 
 
 def test_a_request_that_grows_out_of_the_context_goes_on_unguided(modules, warned):
-    steering, lms = steering_of(modules, capacity=8, warn=warned.append)
+    steering, _ = steering_of(modules, capacity=8, warn=warned.append)
     outputs = [[], []]
     streams = {0: steering.open([5, 6, 7, 8, 9, 10], outputs[0]), 1: steering.open([11], outputs[1])}
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""Prompts that many requests share: what two prompts begin with in common is encoded once, and freed with its last user.
+"""Prompts that many requests share: what two begin with in common is encoded once, and freed with its last user.
 
 For requests that come and go one by one, as in a server. A search knows its prompts beforehand and uses a memo.
 """
