@@ -146,7 +146,8 @@ def test_the_examples_are_recipes(file, monkeypatch, tmp_path):
     [({"modle": "x"}, "'modle' is unknown"), ({"lora": 0}, "lora=0"), ({"batch": 1.5}, "batch=1.5"),
      ({"learning_rate": "fast"}, "learning_rate='fast'"), ({"epochs": 0}, "epochs=0"), ({"data": ""}, "data=''"),
      ({"arguments": []}, r"arguments=\[\]"), ({"template": "Q:"}, "needs {} once"), ({"batch": 3}, "batch=3"),
-     ({"data": "none.jsonl"}, "none.jsonl cannot be read"), ({"model": "./none"}, "none")],
+     ({"data": "none.jsonl"}, "none.jsonl cannot be read"), ({"model": "./none"}, "none"),
+     ({"arguments": {"warmpu": 1}}, "'warmpu'")],
 )  # fmt: skip
 def test_bad_recipes_are_named_in_one_line(folder, tmp_path, capsys, fields, said):
     good = {"model": str(folder / "model"), "data": str(folder / "data.jsonl"), "out": str(tmp_path / "out")}

@@ -234,7 +234,10 @@ def _arguments(recipe: SFTRecipe) -> Any:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
     }
-    args = TrainingArguments(**(given | recipe.arguments))
+    try:
+        args = TrainingArguments(**(given | recipe.arguments))
+    except TypeError as error:
+        raise BadInput(f"arguments={recipe.arguments!r}: {error}") from error
     whole = recipe.micro_batch * args.world_size
     if recipe.batch % whole:
         raise BadInput(
@@ -252,16 +255,21 @@ def _adapted(module: Any, rank: int) -> Any:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    made = argparse.ArgumentParser(
         prog="python -m prm_search.demo.sft", description="Fine-tunes a policy on worked answers."
     )
-    parser.add_argument("--config", required=True, help="JSON: the fields of SFTRecipe")
+    made.add_argument("--config", required=True, help="JSON: the fields of SFTRecipe")
     for name in ("model", "data", "out"):
-        parser.add_argument(f"--{name}", help="instead of the config's")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    given = parser.parse_args(arguments)
+        made.add_argument(f"--{name}", help="instead of the config's")
+    made.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status."""
+    given = parser().parse_args(arguments)
     fixed = {name: getattr(given, name) for name in ("model", "data", "out") if getattr(given, name) is not None}
     try:
         recipe = SFTRecipe.read(given.config, **fixed)
@@ -271,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quiet()
         note = train(recipe, resume=given.resume, log=lambda line: print(line, file=sys.stderr, flush=True))
     except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
+        parser().error(str(error))
     except KeyboardInterrupt:
         print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130

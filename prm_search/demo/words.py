@@ -132,24 +132,29 @@ def _work(steps: Sequence[Step], given: dict[str, int]) -> list[str] | None:
     return lines
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: writes problems as JSON Lines. Returns the exit status."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    made = argparse.ArgumentParser(
         prog="python -m prm_search.demo.words", description="Grade-school word problems with worked answers."
     )
-    parser.add_argument("--split", choices=SPLITS, required=True, help="whose templates; no template is in two")
-    parser.add_argument("--n", type=int, required=True, help="problems")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--min-steps", type=int, default=STEPS[0], metavar="N")
-    parser.add_argument("--max-steps", type=int, default=STEPS[-1], metavar="N")
-    parser.add_argument("--out", required=True, help="JSON Lines; - is standard output")
-    given = parser.parse_args(arguments)
+    made.add_argument("--split", choices=SPLITS, required=True, help="whose templates; no template is in two")
+    made.add_argument("--n", type=int, required=True, help="problems")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--min-steps", type=int, default=STEPS[0], metavar="N")
+    made.add_argument("--max-steps", type=int, default=STEPS[-1], metavar="N")
+    made.add_argument("--out", required=True, help="JSON Lines; - is standard output")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: writes problems as JSON Lines. Returns the exit status."""
+    given = parser().parse_args(arguments)
     try:
         drawn = problems(
             given.n, split=given.split, seed=given.seed, min_steps=given.min_steps, max_steps=given.max_steps
         )
     except ValueError as error:
-        parser.error(str(error))
+        parser().error(str(error))
     names = (f"{given.split}-{given.seed}-{place}" for place in range(len(drawn)))
     text = "".join(json.dumps(problem.record(name)) + "\n" for problem, name in zip(drawn, names, strict=True))
     if given.out == "-":
@@ -159,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Path(given.out).open("x", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        parser.error(f"--out {given.out} cannot be written: {error.strerror}")
+        parser().error(f"--out {given.out} cannot be written: {error.strerror}")
     return 0
 
 
