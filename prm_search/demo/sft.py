@@ -117,7 +117,7 @@ def train(recipe: SFTRecipe, *, resume: bool = False, log: Callable[[str], objec
         log: is called with a line now and then.
 
     Returns:
-        What `sft.json` in the folder holds: recipe, responses, tokens, steps, the mean loss in nats a token, versions.
+        What `sft.json` in the folder holds: recipe, responses, tokens, steps, log (losses in nats a token), versions.
 
     Raises:
         BadInput: the data cannot be used, or `out` holds a policy or another run already.
@@ -152,7 +152,7 @@ def train(recipe: SFTRecipe, *, resume: bool = False, log: Callable[[str], objec
     with response_forward(module):
         trained = module if recipe.lora is None else _adapted(module, recipe.lora)
         trainer = ResponseTrainer(trained, args, items, log=log)
-        outcome = trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last)
         if recipe.lora is not None:
             module = trained.merge_and_unload()
     note: dict[str, Any] = {
@@ -160,7 +160,6 @@ def train(recipe: SFTRecipe, *, resume: bool = False, log: Callable[[str], objec
         "responses": len(items),
         "tokens": sum(len(item.rows[0]) for item in items),
         "steps": trainer.state.global_step,
-        "loss": round(outcome.training_loss, 6),
         "log": trainer.state.log_history,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -283,10 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
-    print(
-        f"{recipe.out}: {note['steps']} steps on {note['responses']} responses, loss {note['loss']:.4f}",
-        file=sys.stderr,
-    )
+    print(f"{recipe.out}: {note['steps']} steps on {note['responses']} responses", file=sys.stderr)
     return 0
 
 
