@@ -16,6 +16,7 @@ from .commands.export_tree import export_tree
 from .commands.generate import generate
 from .commands.rollout import rollout
 from .commands.score import score
+from .commands.serve import serve
 from .commands.train import train
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 for command in (demo, generate, score, rollout, train, export_tree):
     app.command()(command)
 app.command("eval")(evaluate)
+app.command(context_settings={"allow_extra_args": True})(serve)  # what follows -- is for the engine's own server
 
 INTERRUPTED = 130
 
@@ -88,7 +90,7 @@ def _one_line(error: Exception) -> str | None:
     """What to tell a user whose input was wrong; None where the program is."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own, of whatever typer that is
         if type(error).__name__ == "NoArgsIsHelpError":
-            return "a command is needed: demo, generate, score, rollout, train, export-tree or eval; --help says more"
+            return "a command is needed: demo, generate, score, rollout, train, export-tree, eval or serve; --help says more"
         return " ".join(str(error.format_message()).split())
     if isinstance(error, ValueError | OSError | ImportError):
         from .commands.records import reason

@@ -19,7 +19,8 @@ HERE = Path(__file__).parent
 
 # What a bare GPU machine lacks, which has torch, triton, transformers and pytest: files that need one of these are not
 # collected there, so that `pytest -m gpu` runs the rest. The header names them; where all is installed nothing changes.
-MISSING = [name for name in ("hypothesis", "peft", "typer", "rich") if importlib.util.find_spec(name) is None]
+OPTIONAL = ("hypothesis", "peft", "typer", "rich", "fastapi", "uvicorn", "openai")
+MISSING = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
 
 
 def _needs(file: Path) -> set[str]:

@@ -70,9 +70,9 @@ def test_help_loads_no_model_library(tmp_path):
     code = """
 import sys
 from prm_search.cli import main
-for args in (["--help"], ["demo", "--help"], ["generate", "--help"], ["score", "--help"], ["--version"]):
+for args in (["--help"], *([name, "--help"] for name in ("demo", "generate", "score", "serve")), ["--version"]):
     assert main(args) == 0, args
-print([m for m in ("torch", "transformers") if m in sys.modules])
+print([m for m in ("torch", "transformers", "fastapi") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

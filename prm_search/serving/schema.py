@@ -1,0 +1,179 @@
+"""Requests of OpenAI's chat and completion routes with `prm_guidance`, as pydantic models.
+
+Strict inside prm_guidance. Of OpenAI's and vLLM's other fields, those that change nothing here are let pass, and those
+that would have an effect elsewhere are refused by name instead of being ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import RequestError, invalid
+
+# Fields that are not served, with the values that ask for nothing. null is always one.
+UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "add_generation_prompt": (True,), "allowed_token_ids": ([],), "audio": (), "bad_words": ([],), "best_of": (1,),
+        "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,), "documents": ([],),
+        "echo": (False,), "frequency_penalty": (0,), "function_call": ("none",), "functions": ([],),
+        "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (), "ignore_eos": (False,),
+        "include_stop_str_in_output": (False,), "length_penalty": (1,), "logit_bias": ({},), "logprobs": (False,),
+        "min_tokens": (0,), "modalities": (["text"],), "prediction": (), "presence_penalty": (0,),
+        "prompt_embeds": (), "prompt_logprobs": (), "reasoning_effort": (), "repetition_penalty": (1,),
+        "response_format": ({"type": "text"},), "skip_special_tokens": (True,), "stop_token_ids": ([],),
+        "structured_outputs": (), "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],),
+        "top_logprobs": (0,), "truncate_prompt_tokens": (), "use_beam_search": (False,), "vllm_xargs": ({},),
+        "web_search_options": (),
+    }
+)  # fmt: skip
+
+
+class StepsBody(BaseModel):
+    """A StepRule; a field that is absent takes the server's default."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    delimiter: str | list[str] | None = None
+    max_tokens: int | None = None
+    regex: str | None = None
+    confidence: float | None = None
+
+
+class BudgetBody(BaseModel):
+    """A Budget, within the server's limits."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    tokens: int | None = None
+    nodes: int | None = None
+    depth: int | None = None
+    seconds: float | None = None
+
+
+class GuidanceBody(BaseModel):
+    """`prm_guidance`. What a strategy has for options (width, expansions, n, ...) stands beside these fields."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    strategy: str = "beam"
+    alpha: float | None = None
+    steps: StepsBody | str | list[str] | None = None
+    value: str | None = None
+    select: str = "best"
+    answer: str | None = None
+    weight: str = "softmax"
+    weight_temperature: float = 1.0
+    budget: BudgetBody | int | None = None
+    return_candidates: bool = False
+    progress: bool = False
+
+
+class StreamOptions(BaseModel):
+    """Of a streamed answer."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    include_usage: bool = False
+
+
+class Body(BaseModel):
+    """What both routes take."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    n: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = None
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    prm_guidance: GuidanceBody | None = None
+
+
+class TextPart(BaseModel):
+    """A part of a message's content; other types than text are not served."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A chat message. Its other fields are the chat template's business."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Annotated[str, Field(min_length=1)]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, Any]:
+        """For a chat template: content as one string."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content} | (self.model_extra or {})
+
+
+class ChatBody(Body):
+    """A request of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+
+class CompletionBody(Body):
+    """A request of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+
+
+def parse(kind: Literal["chat", "text"], given: bytes) -> Body:
+    """A request from JSON.
+
+    Raises:
+        RequestError: 400 with the field's name: a field is of the wrong kind or out of range, unknown inside
+            prm_guidance, or not served.
+    """
+    try:
+        body = (ChatBody if kind == "chat" else CompletionBody).model_validate_json(given)
+    except ValidationError as error:
+        raise _named(error) from error
+    for name, value in (body.model_extra or {}).items():
+        if value is not None and name in UNSERVED and not any(_same(value, each) for each in UNSERVED[name]):
+            raise RequestError(400, f"{name} is not served here", param=name, code="unsupported_parameter")
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options", "only with stream: true")
+    return body
+
+
+def _same(value: Any, other: Any) -> bool:
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _named(error: ValidationError) -> RequestError:
+    """The first thing that is wrong, with its path in the request."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    if not first["loc"]:
+        kind = type(first["input"]).__name__
+        wrong = first["msg"] if first["type"] == "json_invalid" else f"a JSON object is needed, not {kind}"
+        return RequestError(400, f"the body: {wrong}", code="invalid_json")
+    param, kinds = "", {"str", "int", "StepsBody", "BudgetBody"}  # pydantic names the arm of a union in the path
+    for part in first["loc"]:
+        if isinstance(part, int):
+            param += f"[{part}]"
+        elif part not in kinds and not part.startswith("list["):
+            param += f".{part}" if param else part
+    said = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "missing":
+        return RequestError(400, f"{param} is needed", param=param, code="missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        return RequestError(400, f"{param} is unknown", param=param, code="unknown_parameter")
+    return invalid(param, f"{said}, got {first['input']!r:.80}")

@@ -1,0 +1,189 @@
+"""The searches of a server: taken on within limits, run together, given up when nobody waits for them any more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from time import time
+from uuid import uuid4
+
+from ..aloop import AsyncSearch
+from ..result import Event, Result
+from ..steps import StepRule
+from ..usage import Usage
+from .ask import Ask, Limits, make_ask
+from .engine import Engine, encode
+from .errors import RequestError
+from .metrics import Metrics
+from .schema import Body
+
+
+class Service:
+    """What answers requests, whatever engine samples.
+
+    Args:
+        engine: the models.
+        models: names by which requests may call the policy; the first is the one that answers carry.
+        limits: see Limits.
+        steps: the StepRule of requests that give none.
+        metrics: counts what happens.
+    """
+
+    def __init__(
+        self, engine: Engine, models: Sequence[str], *, limits: Limits, steps: StepRule, metrics: Metrics
+    ) -> None:
+        self.engine, self.models, self.limits, self.steps, self.metrics = engine, tuple(models), limits, steps, metrics
+        self.started = int(time())
+        self.jobs: set[Job] = set()
+        self.draining = False
+        metrics.watch(engine)
+
+    def open(self, body: Body) -> Job:
+        """Take a request on: its searches are under way when this returns.
+
+        Raises:
+            RequestError: it cannot be served, or not now.
+        """
+        ask = make_ask(body, self.limits, steps=self.steps)
+        if ask.model is not None and ask.model not in self.models:
+            raise RequestError(
+                404, f"the model {ask.model!r} is not served here; it is {self.models[0]!r}", param="model",
+                code="model_not_found",
+            )  # fmt: skip
+        if self.draining:
+            raise RequestError(503, "the server is shutting down", code="shutting_down")
+        if self.in_flight + len(ask.prompts) > self.limits.searches:
+            raise RequestError(
+                429, f"{self.in_flight} searches are under way, and at most {self.limits.searches} are taken on",
+                code="too_many_searches", headers={"Retry-After": "1"},
+            )  # fmt: skip
+        return Job(self, ask)
+
+    @property
+    def in_flight(self) -> int:
+        """Prompts being searched."""
+        return sum(len(job.ask.prompts) for job in self.jobs)
+
+    async def drain(self) -> None:
+        """Take nothing on any more, and end what is under way with an error."""
+        self.draining = True
+        for job in list(self.jobs):
+            job.fail(RequestError(503, "the server is shutting down", code="shutting_down"))
+        while self.jobs:
+            await asyncio.sleep(0.01)
+
+
+class Job:
+    """One request's searches. `close` it in any case.
+
+    Attributes:
+        ask: the request.
+        id, created: for the answer.
+        events: what happens, as (number of the prompt, Event or the exception that ended its search).
+        searches: one a prompt.
+    """
+
+    def __init__(self, service: Service, ask: Ask) -> None:
+        self.service, self.ask = service, ask
+        self.id = f"{'chatcmpl' if ask.kind == 'chat' else 'cmpl'}-{uuid4().hex}"
+        self.created = int(time())
+        self.events: asyncio.Queue[tuple[int, Event | BaseException]] = asyncio.Queue()
+        self._results: list[Result | None] = [None] * len(ask.prompts)
+        self._costs = [dict(costs) for costs in service.engine.costs()]
+        self.searches: list[AsyncSearch] = []
+        self._tasks: list[asyncio.Task[Result]] = []
+        self._begin()
+        service.jobs.add(self)
+        service.metrics.in_flight.set(service.in_flight)
+
+    def _begin(self) -> None:
+        engine, ask = self.service.engine, self.ask
+        loop = engine.loop(guided=ask.guided, alpha=ask.alpha)
+        if ask.stop and engine.stops is None:
+            said = "stop: this engine takes no stop strings for a search"
+            raise RequestError(400, said, param="stop", code="unsupported_parameter")
+        seen: Counter[tuple[int, ...] | None] = Counter()
+        prompts = [encode(loop, prompt, name) for name, prompt in zip(ask.names, ask.prompts, strict=True)]
+        for number, prompt in enumerate(prompts):
+            search = loop.begin(prompt, ask.settings, occurrence=seen[prompt.token_ids])
+            seen[prompt.token_ids] += 1
+            if engine.stops is not None:
+                engine.stops.add(search.tree, ask.stop)
+            engine.follow(search.tree, partial(self._heard, number))
+            self.searches.append(search)
+        for number, search in enumerate(self.searches):
+            task = asyncio.create_task(search.run())
+            task.add_done_callback(partial(self._ended, number))
+            self._tasks.append(task)
+
+    def _heard(self, number: int, event: Event) -> None:
+        if event.result is not None:
+            self._results[number] = event.result
+            self.service.metrics.add(event.result.usage)
+        self.events.put_nowait((number, event))
+
+    def _ended(self, number: int, task: asyncio.Task[Result]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.events.put_nowait((number, error))
+
+    def fail(self, error: RequestError) -> None:
+        """End it with an error."""
+        self.events.put_nowait((0, error))
+
+    async def results(self) -> list[Result]:
+        """A result a prompt, when all are there.
+
+        Raises:
+            RequestError: a search failed, or ended before there was any answer.
+        """
+        while None in self._results:
+            _, event = await self.events.get()
+            if isinstance(event, BaseException):
+                raise failure(event)
+        return [answered(result) for result in self._results if result is not None]
+
+    @property
+    def usage(self) -> Usage:
+        """What the searches that have ended cost together, and what the engine spent meanwhile, for others too."""
+        total = Usage()
+        for result in self._results:
+            for name in ("sampled_tokens", "encoded_tokens", "cached_tokens", "reencoded_tokens"):
+                if result is not None:
+                    setattr(total, name, dict(Counter(getattr(total, name)) + Counter(getattr(result.usage, name))))
+        seconds, calls = (
+            {phase: now[phase] - before.get(phase, 0) for phase in now}
+            for now, before in zip(self.service.engine.costs(), self._costs, strict=True)
+        )
+        total.seconds, total.forward_calls = seconds, {phase: int(count) for phase, count in calls.items()}
+        return total
+
+    async def close(self) -> None:
+        """Give up the searches that have not ended; every model forgets them."""
+        await asyncio.sleep(0)  # a task that never began could not clean up after itself
+        for task in self._tasks:
+            task.cancel()
+        try:
+            await asyncio.shield(asyncio.gather(*self._tasks, return_exceptions=True))
+        finally:
+            self.service.jobs.discard(self)
+            self.service.metrics.in_flight.set(self.service.in_flight)
+
+
+def answered(result: Result) -> Result:
+    """The result, if it has an answer. Raises RequestError (504 where time ran out) otherwise."""
+    if result.node is not None:
+        return result
+    if result.stopped == "seconds":
+        raise RequestError(504, "time was up before anything was drawn", code="timeout")
+    raise RequestError(500, f"the search ended without an answer ({result.stopped})", code="no_answer")
+
+
+def failure(error: BaseException) -> RequestError:
+    """What to tell of an error in a search: bad input names itself, anything else is the server's."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, ValueError):
+        return RequestError(400, str(error), code="invalid_value")
+    return RequestError(500, f"the search failed: {type(error).__name__}: {error}", code="search_failed")

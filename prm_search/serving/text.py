@@ -1,0 +1,106 @@
+"""The text of a response as it grows, so that its pieces joined are the whole, and stop strings that end it."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from ..tokens import TokenText
+from ..tree import SearchTree
+
+
+class TextStream:
+    """Turns token ids into text, whatever the portions they come in.
+
+    A character whose tokens come in two portions is told with its last one, and text that may turn out to be the
+    beginning of a stop string is held back. What `feed` and `end` return, joined, depends on the ids alone.
+
+    Args:
+        words: bytes of token ids; special tokens have no text.
+        stop: strings of which the first to be completed ends the text before it.
+    """
+
+    def __init__(self, words: TokenText, stop: Sequence[str] = ()) -> None:
+        self._words = words
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+        self._ended = False
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """The text that these further ids settle."""
+        return self._take(self._decoder.decode(self._bytes(ids)), last=False)
+
+    def end(self) -> str:
+        """The rest of the text."""
+        return self._take(self._decoder.decode(b"", final=True), last=True)
+
+    def _bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join([self._words.piece(i) for i in ids if i not in self._words.special])
+
+    def _take(self, text: str, *, last: bool) -> str:
+        if self._ended:
+            return ""
+        held = self._held + text
+        found = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
+        if found:
+            self._ended = True
+            return held[: min(found)[1]]
+        keep = 0 if last else max((_overlap(held, stop) for stop in self._stop), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+
+def whole_text(words: TokenText, ids: Iterable[int], stop: Sequence[str] = ()) -> str:
+    """The text of a complete response, as TextStream tells it."""
+    stream = TextStream(words, stop)
+    return stream.feed(ids) + stream.end()
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text with which `stop` begins, without being all of it."""
+    return next((k for k in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:k])), 0)
+
+
+class StopStrings:
+    """The stop condition of an HFPolicy that serves many requests: rows end where a stop string of theirs completes.
+
+    Args:
+        words: bytes of token ids.
+    """
+
+    def __init__(self, words: TokenText) -> None:
+        self._words = words
+        self._of: WeakKeyDictionary[SearchTree, tuple[str, ...]] = WeakKeyDictionary()
+
+    def add(self, tree: SearchTree, stop: tuple[str, ...]) -> None:
+        """Let these strings end the responses of a tree."""
+        if stop:
+            self._of[tree] = stop
+
+    def __call__(self, rows: Sequence[Any]) -> list[bool]:
+        """Which of these decoder rows, each with a new token, end with it."""
+        return [self._ends(row, self._of.get(row.request.node.tree, ())) for row in rows]
+
+    def _ends(self, row: Any, stop: tuple[str, ...]) -> bool:
+        if not stop:
+            return False
+        longest = max(len(each.encode()) for each in stop)
+        tail, newest = b"", 0
+        for token in _backwards(row):
+            piece = b"" if token in self._words.special else self._words.piece(token)
+            newest = newest or len(piece)
+            tail = piece + tail
+            if len(tail) >= longest + newest:
+                break
+        return any(each.encode() in tail for each in stop)
+
+
+def _backwards(row: Any) -> Iterable[int]:
+    """The response's tokens so far, from the newest."""
+    for segment in reversed(row.chain):
+        yield from reversed(segment.token_ids)
+    for node in reversed(row.request.node.path()):
+        yield from reversed(node.token_ids)

@@ -1,0 +1,257 @@
+"""The server's parts on fakes: text in portions, models in a thread, answers whole and streamed, limits, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from fakes import EOS, RULE, FakePolicy, FakeScorer, ToyLM
+from hypothesis import given, settings, strategies as st
+from search_cases import ALL, SEEDS
+
+from prm_search.protocols import Request
+from prm_search.search import search
+from prm_search.serving.answer import events, whole
+from prm_search.serving.ask import Limits
+from prm_search.serving.engine import ThreadEngine
+from prm_search.serving.errors import RequestError
+from prm_search.serving.metrics import Metrics
+from prm_search.serving.schema import parse
+from prm_search.serving.service import Job, Service
+from prm_search.serving.text import TextStream, whole_text
+from prm_search.strategies import STRATEGIES, Strategy
+from prm_search.tree import Node
+
+
+class Words:
+    """Bytes of token ids; like TokenText, of a table."""
+
+    def __init__(self, table: dict[int, bytes], special: frozenset[int] = frozenset()) -> None:
+        self.piece, self.special = table.__getitem__, special
+
+
+# Two tokens are halves of characters: "ab" spells "é", a half alone is no character.
+HALVES = Words({ord("a"): b"\xc3", ord("b"): b"\xa9", ord(";"): b";", EOS: b"<eos>"}, frozenset([EOS]))
+PIECES = [b"a", b"b", b"ab", b"\xc3", b"\xa9", "é".encode(), b"ba", b"<s>", "\ufffd".encode(), b""]
+TABLE: Any = Words(dict(enumerate(PIECES)), frozenset([7]))
+TOKENS = st.lists(st.integers(0, len(PIECES) - 1), max_size=24)
+STOPS = st.lists(st.text("abé", min_size=1, max_size=4), max_size=3)
+
+
+def first_completed(text: str, stop: Sequence[str]) -> str:
+    """The text before the stop string whose last character comes first; of two, the longer."""
+    for end in range(1, len(text) + 1):
+        done = [each for each in stop if text[:end].endswith(each)]
+        if done:
+            return text[: end - max(map(len, done))]
+    return text
+
+
+@given(tokens=TOKENS, stop=STOPS, cuts=st.lists(st.integers(0, 24)))
+def test_portions_of_text_joined_are_the_whole(tokens: list[int], stop: list[str], cuts: list[int]) -> None:
+    spelled = b"".join(PIECES[i] for i in tokens if i != 7).decode("utf-8", "replace")
+    expected = first_completed(spelled, stop)
+    assert whole_text(TABLE, tokens, stop) == expected
+    stream, at, said = TextStream(TABLE, stop), 0, ""
+    for cut in [*sorted(cuts), len(tokens)]:
+        said += stream.feed(tokens[at:cut])
+        assert expected.startswith(said)
+        at = max(at, cut)
+    assert said + stream.end() == expected
+
+
+def guidance(strategy: Strategy) -> dict[str, Any]:
+    """How a request writes a strategy."""
+    name = next(name for name, kind in STRATEGIES.items() if type(strategy) is kind)
+    options = {"lookahead_steps" if key == "steps" else key: value for key, value in asdict(strategy).items()}
+    return {"strategy": name} | options
+
+
+def body(**given: Any) -> bytes:
+    return json.dumps({"prompt": [65], "max_tokens": 12, "temperature": 1.0} | given).encode()
+
+
+def with_service(
+    work: Callable[[Service], Awaitable[Any]],
+    policy: FakePolicy | None = None,
+    scorer: FakeScorer | None = None,
+    limits: Limits | None = None,
+) -> Any:
+    """Run a coroutine over a service on fakes; afterwards nothing may be left of any search."""
+    policy, scorer = policy or FakePolicy(), scorer or FakeScorer()
+
+    async def main() -> Any:
+        engine = ThreadEngine(policy, scorer, HALVES)  # type: ignore[arg-type]
+        service = Service(engine, ["fake"], limits=limits or Limits(), steps=RULE, metrics=Metrics())
+        try:
+            result = await work(service)
+            await service.drain()
+            return result
+        finally:
+            engine.close()
+
+    found = asyncio.run(main())
+    assert not policy.trees
+    assert not policy.requests
+    assert not scorer.trees
+    return found
+
+
+async def answer(service: Service, given: bytes) -> dict[str, Any]:
+    job = service.open(parse("text", given))
+    try:
+        return whole(job, await job.results())
+    finally:
+        await job.close()
+
+
+async def stream(service: Service, given: bytes) -> list[dict[str, Any]]:
+    job = service.open(parse("text", given))
+    try:
+        told = [event async for event, _ in events(job)]
+    finally:
+        await job.close()
+    assert told[-1] == "data: [DONE]\n\n"
+    return [json.loads(each.removeprefix("data: ")) for each in told[:-1]]
+
+
+@settings(max_examples=60)
+@given(strategy=ALL, seed=SEEDS, select=st.sampled_from(["best", "majority"]), tokens=st.none() | st.integers(1, 60))
+def test_streamed_whole_and_searched_are_the_same(
+    strategy: Strategy, seed: int, select: str, tokens: int | None
+) -> None:
+    options: dict[str, Any] = {"select": select, "budget": tokens}
+    if select == "majority":
+        options["answer"] = "number"
+    (expected,) = search(
+        [[65]], policy=FakePolicy(), scorer=FakeScorer(), strategy=strategy, steps=RULE, max_new_tokens=12, seed=seed,
+        temperature=1.0, **options,
+    )  # fmt: skip
+    asked = {"prm_guidance": guidance(strategy) | options, "seed": seed}
+
+    async def both(service: Service) -> None:
+        said = await answer(service, body(**asked))
+        assert said["choices"][0]["text"] == whole_text(HALVES, expected.token_ids)  # type: ignore[arg-type]
+        assert said["prm_search"] == [{"stopped": expected.stopped, "value": expected.value, "answer": expected.answer}]
+        assert said["usage"]["prm_search"]["sampled_tokens"] == expected.usage.sampled_tokens
+        assert said["usage"]["prm_search"]["encoded_tokens"] == expected.usage.encoded_tokens
+        chunks = await stream(service, body(**asked, stream=True))
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == said["choices"][0]["text"]
+        assert chunks[-1]["choices"][0]["finish_reason"] == said["choices"][0]["finish_reason"]
+        assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+
+    with_service(both)
+
+
+def test_searches_share_forwards_and_draw_as_if_alone() -> None:
+    async def alone(service: Service) -> list[Any]:
+        return [(await answer(service, body(seed=seed, prm_guidance={})))["choices"] for seed in range(6)]
+
+    async def together(service: Service) -> list[Any]:
+        kinds = [body(seed=seed, prm_guidance={}) for seed in range(6)] + [body(seed=seed) for seed in range(3)]
+        said = await asyncio.gather(*(answer(service, kind) for kind in kinds))
+        return [each["choices"] for each in said[:6]]
+
+    one, many = FakePolicy(), FakePolicy()
+    assert with_service(alone, one) == with_service(together, many)
+    assert many.forward_calls < one.forward_calls / 3
+
+
+@pytest.mark.parametrize("what", ["policy", "scorer"])
+def test_an_error_in_a_model_is_told_and_the_server_goes_on(what: str) -> None:
+    policy = FakePolicy(fail_at=5 if what == "policy" else None)
+    scorer = FakeScorer(fail_at=1 if what == "scorer" else None)
+
+    async def work(service: Service) -> None:
+        with pytest.raises(RequestError, match=f"the {what} failed") as caught:
+            await answer(service, body(prm_guidance={}))
+        assert caught.value.status == 500
+        assert (await answer(service, body(prm_guidance={})))["choices"]
+
+    with_service(work, policy, scorer)
+
+
+def test_an_error_in_a_stream_is_an_event() -> None:
+    async def work(service: Service) -> None:
+        (last,) = (await stream(service, body(prm_guidance={}, stream=True)))[-1:]
+        assert last["error"]["type"] == "server_error"
+        assert "the policy failed" in last["error"]["message"]
+
+    with_service(work, FakePolicy(ToyLM("ab;"), fail_at=9))
+
+
+class Held(FakePolicy):
+    """Draws nothing until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__(ToyLM("ab;"))
+        self.go = threading.Event()
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        return super().advance() if self.go.wait(0.001) else []
+
+
+def test_time_runs_out() -> None:
+    async def partial(service: Service) -> None:
+        asked = body(max_tokens=4000, prm_guidance={"strategy": "best_of_n", "n": 2, "budget": {"seconds": 0.2}})
+        said = await answer(service, asked)
+        assert said["prm_search"][0]["stopped"] == "seconds"
+        assert said["choices"][0]["finish_reason"] == "length"
+        assert said["choices"][0]["text"]
+
+    async def nothing(service: Service) -> None:
+        with pytest.raises(RequestError) as caught:
+            await answer(service, body(prm_guidance={}))
+        assert caught.value.status == 504
+
+    with_service(partial, FakePolicy(ToyLM("ab;")))
+    with_service(nothing, Held(), limits=Limits(seconds=0.05))
+
+
+def test_limits_and_the_end() -> None:
+    policy = Held()
+
+    async def work(service: Service) -> None:
+        tasks = [asyncio.create_task(answer(service, body(prm_guidance={}))) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert service.in_flight == 2
+        with pytest.raises(RequestError) as caught:
+            await answer(service, body())
+        assert caught.value.status == 429
+        tasks[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+        assert service.in_flight == 1
+        await service.drain()
+        with pytest.raises(RequestError, match="shutting down"):
+            await tasks[1]
+        with pytest.raises(RequestError, match="shutting down"):
+            await answer(service, body())
+
+    with_service(work, policy, limits=Limits(searches=2))
+
+
+def test_a_job_that_is_closed_at_once_leaves_nothing() -> None:
+    async def work(service: Service) -> None:
+        job: Job = service.open(parse("text", body(prm_guidance={})))
+        await job.close()
+        assert service.in_flight == 0
+        assert not service.engine.loop(guided=True, alpha=None).models._numbers
+
+    with_service(work)
+
+
+def test_what_this_policy_cannot_do_is_refused() -> None:
+    async def work(service: Service) -> None:
+        for asked, param in (({"stop": "x"}, "stop"), ({"prm_guidance": {"alpha": 1.0}}, "prm_guidance.alpha")):
+            with pytest.raises(RequestError) as caught:
+                await answer(service, body(**asked))
+            assert (caught.value.status, caught.value.param) == (400, param)
+        assert service.in_flight == 0
+
+    with_service(work)
