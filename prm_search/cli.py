@@ -90,7 +90,7 @@ def _one_line(error: Exception) -> str | None:
     """What to tell a user whose input was wrong; None where the program is."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own, of whatever typer that is
         if type(error).__name__ == "NoArgsIsHelpError":
-            return "a command is needed: demo, generate, score, rollout, train, export-tree, eval or serve; --help says more"
+            return "a command is needed; --help lists them"
         return " ".join(str(error.format_message()).split())
     if isinstance(error, ValueError | OSError | ImportError):
         from .commands.records import reason
