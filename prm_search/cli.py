@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from .commands.demo import demo
+from .commands.eval_steps import eval_steps
 from .commands.evaluate import evaluate
 from .commands.export_tree import export_tree
 from .commands.generate import generate
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
 )
-for command in (demo, generate, score, rollout, train, export_tree):
+for command in (demo, generate, score, rollout, train, export_tree, eval_steps):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command(context_settings={"allow_extra_args": True})(serve)  # what follows -- is for the engine's own server

@@ -17,7 +17,7 @@ from ..values import VALUES
 from . import BadInput, options, render
 from .options import listed, make_steps, numbers
 from .problems import encoded, function_of, read_problems
-from .records import Item, RecordFile, digests, json_lines, reason, report
+from .records import Item, RecordFile, digests, finished, reason, report
 from .responses import read_responses
 from .rollout import make_judge
 
@@ -294,11 +294,9 @@ def rebuild(folder: Path) -> None:
     path = folder / RUN
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        records = [record for _, record in json_lines(str(folder / RECORDS))]
     except (OSError, json.JSONDecodeError) as error:
         raise BadInput(f"--out {folder} holds no evaluation: {reason(error)}") from error
-    if not records:
-        raise BadInput(f"--out {folder}: its {RECORDS} holds no records")
+    records = finished(folder / RECORDS)
     summary = write_report(records, folder, title=about["title"], about=about["about"], expected=about["expected"])
     print(table(summary))
     print(f"{folder}: report.md, report.json", file=sys.stderr)

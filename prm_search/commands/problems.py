@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,19 @@ def read_problems(
     """
     if template is not None and template.count("{}") != 1:
         raise BadInput(f"--template {template!r}: it needs {{}} once, where the question goes")
-    local = data == "-" or os.path.isfile(data) or data.endswith((".jsonl", ".json"))
-    items: list[Item] = []
-    for where, record in json_lines(data) if local else _rows(data, config, split):
-        if limit is not None and len(items) == limit:
-            break
-        items.append(_problem(where, record, template, chat, system, worked))
+    rows = read_rows(data, config=config, split=split, limit=limit)
+    items = [_problem(where, record, template, chat, system, worked) for where, record in rows]
     if not items:
         raise BadInput(f"{data} holds no problems")
     return items
+
+
+def read_rows(
+    data: str, *, config: str | None = None, split: str = "train", limit: int | None = None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Records of a JSON Lines file or a data set, each with what to call it; arguments as of read_problems."""
+    local = data == "-" or os.path.isfile(data) or data.endswith((".jsonl", ".json"))
+    return islice(json_lines(data) if local else _rows(data, config, split), limit)
 
 
 def encoded(item: Item, policy: Any) -> Problem:

@@ -206,6 +206,20 @@ class RecordFile:
             self.path.unlink(missing_ok=True)
 
 
+def finished(path: Path) -> list[dict[str, Any]]:
+    """The records of a file that a run writes or wrote; a line that a stopped run was writing is left out.
+
+    Raises BadInput where the file cannot be read, is empty, or holds something else.
+    """
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read: {reason(error)}") from error
+    if not records:
+        raise BadInput(f"{path} holds no records")
+    return records
+
+
 def dumps(record: Mapping[str, Any]) -> str:
     """One line of JSON. NaN and infinities, which JSON has no words for, become null."""
     return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)

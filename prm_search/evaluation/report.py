@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .statistics import RESAMPLES, Comparison
+from .step_errors import StepSummary
 from .summary import Row, Summary, summarise
 
 METHOD = f"""\
@@ -70,6 +71,63 @@ def write_report(
     page = markdown(summary, title=title, about=about, missing=missing, plots=plots, remark=remark)
     (folder / "report.md").write_text(page, encoding="utf-8")
     return summary
+
+
+STEP_METHOD = f"""\
+* The first step whose score is below the threshold is said to be the first wrong one; none where no score is. **F1** is
+  the harmonic mean of the accuracies on solutions with an error and on correct ones (ProcessBench, arXiv 2412.06559).
+  Its interval is a percentile bootstrap of {RESAMPLES:,} resamples over problems, thresholds held fixed.
+* No threshold comes from the solutions that it is reported on. Of folds, each is judged by the threshold with the best
+  F1 on the others; all solutions to a problem are in one fold.
+* **AUC**: chance that a right step has a higher score than a first wrong one, ties half, over the steps up to the first
+  error.
+* **lowest is first**: share of the solutions with an error whose lowest score is at the first wrong step, with Wilson's
+  95 % interval. **chance**: the same for a step picked at random.
+* Scores are values of the prefix that a step ends: last is the step's own reward, q the sum so far, prefix_mean q over
+  the tokens so far.
+"""
+
+
+def write_step_report(
+    summary: StepSummary, out: str | Path, *, title: str = "Step errors", about: Mapping[str, Any] | None = None
+) -> None:
+    """Write report.md and report.json of step errors into a folder, which is made where it is missing.
+
+    Args:
+        summary: see summarise_steps.
+        out, title, about: as of write_report.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    card = {"title": title, "about": dict(about or {}), **summary.card()}
+    (folder / "report.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    crossed = f"Thresholds crossed over {summary.folds} folds." if summary.folds else "Thresholds chosen elsewhere."
+    parts = [f"# {title}", f"{summary.erroneous} solutions with an error, {summary.correct} without. {crossed}"]
+    if about:
+        parts.append("\n".join(f"* {name}: {_plain(value)}" for name, value in about.items()))
+    parts += [step_table(summary), "## How it was computed", STEP_METHOD]
+    page = "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    (folder / "report.md").write_text(page, encoding="utf-8")
+
+
+def step_table(summary: StepSummary) -> str:
+    """The rows of step errors, as a table in Markdown."""
+    head = ["score", "F1", "95 % interval", "with an error", "correct", "AUC", "lowest is first", "95 % interval"]
+    rows = [
+        [
+            row.value,
+            f"{row.f1:.3f}",
+            _interval(row.f1_low, row.f1_high),
+            f"{row.error_accuracy:.3f}",
+            f"{row.correct_accuracy:.3f}",
+            f"{row.auc:.3f}",
+            f"{row.lowest_is_first:.3f}",
+            _interval(row.lowest_low, row.lowest_high),
+        ]
+        for row in summary.rows
+    ]
+    rows.append(["chance", *[""] * 5, f"{summary.chance:.3f}", ""])
+    return grid(head, rows, left=1)
 
 
 def markdown(

@@ -8,7 +8,7 @@ counting as further problems.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,3 +163,28 @@ def auc(right: Sequence[float], wrong: Sequence[float]) -> float:
 def harmonic_mean(a: float, b: float) -> float:
     """2ab / (a + b); 0 where both are 0."""
     return 0.0 if a + b == 0 else 2 * a * b / (a + b)
+
+
+def clustered_bootstrap(
+    counts: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a function of counts, with problems drawn whole.
+
+    Args:
+        counts: [P, C] what each problem adds to each of C counts.
+        statistic: [R, C] sums over resampled problems -> [R] figures; NaN where one is undefined, which are left out.
+        resamples, seed: as in paired_bootstrap.
+
+    Raises:
+        ValueError: there are no problems.
+    """
+    counts = np.asarray(counts, np.float64)
+    if not len(counts):
+        raise ValueError("counts is empty: at least one problem is needed")
+    rng = np.random.default_rng(seed)
+    figures = []
+    for first in range(0, resamples, 500):  # bounds the memory: [500, P] at once
+        drawn = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), min(500, resamples - first))
+        figures.append(statistic(drawn @ counts))
+    low, high = np.nanquantile(np.concatenate(figures), (0.025, 0.975))
+    return float(low), float(high)
