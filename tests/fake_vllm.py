@@ -36,7 +36,7 @@ class Words:
     def convert_ids_to_tokens(self, token_id: int) -> bytes | None:
         return b"</s>" if token_id == EOS else bytes([token_id])
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
 
 
@@ -217,12 +217,14 @@ class FakeEngine:
         return int(np.searchsorted(np.cumsum(weights / weights.sum())[:-1], u, side="right"))
 
     def _table(self, probs: np.ndarray, place: int, params: SamplingParams) -> dict[int, SimpleNamespace]:
-        wanted = [place]
+        known = dict(zip(self.lm.vocabulary, probs.tolist(), strict=True))
+        wanted = [self.lm.vocabulary[place]]
         if params.logprob_token_ids is not None:
-            wanted += [self.lm.vocabulary.index(i) for i in params.logprob_token_ids]
+            assert params.logprobs in (None, len(params.logprob_token_ids))
+            wanted += params.logprob_token_ids
         elif params.logprobs:
-            wanted += np.argsort(-probs)[: params.logprobs].tolist()
-        return {self.lm.vocabulary[i]: SimpleNamespace(logprob=math.log(probs[i])) for i in wanted}
+            wanted += sorted(known, key=lambda token: -known[token])[: params.logprobs]
+        return {token: SimpleNamespace(logprob=math.log(known.get(token, 1e-9))) for token in wanted}
 
     def logprob(self, ids: Sequence[int], at: int) -> float:
         """log p of token `at` of a sequence."""

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
     "AsyncVLLMPolicy": ".policy",
+    "VLLMImplicitPRM": ".scorer",
     "VLLMPolicy": ".policy",
+    "VLLMServer": ".server",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -29,3 +31,5 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from .policy import AsyncVLLMPolicy as AsyncVLLMPolicy, VLLMPolicy as VLLMPolicy
+    from .scorer import VLLMImplicitPRM as VLLMImplicitPRM
+    from .server import VLLMServer as VLLMServer

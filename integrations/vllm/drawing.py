@@ -100,15 +100,14 @@ class Drawing:
         from vllm.sampling_params import RequestOutputKind
 
         request, sampling = self.request, self.request.sampling
-        longest = sampling.steps.max_tokens
-        whole = request.until == "end" or longest is None
+        longest = sampling.steps.max_tokens if request.until == "step" else None
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             seed=self._seed(row) if self._seeded else None,
-            max_tokens=row.left if whole else min(row.left, longest),
+            max_tokens=row.left if longest is None else min(row.left, longest),
             stop_token_ids=sorted(self._stop_ids),
             ignore_eos=True,  # the ids above are all that ends a response
             logprobs=1 if self._confidence else 0,

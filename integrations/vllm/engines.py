@@ -15,7 +15,8 @@ from ...tree import Node, SearchTree
 _ids = itertools.count(1)
 _known: weakref.WeakKeyDictionary[Any, EngineFacts] = weakref.WeakKeyDictionary()
 _pumps: weakref.WeakKeyDictionary[Any, Pump] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_ledgers: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
 _request_ids = itertools.count(1)
 
 
@@ -32,7 +33,6 @@ class EngineFacts:
         chunked: whether a prompt may be split over several forwards.
         v2: whether it runs Model Runner V2.
         logprobs_mode: what its log-probabilities are of.
-        max_logprobs: log-probabilities a position at most; -1 for all.
     """
 
     id: Hashable
@@ -43,7 +43,6 @@ class EngineFacts:
     chunked: bool
     v2: bool
     logprobs_mode: str
-    max_logprobs: int
 
     @classmethod
     def of(cls, engine: Any) -> EngineFacts:
@@ -62,9 +61,16 @@ class EngineFacts:
                     chunked=bool(config.scheduler_config.enable_chunked_prefill),
                     v2=bool(config.use_v2_model_runner),
                     logprobs_mode=str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
-                    max_logprobs=int(model.max_logprobs),
                 )
         return found
+
+    def need_raw_logprobs(self) -> None:
+        """Raises ValueError where the engine's log-probabilities are not those of the model."""
+        if self.logprobs_mode != "raw_logprobs":
+            raise ValueError(
+                f"the engine has logprobs_mode={self.logprobs_mode!r}, and the model's own log-probabilities are "
+                "needed: start it with logprobs_mode='raw_logprobs', vLLM's default"
+            )
 
 
 def stop_ids(engine: Any, tokenizer: Any) -> frozenset[int]:
@@ -153,6 +159,15 @@ class Ledger:
     def __init__(self, model: Hashable) -> None:
         self._model = model
         self._seen: weakref.WeakKeyDictionary[SearchTree, dict[Node, int]] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, engine: Any) -> Ledger:
+        """The one ledger of an LLMEngine or an AsyncLLM."""
+        with _lock:
+            found = _ledgers.get(engine)
+            if found is None:
+                found = _ledgers[engine] = cls(EngineFacts.of(engine).id)
+        return found
 
     def encoded(self, node: Node, tokens: int, cached: int) -> None:
         """Count a request's prompt.

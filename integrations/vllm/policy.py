@@ -25,11 +25,7 @@ class _Base:
         if not hasattr(self.tokenizer, "convert_ids_to_tokens"):
             raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(self.tokenizer).__name__}")
         self.facts = EngineFacts.of(engine)
-        if self.facts.logprobs_mode != "raw_logprobs":
-            raise ValueError(
-                f"the engine has logprobs_mode={self.facts.logprobs_mode!r}, and nodes carry raw log-probabilities: "
-                "start it with logprobs_mode='raw_logprobs', vLLM's default"
-            )
+        self.facts.need_raw_logprobs()
         if seeds and not self._seeds_are_safe:
             raise ValueError(
                 "seeds=True: on a CPU a seeded request whose prompt is split over two forwards kills vLLM's engine: "
@@ -38,7 +34,7 @@ class _Base:
         self.seeds = self._seeds_are_safe if seeds is None else bool(seeds)
         self.token_text = TokenText(self.tokenizer)
         self.stop_ids = eos_of(engine, self.tokenizer) if stop_ids is None else frozenset(stop_ids)
-        self._ledger = Ledger(self.facts.id)
+        self._ledger = Ledger.of(engine)
 
     @property
     def _seeds_are_safe(self) -> bool:

@@ -1,0 +1,161 @@
+"""Engines that answer asks: an offline LLM, an AsyncLLM, a server over HTTP. Each keeps what it knows of a search."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...tree import Node, SearchTree
+from .asking import Answer, Ask, fields, read_output
+from .engines import EngineFacts, Ledger, Pump, request_id
+from .policy import AsyncVLLMPolicy, VLLMPolicy
+
+_engines: weakref.WeakKeyDictionary[Any, ScoredEngine] = weakref.WeakKeyDictionary()
+
+
+class ScoredEngine(ABC):
+    """A model that gives log-probabilities of tokens. Made once an engine, so that two scorers over it share its memo.
+
+    Attributes:
+        id: as a policy over the same engine has it.
+        tokenizer: the engine's; None where it is not known.
+        context: tokens of a path that it can score: one is left for the token that vLLM draws in any case.
+        vocab: tokens that the model knows; None where it does not say.
+        memo: log-probabilities of each tree's nodes, [T] float32, nats; freed with the tree.
+        ledger: counts what the engine encodes.
+        forward_calls: requests so far.
+    """
+
+    id: Hashable
+    tokenizer: Any = None
+    context: int | None = None
+    vocab: int | None = None
+
+    def __init__(self, id: Hashable, ledger: Ledger) -> None:
+        self.id = id
+        self.memo: weakref.WeakKeyDictionary[SearchTree, dict[Node, np.ndarray]] = weakref.WeakKeyDictionary()
+        self.ledger = ledger
+        self.forward_calls = 0
+
+    @staticmethod
+    def of(given: Any) -> ScoredEngine | None:
+        """The engine behind a vllm.LLM, an AsyncLLM, a policy over either, or a VLLMServer; None for anything else."""
+        if isinstance(given, ScoredEngine):
+            return given
+        if isinstance(given, VLLMPolicy | AsyncVLLMPolicy):
+            given = given.llm if isinstance(given, VLLMPolicy) else given.engine
+        inner = getattr(given, "llm_engine", None)
+        core = inner if inner is not None else given
+        if not hasattr(core, "vllm_config"):
+            return None
+        found = _engines.get(core)
+        if found is None:
+            found = _engines[core] = OfflineEngine(core) if inner is not None else AsyncEngine(core)
+        return found
+
+    @abstractmethod
+    def begin(self, asks: Sequence[Ask]) -> Callable[[], list[Answer]]:
+        """Send asks off. Returns what waits for the answers, in order. Raises TypeError where only ask_async serves."""
+
+    async def ask_async(self, asks: Sequence[Ask]) -> list[Answer]:
+        """Answers to asks, in order, on the running event loop."""
+        return await asyncio.to_thread(lambda: self.begin(asks)())
+
+    def release(self, tree: SearchTree) -> None:
+        """Forget a tree. Its KV stays in the engine's prefix cache until that needs the room."""
+        self.memo.pop(tree, None)
+        self.ledger.forget(tree)
+
+
+class _LocalEngine(ScoredEngine):
+    """What an LLM and an AsyncLLM have in common."""
+
+    def __init__(self, engine: Any) -> None:
+        self._facts = EngineFacts.of(engine)
+        super().__init__(self._facts.id, Ledger.of(engine))
+        self._engine = weakref.ref(engine)
+        self.tokenizer = engine.get_tokenizer()
+        self.context = self._facts.context - 1
+        self.vocab = self._facts.vocab
+        self._facts.need_raw_logprobs()
+
+    @property
+    def engine(self) -> Any:
+        """The engine. Raises RuntimeError where it is gone."""
+        engine = self._engine()
+        if engine is None:
+            raise RuntimeError("the vLLM engine is gone: keep a reference to it while it is used")
+        return engine
+
+    def _params(self, ask: Ask) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(**fields(ask, v2=self._facts.v2), output_kind=RequestOutputKind.FINAL_ONLY)
+
+    def _read(self, ask: Ask, output: Any) -> Answer:
+        return read_output(ask, output, v2=self._facts.v2)
+
+
+class OfflineEngine(_LocalEngine):
+    """An LLM's engine, stepped together with the policies over it."""
+
+    def begin(self, asks: Sequence[Ask]) -> Callable[[], list[Answer]]:
+        """See ScoredEngine.begin; engines in processes of their own begin to work at once."""
+        pump = Pump.of(self.engine)
+        outputs: dict[int, Any] = {}
+        names: list[str] = []
+        self.forward_calls += len(asks)
+        try:
+            for place, ask in enumerate(asks):
+                take = lambda output, place=place: outputs.__setitem__(place, output)  # noqa: E731
+                names.append(pump.add(ask.token_ids, self._params(ask), take))
+        except BaseException:
+            pump.abort(names)
+            raise
+
+        def finish() -> list[Answer]:
+            try:
+                while True:
+                    with pump.lock:
+                        if len(outputs) == len(asks):
+                            break
+                        pump.step()
+            except BaseException:
+                pump.abort(names)
+                raise
+            return [self._read(ask, outputs[place]) for place, ask in enumerate(asks)]
+
+        return finish
+
+
+class AsyncEngine(_LocalEngine):
+    """An AsyncLLM, or another EngineClient."""
+
+    def begin(self, asks: Sequence[Ask]) -> Callable[[], list[Answer]]:
+        """Raises TypeError."""
+        raise TypeError("a scorer over an AsyncLLM scores on its event loop: use asearch, or await ascore_nodes(nodes)")
+
+    async def ask_async(self, asks: Sequence[Ask]) -> list[Answer]:
+        """See ScoredEngine.ask_async."""
+        self.forward_calls += len(asks)
+        tasks = [asyncio.create_task(self._one(ask)) for ask in asks]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _one(self, ask: Ask) -> Answer:
+        last = None
+        prompt = {"prompt_token_ids": list(ask.token_ids)}
+        async for output in self.engine.generate(prompt, self._params(ask), request_id()):
+            last = output
+        if last is None or last.outputs[0].finish_reason not in ("length", "stop"):
+            raise RuntimeError("vLLM ended a request for log-probabilities before it was complete")
+        return self._read(ask, last)

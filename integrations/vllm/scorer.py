@@ -1,0 +1,361 @@
+"""VLLMImplicitPRM: an implicit PRM whose two models are vLLM engines."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from ...checks import number
+from ...policy import encode_prompt
+from ...reference_free import ConstantReference
+from ...retokenise import Fit, Reader
+from ...scores import Scores
+from ...steps import StepRule
+from ...tokens import TokenText
+from ...tree import Node, SearchTree
+from .asking import Answer, Ask, Next, Span, fill, gaps, whole
+from .scored import ScoredEngine
+
+Round = list[tuple[ScoredEngine, list[Ask]]]
+
+
+class VLLMImplicitPRM:
+    """A pair of vLLM engines as a Scorer: the rewards of ImplicitPRM, from engines that may be anywhere.
+
+    Each step is sent to either engine once, as the whole path so far; the engine's prefix cache has all of it but the
+    step itself and the tail of a block before (see asking.py for the rules that make this exact). Prefix caching has to
+    be on. A model that is the policy's engine too is not asked about what the policy sampled: the nodes carry it.
+
+    Scoring is token by token: the pair needs the policy's vocabulary. Where it has another chat template it renders the
+    prompt itself.
+
+    Args:
+        model: the trained model: a vllm.LLM, an AsyncLLM, a policy over one of these, or a VLLMServer. Over an AsyncLLM
+            it scores on the event loop (`asearch`, `ascore_nodes`).
+        reference: the model that the PRM was initialised from, in the same forms; "policy" for the policy of the
+            search, on whatever engine; or a ConstantReference for none.
+        tokenizer: of both models; None for the engine's, or else a policy's.
+        beta: > 0, rewards a nat.
+        name: key of the rewards in Node.rewards.
+
+    Attributes:
+        beta, name, tokenizer: as given.
+        prm: the trained model's engine.
+
+    Raises:
+        TypeError: model or reference is none of these.
+        ValueError: beta is not a finite number > 0, name is empty, or model and reference are one engine.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reference: Any,
+        *,
+        tokenizer: Any = None,
+        beta: float = 0.05,
+        name: str = "prm",
+    ) -> None:
+        number("beta", beta, "a finite number > 0", lambda given: 0 < given < float("inf"))
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name={name!r}: a non-empty string is needed")
+        self.beta = float(beta)
+        self.name = name
+        self._given = (model, reference)  # engines are not kept alive by what is known of them
+        self.prm = _engine("model", model)
+        self._constant: float | None = None
+        self._reference: ScoredEngine | None = None
+        self._policy: Any = None
+        if isinstance(reference, ConstantReference):
+            self._constant = float(reference.logprob)
+        elif not (isinstance(reference, str) and reference == "policy"):
+            self._reference = _engine("reference", reference)
+            if self._reference is self.prm:
+                raise ValueError("model and reference are one engine, so every reward would be 0")
+        self.tokenizer = tokenizer if tokenizer is not None else self.prm.tokenizer
+        self._reader: Reader | None = None
+        self._prompts: weakref.WeakKeyDictionary[SearchTree, tuple[int, ...]] = weakref.WeakKeyDictionary()
+        self._text: TokenText | None = None
+
+    # --- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def models(self) -> Mapping[str, Hashable]:
+        """Ids of its models by role; no "reference" where a constant stands in for it."""
+        ids: dict[str, Hashable] = {"prm": self.prm.id}
+        if self._constant is None:
+            ids["reference"] = self.reference_id
+        return ids
+
+    @property
+    def reference_id(self) -> Hashable:
+        """Id of the reference: a node sampled by the model with this id carries its half of the reward. None where
+        a constant stands in for it."""
+        if self._constant is not None:
+            return None
+        return self._reference.id if self._reference is not None else getattr(self._policy, "id", "policy")
+
+    @property
+    def forward_calls(self) -> int:
+        """Requests sent so far to its engines, whoever scored by them."""
+        return sum(engine.forward_calls for engine in self._engines())
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that prompt and response may have together, or None where the engines do not say."""
+        return min((e.context for e in self._engines() if e.context is not None), default=None)
+
+    @property
+    def policy_context(self) -> int | None:
+        """The same, for a search."""
+        return self.context
+
+    @property
+    def vocab(self) -> int:
+        """Tokens that its models know."""
+        known = [engine.vocab for engine in self._engines() if engine.vocab is not None]
+        return min(known) if known else len(self.need_tokenizer())
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """What ends a response given as text."""
+        return getattr(self.tokenizer, "eos_token_id", None)
+
+    def need_tokenizer(self) -> Any:
+        """The tokenizer. Raises ValueError where there is none."""
+        if self.tokenizer is None:
+            raise ValueError("this pair has no tokenizer: pass VLLMImplicitPRM(..., tokenizer=...)")
+        return self.tokenizer
+
+    @property
+    def token_text(self) -> TokenText:
+        """Bytes of its tokens. Raises ValueError where it has no tokenizer."""
+        if self._text is None:
+            self._text = TokenText(self.need_tokenizer())
+        return self._text
+
+    def _engines(self) -> list[ScoredEngine]:
+        return [engine for engine in (self.prm, self._reference) if engine is not None]
+
+    def bind(self, policy: Any) -> None:
+        """Meet the policy whose nodes are to be scored; `search` does it. One policy at a time.
+
+        Raises:
+            ValueError: the policy has another vocabulary.
+        """
+        other = getattr(policy, "tokenizer", None)
+        if self.tokenizer is None:
+            self.tokenizer = other
+        fit = Fit(True, True) if other is None else Fit.of(self.tokenizer, other)
+        if not fit.tokens:
+            raise ValueError(
+                "the policy has another vocabulary than the pair: VLLMImplicitPRM scores the very tokens that were "
+                "sampled (ImplicitPRM reads another policy's text)"
+            )
+        self._reader = None if fit.prompts else Reader(self.tokenizer, self.eos_token_id, policy, fit)
+        self._policy = policy
+
+    # --- scoring -----------------------------------------------------------------------------------------------------
+
+    def score_nodes(self, nodes: Sequence[Node]) -> None:
+        """Score nodes and their unscored ancestors; see Scorer.score_nodes. Both engines work at the same time.
+
+        Raises:
+            TypeError: an engine is an AsyncLLM.
+            ValueError: with reference="policy", a node carries no log-probabilities of the policy's.
+            RuntimeError: an engine gave no log-probabilities.
+        """
+        flow = self._flow(nodes)
+        answers = None
+        while True:
+            try:
+                asked = flow.send(answers)
+            except StopIteration:
+                return
+            waiting = [engine.begin(asks) for engine, asks in asked]
+            answers = [finish() for finish in waiting]
+
+    async def ascore_nodes(self, nodes: Sequence[Node]) -> None:
+        """score_nodes on the running event loop."""
+        flow = self._flow(nodes)
+        answers = None
+        while True:
+            try:
+                asked = flow.send(answers)
+            except StopIteration:
+                return
+            answers = list(await asyncio.gather(*(engine.ask_async(asks) for engine, asks in asked)))
+
+    def score_exact(self, nodes: Sequence[Node]) -> None:
+        """Score nodes by the very tokens and prompt they carry."""
+        self.score_nodes(nodes)
+
+    def score(
+        self,
+        prompts: Iterable[Any],
+        responses: Iterable[Any],
+        *,
+        steps: StepRule | Sequence[Sequence[int]] | None = None,
+        append_eos: bool | Sequence[bool] = True,
+        logprobs: Sequence[Any] | None = None,
+        batch_tokens: int = 1 << 15,
+    ) -> list[Scores]:
+        """Rewards of complete responses; see ImplicitPRM.score. Not over an AsyncLLM."""
+        from ...scoring import score_responses
+
+        return score_responses(
+            cast(Any, self),  # what it asks of a pair is here
+            prompts,
+            responses,
+            steps=steps,
+            append_eos=append_eos,
+            logprobs=logprobs,
+            batch_tokens=batch_tokens,
+        )
+
+    def release(self, tree: SearchTree) -> None:
+        """Forget a tree."""
+        self._prompts.pop(tree, None)
+        for engine in self._engines():
+            engine.release(tree)
+
+    def _flow(self, nodes: Sequence[Node]) -> Generator[Round, list[list[Answer]] | None, None]:
+        """Yields rounds of asks, an engine each; is sent their answers; sets the rewards."""
+        todo: dict[Node, None] = {}
+        for node in nodes:
+            for part in node.path():
+                if not part.scored_by(self.name):
+                    todo.setdefault(part)
+        if not todo:
+            return
+        theirs = self._known(list(todo)) if self._reference is None else None
+        jobs = [_Job(engine, list(todo), self._prompt) for engine in self._engines()]
+        jobs = [job for job in jobs if job.spans]
+        if jobs:
+            found = yield [(job.engine, list(job.spans)) for job in jobs]
+            assert found is not None
+            for job, answers in zip(jobs, found, strict=True):
+                job.take(answers)
+        while any(job.again for job in jobs):
+            short = [job for job in jobs if job.again]
+            found = yield [(job.engine, [ask for ask, _ in job.again]) for job in short]
+            assert found is not None
+            for job, answers in zip(short, found, strict=True):
+                job.retake(answers)
+        for job in jobs:
+            job.remember()
+        for node in todo:
+            mine = self.prm.memo[node.tree][node]
+            other = theirs[node] if theirs is not None else self._reference.memo[node.tree][node]  # type: ignore[union-attr]
+            with np.errstate(invalid="ignore"):
+                ratio = mine - other
+            if np.isnan(ratio).any():
+                token = node.token_ids[int(np.isnan(ratio).argmax())]
+                raise ValueError(f"token {token} has no reward: its log-probability is -inf under model and reference")
+            node.set_rewards(self.name, self.beta * ratio)
+
+    def _known(self, nodes: Sequence[Node]) -> dict[Node, Any]:
+        """The reference's half where no engine of this pair gives it."""
+        if self._constant is not None:
+            return dict.fromkeys(nodes, self._constant)
+        samplers = {node.sampler for node in nodes} - {None, self.reference_id}
+        if samplers and self._policy is not None:
+            raise ValueError(f"reference='policy': the policy is {self.reference_id!r}, nodes come from {samplers}")
+        if any(node.logprobs is None for node in nodes):
+            raise ValueError(
+                "reference='policy': a node carries no log-probabilities of the policy's (they are Node.logprobs)"
+            )
+        return {node: node.logprobs for node in nodes}
+
+    def _prompt(self, tree: SearchTree) -> tuple[int, ...]:
+        """The pair's token ids of a tree's prompt."""
+        if tree not in self._prompts:
+            own = None if self._reader is None else self._reader.prompt(tree)
+            if own is not None and self._reference is None and self._constant is None:
+                raise ValueError(
+                    "reference='policy': the pair's chat template renders this prompt in another way than the policy's "
+                    "(tokenizer=policy.tokenizer says that the pair takes the policy's prompts as they are)"
+                )
+            if own is None and tree.prompt.token_ids is None:
+                tree.prompt = tree.prompt.with_ids(encode_prompt(self.need_tokenizer(), tree.prompt))
+            self._prompts[tree] = tree.prompt_ids if own is None else own
+        return self._prompts[tree]
+
+
+class _Job:
+    """What one engine is asked in a call of score_nodes: a span a chain of unknown nodes."""
+
+    def __init__(self, engine: ScoredEngine, todo: Sequence[Node], prompt: Any) -> None:
+        self.engine = engine
+        unknown: dict[Node, None] = {}
+        for node in todo:
+            memo = engine.memo.setdefault(node.tree, {})
+            if node in memo:
+                continue
+            if node.sampler == engine.id and node.logprobs is not None:
+                memo[node] = node.logprobs  # the sampler's own: known from drawing it
+            else:
+                unknown.setdefault(node)
+        inner = {node.parent for node in unknown}
+        self.chains: list[list[Node]] = []
+        self.spans: list[Span] = []
+        taken: set[Node] = set()
+        for leaf in unknown:
+            if leaf in inner:
+                continue
+            chain: list[Node] = []
+            part: Node = leaf
+            while part in unknown and part not in taken:
+                chain.append(part)
+                taken.add(part)
+                part = part.parent  # type: ignore[assignment]  # the root is never unknown
+            chain.reverse()
+            before = prompt(leaf.tree)
+            self.chains.append(chain)
+            self.spans.append(Span((*before, *leaf.path_ids()), len(before) + chain[0].start))
+        self.answers: list[Answer] = []
+        self.again: list[tuple[Ask, list[int]]] = []
+
+    def take(self, answers: list[Answer]) -> None:
+        """The first answers."""
+        self.answers = answers
+        for chain, span, answer in zip(self.chains, self.spans, answers, strict=True):
+            self.engine.ledger.encoded(chain[-1], len(span.token_ids), answer.cached)
+        self.again = gaps(self.spans, answers)
+
+    def retake(self, found: list[Answer]) -> None:
+        """Answers to what was asked again."""
+        for (ask, places), answer in zip(self.again, found, strict=True):
+            chain = self.chains[places[0]]
+            node = chain[0].parent if isinstance(ask, Next) else chain[-1]
+            assert node is not None
+            self.engine.ledger.encoded(node, len(ask.token_ids), answer.cached)
+        fill(self.spans, self.answers, self.again, found)
+        asked_whole = {
+            place for ask, places in self.again if isinstance(ask, Span) and not ask.cached for place in places
+        }
+        short = [place for place, answer in enumerate(self.answers) if np.isnan(answer.logprobs).any()]
+        if asked_whole.intersection(short):
+            raise RuntimeError("vLLM gave no log-probabilities of a prompt, though it was told not to read its cache")
+        self.again = [(whole(self.spans[place]), [place]) for place in short]
+
+    def remember(self) -> None:
+        """Put the log-probabilities into the engine's memo."""
+        for chain, answer in zip(self.chains, self.answers, strict=True):
+            at = 0
+            for node in chain:
+                self.engine.memo[node.tree][node] = answer.logprobs[at : at + len(node.token_ids)]
+                at += len(node.token_ids)
+
+
+def _engine(name: str, given: Any) -> ScoredEngine:
+    engine = ScoredEngine.of(given)
+    if engine is None:
+        raise TypeError(
+            f"{name} must be a vllm.LLM, an AsyncLLM, a policy over one, or a VLLMServer, got {type(given).__name__}"
+        )
+    return engine

@@ -1,0 +1,124 @@
+"""VLLMServer: a model behind vLLM's OpenAI server, asked by its token-in/token-out route."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from ...checks import integer
+from .asking import Answer, Ask, Span, http_fields, read_json
+from .engines import Ledger
+from .scored import ScoredEngine
+
+
+class VLLMServer(ScoredEngine):
+    """One model of a vLLM server, for VLLMImplicitPRM. Needs the package httpx.
+
+    The server has to be started with `--enable-scale-out --enable-prompt-tokens-details`: the first opens the route
+    /inference/v1/generate, the second makes it say how many tokens it had cached, which decides what can be trusted.
+
+    Args:
+        url: of the server, without /v1.
+        model: its name there; None for the only one.
+        api_key: sent as a bearer token.
+        v2: whether it runs Model Runner V2 (vLLM's default on a GPU): then only the wanted rows are computed. A server
+            does not say which it runs.
+        concurrency: requests under way at most.
+        timeout: seconds that one request may take.
+
+    Raises:
+        ImportError: httpx is missing.
+        ConnectionError: the server is not reachable, or answers in an unknown way.
+        ValueError: it serves no model of that name, or several and none is named.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        v2: bool = False,
+        concurrency: int = 64,
+        timeout: float = 600.0,
+    ) -> None:
+        try:
+            import httpx
+        except ImportError as error:
+            raise ImportError("VLLMServer needs the package httpx") from error
+
+        integer("concurrency", concurrency, 1, "a number of requests >= 1")
+        self.url = url.rstrip("/")
+        self.v2 = v2
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._client = httpx.Client(headers=headers, timeout=timeout, limits=httpx.Limits(max_connections=concurrency))
+        self._errors = (httpx.HTTPError,)
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="prm-search-vllm")
+        cards = {card["id"]: card for card in self._request("GET", "/v1/models").get("data", ())}
+        if model is None and len(cards) == 1:
+            (model,) = cards
+        if model not in cards:
+            raise ValueError(f"model={model!r}: {self.url} serves {', '.join(cards) or 'no model'}")
+        self.model = model
+        length = cards[model].get("max_model_len")
+        self.context = None if length is None else int(length) - 1
+        name = f"{self.url}#{model}"
+        super().__init__(name, Ledger(name))
+
+    def begin(self, asks: Sequence[Ask]) -> Callable[[], list[Answer]]:
+        """See ScoredEngine.begin."""
+        self.forward_calls += len(asks)
+        waiting = [self._pool.submit(self._one, ask) for ask in asks]
+
+        def finish() -> list[Answer]:
+            try:
+                return [future.result() for future in waiting]
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                raise
+
+        return finish
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._pool.shutdown(cancel_futures=True)
+        self._client.close()
+
+    def _one(self, ask: Ask) -> Answer:
+        body = {"model": self.model, "token_ids": list(ask.token_ids), "sampling_params": http_fields(ask, v2=self.v2)}
+        try:
+            answer = self._request("POST", "/inference/v1/generate", body)
+        except _ServerFailed:
+            if isinstance(ask, Span) and ask.cached:
+                # Rows of cached tokens are whatever was in memory, and JSON has no NaN: it is asked without the cache.
+                return Answer(np.full(len(ask.token_ids) - ask.start, np.nan, np.float32), -1)
+            raise
+        scores = answer.get("prompt_token_id_logprobs")
+        table = None if scores is None else np.load(io.BytesIO(base64.b64decode(scores)), allow_pickle=False)
+        return read_json(ask, answer, table, v2=self.v2)
+
+    def _request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        try:
+            answer = self._client.request(method, self.url + path, json=body)
+        except self._errors as error:
+            raise ConnectionError(f"{self.url}{path}: {error}") from error
+        if answer.status_code in (403, 404, 405) and method == "POST":
+            raise ValueError(f"{self.url} refuses {path}: start it with --enable-scale-out ({answer.text:.200})")
+        if answer.status_code >= 500:
+            raise _ServerFailed(f"{self.url}{path}: {answer.status_code} {answer.text:.200}")
+        if answer.status_code != 200:
+            raise ValueError(f"{self.url}{path}: {answer.status_code} {answer.text:.200}")
+        found = answer.json()
+        if not isinstance(found, dict):
+            raise ConnectionError(f"{self.url}{path}: no vLLM server answers there")
+        return found
+
+
+class _ServerFailed(ConnectionError):
+    """Status 5xx."""
