@@ -148,8 +148,8 @@ def test_a_parent_that_ends_with_a_block_costs_one_more_request_for_all_of_its_c
     scorer.score_nodes(children)
     check(tree)
     for engine in (phi, ref):
-        # A row each, and then what the block hid: under V2 the other tokens of steps longer than one too.
-        assert asks(engine) == ["rows"] * (7 if v2 else 5) + ["next"]
+        # Each path, and then what the block hid: under V2 that is the rest of the first child too.
+        assert asks(engine) == ["rows"] * (6 if v2 else 5) + ["next"]
         (request,) = [(tokens, cached, params) for tokens, cached, params in engine.log if params.logprob_token_ids]
         assert request[:2] == (8, 4)  # one block is encoded again
         assert sorted(request[2].logprob_token_ids) == sorted(ids("ab."))
@@ -167,6 +167,19 @@ def test_a_sequence_that_was_encoded_before_is_encoded_in_full(v2: bool) -> None
     assert asks(phi) == ["rows", "rows", "all"]
     assert again.meter.counts["reencoded", scorer.prm.id] == 11
     assert again.meter.counts["cached", scorer.prm.id] == phi.log[1][1] == 8
+
+
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_siblings_that_begin_alike_share_what_they_share(v2: bool, together: bool) -> None:
+    scorer, phi, _ = pair(block=4, v2=v2)
+    # Beside the first, the second differs within a block, the third where one ends; the fourth and fifth are within it.
+    tree, ends = grow("ab;b ab;bba", "ab;b ab;bbb;", "ab;b ab;ba;", "ab;b ab;b", "ab;b a")
+    for some in [ends] if together else [[end] for end in ends]:
+        scorer.score_nodes(some)
+    check(tree)
+    assert sorted(asks(phi)) == ["next", *["rows"] * (4 if v2 else 3)]
+    assert [(tokens, cached) for tokens, cached, _ in phi.log][:2] == [(14, 0), (15, 12)]
 
 
 def test_what_was_scored_costs_nothing() -> None:
@@ -271,7 +284,7 @@ def test_responses_are_scored_without_a_search() -> None:
 def test_release_forgets() -> None:
     scorer, _, _ = pair()
     (result,) = search(["ab"], policy=FakePolicy(POLICY), scorer=scorer, strategy=BestOfN(2), steps=RULE)
-    assert result.tree not in scorer.prm.memo
+    assert result.tree not in scorer.prm._memos
 
 
 class OtherWords(Words):

@@ -7,7 +7,8 @@ tokens c+1 .. P-1 are true; what stands before them is uninitialised memory unde
 So for wanted tokens [p, P):
 
 1. rows are read from the end, and only those wanted;
-2. they are believed only where c <= p - 1; a sequence that was encoded before has c > p and is encoded again in full;
+2. they are believed only where c <= p - 1. Of a sequence that was encoded for another search c > p may hold: that is
+   encoded again in full;
 3. where c == p, a block of the cache ends with the parent. Then only the log-probability of token p is missing. It is
    that of a *next* token, so it is asked as such: `logprob_token_ids` after the parent, one request for all of its
    children, which costs one block instead of the whole path.

@@ -189,6 +189,11 @@ class Ledger:
         tree.meter.add("reencoded", self._model, tokens - cached - first)
         tree.meter.add("cached", self._model, cached)
 
+    def repeated(self, tree: SearchTree, tokens: int, cached: int) -> None:
+        """Count a prompt of tokens that were all encoded before."""
+        tree.meter.add("reencoded", self._model, tokens - cached)
+        tree.meter.add("cached", self._model, cached)
+
     def drawn(self, nodes: Sequence[Node], tokens: int) -> None:
         """Count the tokens one child drew: each but the last was encoded to draw the next.
 

@@ -8,11 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import numpy as np
-
-from ...tree import Node, SearchTree
+from ...tree import SearchTree
 from .asking import Answer, Ask, fields, read_output
 from .engines import EngineFacts, Ledger, Pump, request_id
+from .memo import Memo
 from .policy import AsyncVLLMPolicy, VLLMPolicy
 
 _engines: weakref.WeakKeyDictionary[Any, ScoredEngine] = weakref.WeakKeyDictionary()
@@ -26,7 +25,6 @@ class ScoredEngine(ABC):
         tokenizer: the engine's; None where it is not known.
         context: tokens of a path that it can score: one is left for the token that vLLM draws in any case.
         vocab: tokens that the model knows; None where it does not say.
-        memo: log-probabilities of each tree's nodes, [T] float32, nats; freed with the tree.
         ledger: counts what the engine encodes.
         forward_calls: requests so far.
     """
@@ -38,7 +36,7 @@ class ScoredEngine(ABC):
 
     def __init__(self, id: Hashable, ledger: Ledger) -> None:
         self.id = id
-        self.memo: weakref.WeakKeyDictionary[SearchTree, dict[Node, np.ndarray]] = weakref.WeakKeyDictionary()
+        self._memos: weakref.WeakKeyDictionary[SearchTree, Memo] = weakref.WeakKeyDictionary()
         self.ledger = ledger
         self.forward_calls = 0
 
@@ -66,9 +64,16 @@ class ScoredEngine(ABC):
         """Answers to asks, in order, on the running event loop."""
         return await asyncio.to_thread(lambda: self.begin(asks)())
 
+    def memo(self, tree: SearchTree) -> Memo:
+        """What is known of a tree; freed by release."""
+        found = self._memos.get(tree)
+        if found is None:
+            found = self._memos[tree] = Memo(tree)
+        return found
+
     def release(self, tree: SearchTree) -> None:
         """Forget a tree. Its KV stays in the engine's prefix cache until that needs the room."""
-        self.memo.pop(tree, None)
+        self._memos.pop(tree, None)
         self.ledger.forget(tree)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +17,8 @@ from ...scores import Scores
 from ...steps import StepRule
 from ...tokens import TokenText
 from ...tree import Node, SearchTree
-from .asking import Answer, Ask, Next, Span, fill, gaps, whole
+from .asking import Answer, Ask, Span, fill, gaps, whole
+from .memo import Entry
 from .scored import ScoredEngine
 
 Round = list[tuple[ScoredEngine, list[Ask]]]
@@ -27,8 +28,8 @@ class VLLMImplicitPRM:
     """A pair of vLLM engines as a Scorer: the rewards of ImplicitPRM, from engines that may be anywhere.
 
     Each step is sent to either engine once, as the whole path so far; the engine's prefix cache has all of it but the
-    step itself and the tail of a block before (see asking.py for the rules that make this exact). Prefix caching has to
-    be on. A model that is the policy's engine too is not asked about what the policy sampled: the nodes carry it.
+    step itself and the tail of a block before (asking.py has the rules that make this exact), as long as prefix caching
+    is on. A model that is the policy's engine too is not asked about what the policy sampled: the nodes carry it.
 
     Scoring is token by token: the pair needs the policy's vocabulary. Where it has another chat template it renders the
     prompt itself.
@@ -232,7 +233,7 @@ class VLLMImplicitPRM:
                     todo.setdefault(part)
         if not todo:
             return
-        theirs = self._known(list(todo)) if self._reference is None else None
+        theirs = self._known(list(todo)) if self._reference is None else {}
         jobs = [_Job(engine, list(todo), self._prompt) for engine in self._engines()]
         jobs = [job for job in jobs if job.spans]
         if jobs:
@@ -249,8 +250,8 @@ class VLLMImplicitPRM:
         for job in jobs:
             job.remember()
         for node in todo:
-            mine = self.prm.memo[node.tree][node]
-            other = theirs[node] if theirs is not None else self._reference.memo[node.tree][node]  # type: ignore[union-attr]
+            mine = self.prm.memo(node.tree).logprobs(node)
+            other = theirs[node] if self._reference is None else self._reference.memo(node.tree).logprobs(node)
             with np.errstate(invalid="ignore"):
                 ratio = mine - other
             if np.isnan(ratio).any():
@@ -287,69 +288,69 @@ class VLLMImplicitPRM:
 
 
 class _Job:
-    """What one engine is asked in a call of score_nodes: a span a chain of unknown nodes."""
+    """What one engine is asked in a call of score_nodes.
 
-    def __init__(self, engine: ScoredEngine, todo: Sequence[Node], prompt: Any) -> None:
+    Args:
+        engine: the engine.
+        todo: nodes to score, each after its parent.
+        prompt: the pair's token ids of a tree's prompt.
+    """
+
+    def __init__(
+        self, engine: ScoredEngine, todo: Sequence[Node], prompt: Callable[[SearchTree], tuple[int, ...]]
+    ) -> None:
         self.engine = engine
-        unknown: dict[Node, None] = {}
-        for node in todo:
-            memo = engine.memo.setdefault(node.tree, {})
-            if node in memo:
-                continue
-            if node.sampler == engine.id and node.logprobs is not None:
-                memo[node] = node.logprobs  # the sampler's own: known from drawing it
-            else:
-                unknown.setdefault(node)
-        inner = {node.parent for node in unknown}
-        self.chains: list[list[Node]] = []
         self.spans: list[Span] = []
-        taken: set[Node] = set()
-        for leaf in unknown:
+        self._entries: list[list[Entry]] = []  # what each span asks for
+        self._nodes: list[Node] = []  # where it ends
+        self._answers: list[Answer] = []
+        self.again: list[tuple[Ask, list[int]]] = []
+        asked: set[Entry] = set()
+        for node in todo:
+            if node.sampler == engine.id and node.logprobs is not None:
+                engine.memo(node.tree).know(node, node.logprobs)  # the sampler's own: known from drawing it
+        inner = {node.parent for node in todo}
+        for leaf in todo:
             if leaf in inner:
                 continue
-            chain: list[Node] = []
-            part: Node = leaf
-            while part in unknown and part not in taken:
-                chain.append(part)
-                taken.add(part)
-                part = part.parent  # type: ignore[assignment]  # the root is never unknown
-            chain.reverse()
+            memo = engine.memo(leaf.tree)
+            path = leaf.path()
+            while path and not any(entry.logprob is None and entry not in asked for entry in memo.entries(path[-1])):
+                path.pop()
+            if not path:
+                continue
+            entries = [entry for node in path for entry in memo.entries(node)]
+            start = next(i for i, entry in enumerate(entries) if entry.logprob is None and entry not in asked)
+            asked.update(entries[start:])
             before = prompt(leaf.tree)
-            self.chains.append(chain)
-            self.spans.append(Span((*before, *leaf.path_ids()), len(before) + chain[0].start))
-        self.answers: list[Answer] = []
-        self.again: list[tuple[Ask, list[int]]] = []
+            self.spans.append(Span((*before, *path[-1].path_ids()), len(before) + start))
+            self._entries.append(entries[start:])
+            self._nodes.append(path[-1])
 
     def take(self, answers: list[Answer]) -> None:
         """The first answers."""
-        self.answers = answers
-        for chain, span, answer in zip(self.chains, self.spans, answers, strict=True):
-            self.engine.ledger.encoded(chain[-1], len(span.token_ids), answer.cached)
+        self._answers = answers
+        for node, span, answer in zip(self._nodes, self.spans, answers, strict=True):
+            self.engine.ledger.encoded(node, len(span.token_ids), answer.cached)
         self.again = gaps(self.spans, answers)
 
     def retake(self, found: list[Answer]) -> None:
         """Answers to what was asked again."""
         for (ask, places), answer in zip(self.again, found, strict=True):
-            chain = self.chains[places[0]]
-            node = chain[0].parent if isinstance(ask, Next) else chain[-1]
-            assert node is not None
-            self.engine.ledger.encoded(node, len(ask.token_ids), answer.cached)
-        fill(self.spans, self.answers, self.again, found)
-        asked_whole = {
-            place for ask, places in self.again if isinstance(ask, Span) and not ask.cached for place in places
-        }
-        short = [place for place, answer in enumerate(self.answers) if np.isnan(answer.logprobs).any()]
-        if asked_whole.intersection(short):
+            self.engine.ledger.repeated(self._nodes[places[0]].tree, len(ask.token_ids), answer.cached)
+        fill(self.spans, self._answers, self.again, found)
+        full = {place for ask, places in self.again if isinstance(ask, Span) and not ask.cached for place in places}
+        short = [place for place, answer in enumerate(self._answers) if np.isnan(answer.logprobs).any()]
+        if full.intersection(short):
             raise RuntimeError("vLLM gave no log-probabilities of a prompt, though it was told not to read its cache")
         self.again = [(whole(self.spans[place]), [place]) for place in short]
 
     def remember(self) -> None:
         """Put the log-probabilities into the engine's memo."""
-        for chain, answer in zip(self.chains, self.answers, strict=True):
-            at = 0
-            for node in chain:
-                self.engine.memo[node.tree][node] = answer.logprobs[at : at + len(node.token_ids)]
-                at += len(node.token_ids)
+        for entries, answer in zip(self._entries, self._answers, strict=True):
+            for entry, value in zip(entries, answer.logprobs.tolist(), strict=True):
+                if entry.logprob is None:
+                    entry.logprob = value
 
 
 def _engine(name: str, given: Any) -> ScoredEngine:
