@@ -46,6 +46,22 @@ for config in (
             rows = lm.extend(tips, [[]] * len(tips), want="log_softmax")
             lm.extend([lm.tree.fork(tips[0], at=5)], [ids(3)])
     assert worst < 1e-4, (config.model_type, worst)
+
+    from prm_search.engine import static_step
+    from prm_search.triton_kernels import tiles
+    static_step.LEAST_PATH, tiles.PREFIX_LEAST = 16, 8  # several tables, and prefixes that are read once
+    root = lm.tree.root(ids(11))
+    rows = [lm.tree.fork(root) for _ in range(3)] + [lm.tree.fork(lm.tree.root(ids(6)))]
+    lm.extend(rows, [[]] * 4, want=None)
+    lm.runner.steps.set_mode("static")
+    for turn in range(5):
+        chosen = rows if turn != 3 else rows[1:]  # padding: 4 lines, then 3 of 4
+        table = lm.extend(chosen, [ids(1) for _ in chosen], want="log_softmax")
+        for row, got in zip(chosen, table):
+            logits = model(torch.tensor([row.path_ids()])).logits[0, -1].float()
+            worst = max(worst, (torch.log_softmax(logits, -1) - got).abs().max().item())
+    assert worst < 1e-4, (config.model_type, "static", worst)
+    assert lm.runner.steps._step.copied > 0
     print(config.model_type, worst)
 """
 

@@ -103,6 +103,9 @@ class _Ids:
 def test_the_checks_themselves_hold_on_a_cpu():
     assert incremental_equals_full("llama", torch.float32, "cpu") < 1e-4
     assert search_scores_agree("cpu", torch.float32) < 1e-4
+    module = build("llama", 0, torch.float32, "cpu")
+    ours, theirs = (grown(served(module, mode, 300), 40, 0, 15) for mode in ("static", "packed"))
+    assert max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True)) < 1e-4
 
 
 @pytest.mark.gpu
@@ -121,7 +124,7 @@ def test_a_search_on_a_gpu_scores_what_a_plain_pass_does(dtype):
 @pytest.mark.gpu
 def test_a_gpu_takes_the_triton_path():
     lm = LanguageModel.of(build("llama", 3, torch.bfloat16, "cuda"))
-    layout = lm._layout([Unit(np.arange(3), 1)])
+    layout = lm.runner.layout([Unit(np.arange(3), 1)])
     assert isinstance(layout, KernelLayout)
     root = lm.tree.root([1, 2, 3])
     before = torch.cuda.memory_allocated()
@@ -131,3 +134,158 @@ def test_a_gpu_takes_the_triton_path():
     assert held >= before
     lm.extend(branches, [[7]] * 64, want="log_softmax")
     assert lm.tree.used == 5 + 64
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def served(module, mode: str, capacity: int = 2000) -> LanguageModel:
+    lm = LanguageModel(module, None, capacity=capacity)
+    lm.runner.steps.set_mode(mode)
+    return lm
+
+
+def grown(lm: LanguageModel, prompt: int, seed: int, turns: int, rows: int = 5) -> list[torch.Tensor]:
+    """Distributions after every step of a random tree: rows of siblings, forks, rows that pause, and evictions."""
+    draw = random.Random(seed)
+    ids = lambda n: [draw.randrange(997) for _ in range(n)]  # noqa: E731
+    root = lm.tree.root(ids(prompt))
+    tips = [lm.tree.fork(root) for _ in range(rows)]
+    lm.extend(tips, [[]] * rows, want=None)
+    tables = []
+    for turn in range(turns):
+        if turn % 9 == 8:
+            tips[turn % rows] = lm.tree.fork(tips[(turn + 1) % rows])
+        if turn % 11 == 10:
+            others = [lm.tree.root(ids(100)) for _ in range(lm.tree.capacity // 100)]
+            lm.extend(others, [[]] * len(others), want=None)  # evicts everything
+            for other in others:
+                lm.tree.release(other)
+        chosen = tips if turn % 3 else tips[: rows - 2]
+        tables.append(lm.extend(chosen, [ids(1) for _ in chosen], want="log_softmax").clone())
+    return tables
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prompt", [40, 500, 1100])  # within a table, over its edge, with a prefix read once
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_replay_has_the_bits_of_the_eager_step(name, prompt):
+    config = CONFIGS[name]()
+    config.max_position_embeddings = 4096
+    torch.manual_seed(0)
+    module = AutoModelForCausalLM.from_config(config).eval().to("cuda", torch.bfloat16)
+    replayed, static = served(module, "graph", 1400), served(module, "static", 1400)
+    ours, theirs = grown(replayed, prompt, 0, 60), grown(static, prompt, 0, 60)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert replayed.runner.steps.graphs.replays > 10
+    assert replayed.runner.steps.graphs.refused is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_a_static_step_computes_what_a_packed_forward_does(dtype):
+    module = build("llama", 0, dtype, "cuda")
+    ours, theirs = (grown(served(module, mode, 200), 60, 1, 40) for mode in ("graph", "packed"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().mean() < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+def test_graphs_follow_the_weights_and_the_pools():
+    module = build("llama", 0, torch.bfloat16, "cuda")
+    lm = served(module, "graph")
+    grown(lm, 40, 0, 12)
+    assert len(lm.runner.steps.graphs) > 0
+    with torch.no_grad():
+        module.lm_head.weight.mul_(1.0)  # in place: the graphs read it where it is
+        module.model.norm.weight = torch.nn.Parameter(2 * module.model.norm.weight)
+    lm.tree = type(lm.tree)(lm.tree.capacity)  # nothing of the old weights is left
+    lm.runner.steps.refresh([])
+    assert len(lm.runner.steps.graphs) == 0
+    ours = grown(lm, 40, 0, 12)
+    theirs = grown(served(module, "static"), 40, 0, 12)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.gpu
+def test_two_adapter_states_have_graphs_of_their_own():
+    peft = pytest.importorskip("peft")
+    module = build("llama", 0, torch.bfloat16, "cuda")
+    adapted = peft.get_peft_model(module, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=64))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    base = adapted.get_base_model()
+    lms = [LanguageModel(base, state, capacity=2000) for state in (None, ("default",))]
+    apart = []
+    for mode in ("graph", "static"):
+        for lm in lms:
+            lm.runner.steps.set_mode(mode)
+        apart.append([grown(lm, 40, 0, 15) for lm in lms])
+    for ours, theirs in zip(*apart, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(lm.runner.steps.graphs.replays > 0 for lm in lms)
+    assert not torch.equal(apart[0][0][-1], apart[0][1][-1])
+
+
+@pytest.mark.gpu
+def test_a_module_that_waits_runs_without_graphs(monkeypatch):
+    module = build("llama", 0, torch.bfloat16, "cuda")
+    mlp = module.model.layers[1].mlp
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda x: forward(x) if x.float().sum().item() != 0.5 else x)
+    lm = served(module, "auto")
+    with pytest.warns(RuntimeWarning, match="no CUDA graphs: its capture failed"):
+        ours = grown(lm, 40, 0, 15)
+    theirs = grown(served(module, "static"), 40, 0, 15)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().mean() < TOLERANCE[torch.bfloat16]
+    assert lm.runner.steps.choice(5, 60).way == "packed"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["packed", "static", "graph"])
+def test_nothing_is_waited_for_between_the_call_and_its_numbers(mode):
+    lm = served(build("llama", 0, torch.bfloat16, "cuda"), mode)
+    grown(lm, 40, 0, 15)  # compiles, captures
+    root = lm.tree.root(list(range(3, 60)))
+    lm.extend([root], [[]], want=None)
+    tips = [lm.tree.fork(root) for _ in range(5)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        begun = [lm.begin_extend(tips, [[i]] * 5, want="log_softmax") for i in range(3, 9)]
+        scored = lm.begin_score([lm.tree.fork(tip, [3, 4, 5]) for tip in tips])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for pending in begun:
+        assert torch.isfinite(pending.result()).all()
+    assert all(np.isfinite(values).all() for values in scored.result())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["packed", "auto"])
+def test_streams_of_their_own_change_nothing(mode):
+    modules = [build("llama", seed, torch.bfloat16, "cuda") for seed in (1, 2)]
+    found = []
+    for streams in (False, True):
+        lms = [served(module, mode) for module in modules]
+        for lm in lms:
+            lm.own_stream(streams)
+        pair = ps.ImplicitPRM(*lms, beta=1.0)
+        sampler = ps.HFPolicy(lms[1], _Ids(), stop_ids=[])
+        result = ps.search(
+            [[5, 6, 7, 8]], policy=sampler, scorer=pair, strategy=ps.Steer(1.0, n=6), max_new_tokens=60, seed=0,
+            steps=ps.StepRule(delimiter=None, max_tokens=12),
+        )[0]  # fmt: skip
+        found.append([(node.token_ids, node.token_rewards.tolist()) for node in result.tree.nodes[1:]])
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+def test_the_head_of_a_decoding_keeps_its_accumulator():
+    module = build("llama", 0, torch.bfloat16, "cuda")
+    lm = served(module, "packed")
+    hidden = torch.randn(16, 128, device="cuda", dtype=torch.bfloat16)
+    want = torch.log_softmax(hidden.double() @ module.lm_head.weight.double().t(), -1)
+    assert (lm.head.log_softmax(hidden).double() - want).abs().max() < 1e-4

@@ -16,6 +16,7 @@ import torch
 from ..protocols import Request, Segment, commit
 from ..steps import StepMatcher
 from ..tree import Node, SearchTree
+from .host import ship
 from .kv_tree import Branch
 from .language_model import LanguageModel
 from .memo import node_logprobs
@@ -133,8 +134,8 @@ class Decoder:
         logprobs, index = self._distributions()
         rows = self._cut_uncertain(rows, logprobs[0], index)
         if rows:
-            at = torch.tensor([index[id(row)] for row in rows], device=logprobs[0].device)
-            spread = [table[at.to(table.device)] for table in logprobs]
+            (at,) = ship([np.array([index[id(row)] for row in rows])], logprobs[0].device)
+            spread = [table.index_select(0, at.to(table.device)) for table in logprobs]
             tokens = self.sampler.draw(self.combine(spread, rows) if self.combine else spread[0], rows)
             for lm, table in zip(self.lms, spread, strict=True):
                 if max(tokens) >= table.shape[1]:
@@ -142,10 +143,11 @@ class Decoder:
                         f"the policy drew token {max(tokens)}, but {lm.id} has {table.shape[1]} tokens: a pair that "
                         "steers needs all of the policy's tokens"
                     )
-            chosen = torch.tensor(tokens, device=at.device)[:, None]
-            values = [table.gather(1, chosen.to(table.device)).squeeze(1).tolist() for table in spread]
-            for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-                self._take(row, token, [column[i] for column in values])
+            (chosen,) = ship([np.array(tokens)[:, None]], at.device)
+            drawn = [table.gather(1, chosen.long().to(table.device)).squeeze(1) for table in spread]
+            values = torch.stack([column.double().to(at.device) for column in drawn], dim=1).tolist()  # one transfer
+            for row, token, columns in zip(rows, tokens, values, strict=True):
+                self._take(row, token, columns)
             stopped = [False] * len(rows) if self.stop is None else self.stop(rows)
             for row, stop in zip(rows, stopped, strict=True):
                 self._settle(row, bool(stop))

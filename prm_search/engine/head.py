@@ -68,6 +68,10 @@ class Head:
             logits = linear(hidden).to(exact)
         elif linear.weight.dtype == exact:
             logits = F.linear(hidden, linear.weight, linear.bias)
+        elif hidden.is_cuda:  # half operands, one reading of the weights, and the accumulator kept as it is
+            logits = torch.mm(hidden, linear.weight.t(), out_dtype=exact)
+            if linear.bias is not None:
+                logits += linear.bias
         else:
             logits = hidden.new_empty((hidden.shape[0], self.vocab), dtype=exact)
             wide = hidden.to(exact)
