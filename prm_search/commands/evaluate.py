@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..evaluation.plan import STRATEGIES, VOTES, WEIGHTS, Plan
-from ..evaluation.report import write_report
 from ..values import VALUES
 from . import BadInput, options, render
+from .eval_run import RECORDS, Models, Run, describe, rebuild
 from .options import listed, make_steps, numbers
-from .problems import encoded, function_of, read_problems
-from .records import Item, RecordFile, digests, finished, reason, report
+from .problems import function_of, read_problems
+from .records import Item, RecordFile, report
 from .responses import read_responses
 from .rollout import make_judge
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from ..evaluation.responses import Answered
 
 _DATA, _LABELS, _PLAN, _SAMPLING = "Problems", "Labels", "What is compared", "Sampling"
-RECORDS, RUN = "records.jsonl", "run.json"
 
 
 def evaluate(
@@ -160,11 +157,7 @@ def evaluate(
     if report_only:
         rebuild(folder)
         return
-    pairs = list(pair or [])
-    if len(set(pairs)) < len(pairs):
-        raise BadInput(f"--pair {pairs} names one twice")
-    options.check_models(pairs[0] if pairs else None, prm, reference, needed=False)
-    names = pairs or ([prm] if prm is not None else [])
+    models = Models(policy, pair or (), prm, reference, beta, device, dtype)
     options.at_least("--batch", batch)
     if limit is not None:
         options.at_least("--limit", limit)
@@ -202,108 +195,38 @@ def evaluate(
         shapes=_shapes(shape or []),
         lookahead_steps=lookahead_steps,
         lookahead_rollouts=lookahead_rollouts,
-        steps=make_steps(delimiter, step_tokens, step_regex, default=_card_delimiter(pairs, delimiter, step_regex)),
+        steps=make_steps(
+            delimiter, step_tokens, step_regex, default=_card_delimiter(models.pairs, delimiter, step_regex)
+        ),
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
         min_p=min_p,
         max_new_tokens=max_new_tokens,
     )
-    if (plan.ranked or responses is not None) and not names:
+    if (plan.ranked or responses is not None) and not models.names:
         raise BadInput(f"a pair is needed for {', '.join(plan.ranked or plan.strategies)}: --pair, or --prm")
-    units = plan.units(len(items), names) if responses is None else [None] * len(items)
-    settings = [policy, names, reference, beta, dtype, label, answer, plan.card()]
-    names_of = digests(items, "eval", *settings)
-    keys = [names_of[i if unit is None else unit.problem] for i, unit in enumerate(units)]
-    about = {
-        "policy": policy, "pairs": names, "reference": reference, "beta": beta, "data": data or responses,
-        "label": label, "answer": answer, "plan": plan.card(),
-    }  # fmt: skip
+    run = Run(items, answered, plan, judge, extract, models)
+    about = {**models.card(), "data": data or responses, "label": label, "answer": answer, "plan": plan.card()}
+    keys = run.keys(models.card(), dtype, label, answer, plan.card())
+    about_run = {"title": title, "expected": len(keys), "about": about}
     folder.mkdir(parents=True, exist_ok=True)
     with RecordFile(str(folder / RECORDS), keys, resume=resume) as file:
         records = dict(file.done)
         try:
             if len(records) < len(keys):
-                flow = _records(
-                    items, answered, plan, judge, extract, policy, pairs, prm, reference, beta, device, dtype,
-                    records, batch,
-                )  # fmt: skip
                 bar, tick = render.progress("records", len(keys) - len(records))
                 with bar:
-                    for record in flow:
+                    for record in run.records(dict(records), batch):
                         if not records:
-                            _write(folder / RUN, {"title": title, "expected": len(keys), "about": about})
-                        place = record["index"]
-                        records[place] = record | {"key": keys[place]}
-                        file.write(records[place])
+                            describe(folder, about_run)
+                        records[record["index"]] = record
+                        file.write({"key": keys[record["index"]], **record})
                         tick()
         finally:
             report(file, len(records), len(keys))
-    _write(folder / RUN, {"title": title, "expected": len(keys), "about": about})
+    describe(folder, about_run)
     rebuild(folder)
-
-
-def _records(
-    items: Sequence[Item],
-    answered: Sequence[Answered],
-    plan: Plan,
-    judge: Any,
-    extract: Any,
-    policy: str | None,
-    pairs: Sequence[str],
-    prm: str | None,
-    reference: str | None,
-    beta: float | None,
-    device: str,
-    dtype: str,
-    done: Mapping[int, dict[str, Any]],
-    batch: int,
-) -> Iterator[dict[str, Any]]:
-    """Load the models and run what is missing."""
-    from ..evaluation.responses import evaluate_responses
-    from ..evaluation.run import evaluate as run
-    from .loading import load_pair, load_policy, quiet
-
-    quiet()
-    where = {"device": device, "dtype": dtype}
-    sampler = None if policy is None else load_policy(policy, **where)
-    problems = [] if sampler is None else [encoded(item, sampler) for item in items]
-    scorers = [load_pair(name, None, None, beta=beta, name=name, **where) for name in pairs]
-    if prm is not None:
-        scorers.append(load_pair(None, prm, reference, beta=beta, name=prm, **where))
-    try:
-        if sampler is None:
-            yield from evaluate_responses(answered, scorers=scorers, plan=plan, judge=judge, answer=extract, done=done)
-        else:
-            yield from run(
-                problems, policy=sampler, scorers=scorers, plan=plan, judge=judge, answer=extract, done=done,
-                batch=batch,
-            )  # fmt: skip
-    except ValueError as error:
-        said = reason(error)
-        found = re.match(r"(?:problems|prompts)\[(\d+)\]:? ", said)
-        if found is None:
-            raise
-        raise BadInput(f"{items[int(found[1])].where}: {said[found.end() :]}") from error
-
-
-def rebuild(folder: Path) -> None:
-    """Make the report of a folder from its records, and print its table. Raises BadInput where it has none."""
-    from ..evaluation.report import table
-
-    path = folder / RUN
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise BadInput(f"--out {folder} holds no evaluation: {reason(error)}") from error
-    records = finished(folder / RECORDS)
-    summary = write_report(records, folder, title=about["title"], about=about["about"], expected=about["expected"])
-    print(table(summary))
-    print(f"{folder}: report.md, report.json", file=sys.stderr)
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _extractor(answer: str | None) -> Any:

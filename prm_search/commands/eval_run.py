@@ -1,0 +1,139 @@
+"""What `prm-search eval` runs: its models, its records, and the report that is made of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..answers import Answer
+from ..evaluation.plan import Plan, Unit
+from ..evaluation.report import table, write_report
+from ..evaluation.samples import Judge
+from . import BadInput, options
+from .problems import encoded
+from .records import Item, digests, finished, reason
+
+if TYPE_CHECKING:
+    from ..evaluation.responses import Answered
+
+RECORDS, RUN = "records.jsonl", "run.json"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy and the pairs, by name, as options have them.
+
+    Raises:
+        BadInput: a pair is named twice, or in two ways.
+    """
+
+    policy: str | None
+    pairs: Sequence[str]
+    prm: str | None
+    reference: str | None
+    beta: float | None
+    device: str
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if len(set(self.pairs)) < len(self.pairs):
+            raise BadInput(f"--pair {', '.join(self.pairs)}: one is named twice")
+        options.check_models(next(iter(self.pairs), None), self.prm, self.reference, needed=False)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the pairs, in order."""
+        return list(self.pairs) or ([] if self.prm is None else [self.prm])
+
+    def card(self) -> dict[str, Any]:
+        """Which models, as reports say it."""
+        return {"policy": self.policy, "pairs": self.names, "reference": self.reference, "beta": self.beta}
+
+    def load(self) -> tuple[Any, list[Any]]:
+        """The policy, or None without one, and the pairs."""
+        from .loading import load_pair, load_policy, quiet
+
+        quiet()
+        where = {"device": self.device, "dtype": self.dtype}
+        policy = None if self.policy is None else load_policy(self.policy, **where)
+        if self.prm is not None:
+            return policy, [load_pair(None, self.prm, self.reference, beta=self.beta, name=self.prm, **where)]
+        return policy, [load_pair(name, None, None, beta=self.beta, name=name, **where) for name in self.pairs]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation.
+
+    Attributes:
+        items: the problems.
+        answered: the same with their responses, where those exist already; otherwise empty.
+        plan, judge, answer: see evaluation.evaluate.
+        models: see Models.
+    """
+
+    items: Sequence[Item]
+    answered: Sequence[Answered]
+    plan: Plan
+    judge: Judge
+    answer: Answer | str | None
+    models: Models
+
+    @property
+    def units(self) -> list[Unit]:
+        """What each record holds, in order of their indices."""
+        if self.answered:
+            return [Unit("samples", place) for place in range(len(self.items))]
+        return self.plan.units(len(self.items), self.models.names)
+
+    def keys(self, *settings: object) -> list[str]:
+        """The key of each record: its problem under these settings."""
+        names = digests(self.items, "eval", *settings)
+        return [names[unit.problem] for unit in self.units]
+
+    def records(self, done: Mapping[int, dict[str, Any]], batch: int) -> Iterator[dict[str, Any]]:
+        """Load the models and run what is missing. Raises BadInput that names a problem's line."""
+        from ..evaluation.responses import evaluate_responses
+        from ..evaluation.run import evaluate
+
+        policy, scorers = self.models.load()
+        how: dict[str, Any] = {
+            "scorers": scorers, "plan": self.plan, "judge": self.judge, "answer": self.answer, "done": done
+        }  # fmt: skip
+        try:
+            if self.answered:
+                flow = evaluate_responses(self.answered, **how)
+            else:
+                problems = [encoded(item, policy) for item in self.items]
+                flow = evaluate(problems, policy=policy, batch=batch, **how)
+            for record in flow:
+                extra = self.items[record["problem"]].extra
+                yield {**record, **({"id": extra["id"]} if "id" in extra else {})}
+        except ValueError as error:
+            said = reason(error)
+            found = re.match(r"(?:problems|prompts)\[(\d+)\]:? ", said)
+            if found is None:
+                raise
+            raise BadInput(f"{self.items[int(found[1])].where}: {said[found.end() :]}") from error
+
+
+def describe(folder: Path, about: Mapping[str, Any]) -> None:
+    """Note beside the records what they are of, for `rebuild`: title, expected number, and what was evaluated."""
+    (folder / RUN).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def rebuild(folder: Path) -> None:
+    """Make the report of a folder from its records, and print its table. Raises BadInput where it has none."""
+    try:
+        about = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise BadInput(f"--out {folder} holds no evaluation: {reason(error)}") from error
+    records = finished(folder / RECORDS)
+    summary = write_report(records, folder, title=about["title"], about=about["about"], expected=about["expected"])
+    print(table(summary))
+    print(f"{folder}: report.md, report.json", file=sys.stderr)
