@@ -234,6 +234,23 @@ def test_data_sets_by_name(folder, monkeypatch):
         read_problems("openai/gsm8k")
 
 
+def test_a_data_set_of_this_machine_by_name(folder):
+    """`datasets` itself, on a folder as its users have them: splits are files, the name is the folder's."""
+    pytest.importorskip("datasets")
+    Path("sums").mkdir()
+    for split, answers in (("train", ["#### 1", "#### 2"]), ("test", ["steps\n#### 3"])):
+        rows = [{"question": f"{split} {i}", "answer": answer} for i, answer in enumerate(answers)]
+        Path(f"sums/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [
+        [(item.prompt.text, item.response) for item in read_problems("./sums", split=s)] for s in ("train", "test")
+    ]
+    assert found == [[("train 0", "1"), ("train 1", "2")], [("test 0", "3")]]
+    (item,) = read_problems("./sums", limit=1)
+    assert item.where == "./sums [train], row 0"
+    with pytest.raises(BadInput, match="sums cannot be loaded"):
+        read_problems("./sums", split="dev")
+
+
 BAD = {
     "no such file": (["--data", "none.jsonl"], "none.jsonl"),
     "no answer": (["--data", "unanswered.jsonl"], "unanswered.jsonl, line 1"),

@@ -110,9 +110,7 @@ def _votes(
         samples = []
         for i in here:
             said = text(rows[i].response_ids.tolist())
-            values = {
-                name: {"q": float(each[i].sum()), "min": float(each[i].min())} for name, each in rewards.items()
-            }
+            values = {name: {"q": float(each[i].sum()), "min": float(each[i].min())} for name, each in rewards.items()}
             length, ended = len(rows[i].response_ids), int(rows[i].response_ids[-1]) == EOS_ID
             vote, finish = (answer(said), "stop") if ended else (None, "length")
             samples.append(Sample(said, vote, rows[i].label, length, length, finish, values))
@@ -169,7 +167,7 @@ def pooled(seeds: Sequence[Measured], name: str) -> dict[str, Any]:
     every = [right for each in seeds for right in each.right[name]]
     low, high = wilson(sum(every), len(every))
     return {
-        "line": name, "accuracy": fmean(every), "low": low, "high": high, "problems": len(every),
+        "line": name, "accuracy": fmean(every), "low": low, "high": high, "tested": len(every),
         "policy_tokens": fmean(each.tokens[name] for each in seeds),
         "by_seed": [fmean(each.right[name]) for each in seeds],
     }  # fmt: skip

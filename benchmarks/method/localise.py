@@ -1,9 +1,10 @@
-"""Does a step reward find the step that went wrong? ProcessBench's F1 (arXiv 2412.06559), thresholds fitted elsewhere."""
+"""Does a step reward find the step that went wrong? ProcessBench's F1 (arXiv 2412.06559), fitted elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -44,9 +45,9 @@ def scores(responses: Sequence[Steps], threshold: float) -> tuple[float, float, 
 def fitted(responses: Sequence[Steps]) -> float:
     """The threshold with the best F1."""
     rewards = sorted({reward for each in responses for reward in each.rewards})
-    between = [(a + b) / 2 for a, b in zip(rewards, rewards[1:], strict=False)]
-    step = max(1, len(between) // 200)
-    return max(between[::step] or [0.0], key=lambda threshold: scores(responses, threshold)[0])
+    between = [(a + b) / 2 for a, b in pairwise(rewards)]
+    stride = max(1, len(between) // 200)
+    return max(between[::stride] or [0.0], key=lambda threshold: scores(responses, threshold)[0])
 
 
 def localisation(responses: Sequence[Steps]) -> dict[str, Any]:

@@ -37,7 +37,9 @@ def plot(report: Mapping[str, Any], protocol: Protocol, out: Path) -> list[str]:
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for shift, (part, label) in enumerate((("best", f"best of {protocol.samples}"), ("vote", "weighted"), ("beam", "beam"))):
+    for shift, (part, label) in enumerate(
+        (("best", f"best of {protocol.samples}"), ("vote", "weighted"), ("beam", "beam"))
+    ):
         points = [each[part] for each in report["objectives"]]
         places = [k + 0.25 * (shift - 1) for k in range(len(points))]
         heights = [each["accuracy"] for each in points]
@@ -65,7 +67,12 @@ def _errors(points: Sequence[Mapping[str, Any]]) -> list[list[float]]:
 
 
 def _line(
-    axes: Any, places: Sequence[float], points: Sequence[Mapping[str, Any]], label: str, marker: str = "o", size: int = 4
+    axes: Any,
+    places: Sequence[float],
+    points: Sequence[Mapping[str, Any]],
+    label: str,
+    marker: str = "o",
+    size: int = 4,
 ) -> None:
     heights = [each["accuracy"] for each in points]
     axes.errorbar(places, heights, _errors(points), marker=marker, markersize=size, capsize=2, label=label)

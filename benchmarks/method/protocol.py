@@ -32,6 +32,7 @@ class Protocol:
 
     Attributes:
         seeds: each has a policy, rollouts, PRMs and test problems of its own.
+        development: the seed that rates and epochs were chosen on.
         lengths: (steps, problems) of the rollouts' problems; they are shuffled.
         responses: to each of them.
         single: the same for the file of one response to each of many problems.
@@ -46,12 +47,15 @@ class Protocol:
     """
 
     seeds: tuple[int, ...] = (11, 12, 13)
+    development: int = 101
     lengths: tuple[tuple[int, int], ...] = ((2, 300), (3, 650), (4, 650))
     responses: int = 4
     single: tuple[tuple[int, int], ...] = ((2, 300), (3, 3050), (4, 3050))
     sweep_problems: tuple[int, ...] = (100, 400, 1600)
     sweep_responses: tuple[int, ...] = (1, 4, 16)
-    rates: dict[str, float] = field(default_factory=lambda: dict.fromkeys(OBJECTIVES, 3e-3))
+    rates: dict[str, float] = field(
+        default_factory=lambda: {"ce": 3e-3, "dpo": 1e-3, "kto": 3e-3, "nca": 3e-3, "ipvrm": 1e-3}
+    )
     epochs: dict[str, float] = field(default_factory=lambda: dict.fromkeys(OBJECTIVES, 3.0))
     least_steps: int = 100
     batch: int = 64
@@ -90,11 +94,10 @@ class Protocol:
 
         every = self.problems * self.responses
         found = [
-            Run(name, "rollouts", recipe(name, every), ("min", "q") if name == "ce" else ("min",))
-            for name in OBJECTIVES
+            Run(name, "rollouts", recipe(name, every), ("q", "min") if name == "ce" else ("q",)) for name in OBJECTIVES
         ]
         many = sum(count for _, count in self.single)
-        found.append(Run(f"ce {many} x 1", "single", recipe("ce", many), ("min",)))
+        found.append(Run(f"ce {many} x 1", "single", recipe("ce", many), ("q",)))
         for problems in self.sweep_problems:
             for responses in self.sweep_responses:
                 if (problems, responses) == (self.problems, self.responses):
@@ -104,9 +107,7 @@ class Protocol:
                     continue  # as many rollouts as all others together
                 given = {"problems": problems, "per_problem": responses}
                 name = f"ce {problems} x {responses}"
-                found.append(
-                    Run(name, "sweep" if few else "rollouts", recipe("ce", problems * responses, **given))
-                )
+                found.append(Run(name, "sweep" if few else "rollouts", recipe("ce", problems * responses, **given)))
         return found
 
 

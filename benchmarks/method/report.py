@@ -19,9 +19,13 @@ def main() -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/method"), help="where the stages of each seed lie")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/method"), help="for report.json, .md, .png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/method"), help="for report.json, .md, .png"
+    )
     parser.add_argument("--seeds", help="only these, separated by commas: their stages, and no tables")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run? The figures mean nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: does everything run? The figures mean nothing"
+    )
     args = parser.parse_args()
     quiet()
     import protocol

@@ -65,7 +65,7 @@ class Seed:
         """A PRM's folder."""
         return self.folder / "prms" / run.name.replace(" ", "-")
 
-    # -- stages ----------------------------------------------------------------------------------------------------------
+    # -- stages --------------------------------------------------------------------------------------------------------
 
     def policy(self) -> None:
         """Train the policy until its loss passes the gate."""
@@ -106,7 +106,16 @@ class Seed:
             data = self.folder / f"{name}-problems.jsonl"
             lines = (json.dumps({"prompt": each.prompt, "answer": each.answer}) + "\n" for each in asked)
             data.write_text("".join(lines), encoding="utf-8")
-            args = ["rollout", "--policy", str(self.folder / "policy"), "--data", str(data), "--out", str(out), "--resume"]
+            args = [
+                "rollout",
+                "--policy",
+                str(self.folder / "policy"),
+                "--data",
+                str(data),
+                "--out",
+                str(out),
+                "--resume",
+            ]
             args += ["--n", str(n), "--label", "exact", "--answer", "prm_search.demo.chains:answer"]
             args += ["--max-new-tokens", "48", "--seed", str(self.seed), "--batch", "64"]
             if command(args):
@@ -200,6 +209,8 @@ class Stage:
         spent = round(time.process_time() - self.began, 1)
         self.path.parent.mkdir(exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({"settings": self.settings, **self.note, "cpu_seconds": spent}) + "\n", encoding="utf-8")
+        part.write_text(
+            json.dumps({"settings": self.settings, **self.note, "cpu_seconds": spent}) + "\n", encoding="utf-8"
+        )
         os.replace(part, self.path)  # whole or not at all
         self.log(f"{self.name}: {spent} s")

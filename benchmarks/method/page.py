@@ -1,0 +1,198 @@
+"""The report's page, from report.json's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from protocol import Protocol
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in (head, rule, *rows))
+
+
+def share(each: Mapping[str, Any]) -> str:
+    """A share of right answers and its interval."""
+    return f"{each['accuracy']:.3f} [{each['low']:.3f}, {each['high']:.3f}]"
+
+
+def by_seed(values: Sequence[float]) -> str:
+    """Each seed's figure."""
+    return " / ".join(f"{value:.3f}" for value in values)
+
+
+def p_value(p: float) -> str:
+    """A p-value of 10 000 resamples: it cannot be below 0.0002."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def markdown(r: Mapping[str, Any], p: Protocol, plots: Sequence[str]) -> str:
+    """The page."""
+    parts = [_head(r, p), _main(r, p), _objectives(r, p), _sweep(r, p), _reference(r, p), _steps(r), _protocol(r, p)]
+    for place, name in ((1, "accuracy.png"), (2, "objectives.png"), (3, "sweep.png")):
+        if name in plots:
+            parts[place] += f"\n![{name.removesuffix('.png')}]({name})\n"
+    return "\n".join(parts)
+
+
+def _seeds(p: Protocol) -> str:
+    return ", ".join(map(str, p.seeds))
+
+
+def _head(r: Mapping[str, Any], p: Protocol) -> str:
+    rates = table(
+        ["", *[f"seed {seed}" for seed in p.seeds]],
+        [[name, *[f"{value:.3f}" for value in values]] for name, values in r["rates"].items()],
+    )
+    return f"""# The method on the demo's task
+
+Made by `make report`; `report.json` has every figure. {r["task"]}
+
+Each of the seeds {_seeds(p)} has a policy, rollouts, PRMs and {p.test_problems} test problems of its own. Intervals are
+Wilson's, 95 %, over the problems of all seeds; p is of a paired bootstrap over problems (10 000 resamples, two-sided).
+"Right" is a right final answer; a guess is right once in ten times. The protocol is at the end.
+
+Of single samples:
+
+{rates}"""
+
+
+def _main(r: Mapping[str, Any], p: Protocol) -> str:
+    lines = [
+        [each["line"], share(each), by_seed(each["by_seed"]), f"{each['policy_tokens']:.0f}"] for each in r["main"]
+    ]
+    tests = [
+        [
+            f"{t['a']} against {t['b']}",
+            f"{t['difference']:+.3f} [{t['low']:+.3f}, {t['high']:+.3f}]",
+            p_value(t["p"]),
+            " / ".join(f"{each['difference']:+.3f} (p {p_value(each['p'])})" for each in t["by_seed"]),
+        ]
+        for t in r["tests"]
+    ]
+    return f"""## Votes and search with an implicit PRM (CE)
+
+Majority, best-of-{p.samples} and the weighted vote (softmax of q) choose among the same {p.samples} samples. The beam
+({p.width} x {p.expansions}) may sample {p.budget} tokens, as many as the samples have. In brackets: the pair.
+
+{table(["", "right", f"seeds {_seeds(p)}", "policy tokens"], lines)}
+{table(["", "difference of the shares", "p", f"seeds {_seeds(p)}"], tests)}"""
+
+
+def _objectives(r: Mapping[str, Any], p: Protocol) -> str:
+    lines = [
+        [
+            each["pair"],
+            share(each["best"]),
+            share(each["vote"]),
+            share(each["beam"]),
+            f"{each['steps']['f1']:.3f}",
+            f"{each['steps']['lowest_is_an_error']:.3f}",
+            p_value(each["against_majority"]["p"]),
+            p_value(each["beam_against_best"]["p"]),
+        ]
+        for each in r["objectives"]
+    ]
+    head = ["objective", f"best of {p.samples}", "weighted vote", "beam by q", "F1 of steps", "lowest step is wrong"]
+    head += ["p: best of n, majority", "p: beam, best of n"]
+    one = table(
+        ["CE on problems x responses", f"best of {p.samples}"],
+        [
+            [each["line"].partition("(ce ")[2].rstrip(")") or f"{p.problems} x {p.responses}", share(each)]
+            for each in r["one_response"]
+        ],
+    )
+    return f"""## Objectives on the same rollouts
+
+{p.problems} problems x {p.responses} responses; the last line has one response to each of about as many problems as the
+others have responses. Beams are run on {p.beam_problems} problems a seed (ce: on all). The columns about steps are
+explained below.
+
+{table(head, lines)}
+One response a problem, with the same problems and with the same number of responses:
+
+{one}"""
+
+
+def _sweep(r: Mapping[str, Any], p: Protocol) -> str:
+    cells = {(each["problems"], each["responses"]): share(each) for each in r["sweep"]}
+    lines = [[str(n), *[cells.get((n, k), "not run") for k in p.sweep_responses]] for n in p.sweep_problems]
+    return f"""## Problems x responses (CE, best of {p.samples})
+
+{table(["problems", *[f"{k} responses" for k in p.sweep_responses]], lines)}"""
+
+
+def _reference(r: Mapping[str, Any], p: Protocol) -> str:
+    lines = [
+        [
+            "the policy's own log p" if each["train"] == "untrained" else f"with / {each['infer']}",
+            share(each),
+            by_seed(each["by_seed"]),
+        ]
+        for each in r["reference"]
+    ]
+    return f"""## Without the reference (CE, best of {p.samples})
+
+{table(["training / scoring", "right", f"seeds {_seeds(p)}"], lines)}
+The layout is that of the paper's ablation (arXiv 2412.01981, table 5). All test responses have the same length, so it
+does not matter which constant stands in for the reference. Training without a reference was not run."""
+
+
+def _steps(r: Mapping[str, Any]) -> str:
+    lines = [
+        [
+            each["pair"],
+            f"{each['f1']:.3f} ({by_seed(each['f1_by_seed'])})",
+            f"{each['first_wrong']:.3f}",
+            f"{each['all_right']:.3f}",
+            f"{each['lowest_is_an_error']:.3f}",
+            f"{each['single_error_found']:.3f}",
+        ]
+        for each in r["steps"]
+    ]
+    chance = r["steps"][0]["chance"]
+    shares = [f"{chance[name]:.3f}" for name in ("f1", "lowest_is_an_error", "single_error_found")]
+    lines.append(["chance", shares[0], "", "", *shares[1:]])
+    head = ["step reward of", "F1 (seeds)", "first wrong step found", "right response let pass", "lowest step is wrong"]
+    return f"""## Finding the step that is wrong
+
+For each problem one response with a wrong step and, where there is one among the samples, one without:
+{r["steps"][0]["responses"]} responses. F1 is ProcessBench's (arXiv 2412.06559), the harmonic mean of "first wrong step
+found exactly" and "right response let pass", for the rule "the first step whose reward is below a threshold"; the
+threshold for problems of one parity is fitted on those of the other. A step is wrong if it does not follow from the one
+before it. "Lowest step is wrong" asks whether the step with the least reward is any of the wrong ones. Chance: F1 with
+all step rewards shuffled, and the share of wrong steps.
+
+{table([*head, "the only error found"], lines)}"""
+
+
+def _protocol(r: Mapping[str, Any], p: Protocol) -> str:
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in p.rates.items())
+    gates = " / ".join(f"{each['policy']['gate_ratios'][-1]:.3f}" for each in r["seeds"].values())
+    minutes = " / ".join(f"{each['cpu_seconds'] / 60:.1f}" for each in r["seeds"].values())
+    runs = [
+        [name, str(note["data"]["responses"]), str(note["data"]["items"]), str(note["metrics"]["steps"])]
+        for name, note in r["seeds"][str(p.seeds[0])]["training"].items()
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in r["versions"].items())
+    return f"""## Protocol
+
+* The seeds {_seeds(p)} were fixed before any of them was run; none was left out or run again. A policy passes the gate
+  when its loss on fresh demonstrations of the test length is below 1.15 times their entropy; it was
+  {gates} times.
+* Learning rates were chosen on seed {p.development}, which is not reported, with problems of the split "gate" (see
+  development.md): {rates}; {p.epochs["ce"]:g} epochs, at least {p.least_steps} steps; AdamW, linear decay,
+  batch {p.batch}; beta 0.05, ipvrm 10. Everything else is the default of `prm-search train`.
+* Rollouts are of problems with 2 to 4 steps, tests of problems with {p.test_length}: too few long answers are right to
+  learn from. Samples are drawn at temperature 1 by `prm-search rollout`, PRMs trained by `prm-search train` on outcome
+  labels alone.
+* The task was made for this: with random errors in the place of systematic ones, majority voting is hard to beat.
+
+Seed {p.seeds[0]}'s runs (dpo and nca have pairs of responses as items):
+
+{table(["run", "responses", "items", "steps"], runs)}
+CPU minutes of the seeds, on one thread: {minutes}. Versions: {versions}.
+"""
