@@ -17,7 +17,7 @@ SOURCES := $(shell find prm_search triton_kernels integrations -type f -not -nam
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-smollm2 test lint format typecheck pytest pytest-vllm bench dist wheel clean clean-venv
+.PHONY: help demo demo-smollm2 test lint format typecheck pytest pytest-vllm bench report dist wheel clean clean-venv
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -25,7 +25,7 @@ help: ## this list
 	@echo '  PYTHON=python3.12            the interpreter of a new $(VENV)'
 	@echo '  TORCH=torch==2.13.0+cpu      which torch a new $(VENV) gets; one that pyproject.toml accepts is never replaced'
 	@echo '  VENV_ARGS=--system-site-packages   let a new $(VENV) see the torch that this machine already has'
-	@echo '  VENV=path                    another environment; DEMO=, PYTEST=, BENCH= are passed on to the three commands'
+	@echo '  VENV=path                    another environment; DEMO=, PYTEST=, BENCH=, REPORT= are passed on to those commands'
 
 demo: $(VENV)/.stamp-demo ## install, then run the main job on the shipped pair: seconds on two cores
 	$(BIN)/prm-search demo $(DEMO)
@@ -60,6 +60,10 @@ pytest-vllm: $(VLLM_VENV)/.stamp ## the tests that need vLLM; PYTEST='-k name' p
 
 bench: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the benchmark suites and their report
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/report.py $(BENCH)
+
+# Not a part of the tests: half an hour of one core. Stopped, it goes on; seeds can run side by side (REPORT='--seeds 12').
+report: $(VENV)/.stamp-dev ## the method on three seeds from nothing: tables and plots in benchmarks/results/method
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/method/report.py $(REPORT)
 
 dist: $(VENV)/.stamp-dev dist/.stamp ## sdist, and the wheel built from it
 wheel: dist

@@ -170,7 +170,6 @@ all step rewards shuffled, and the share of wrong steps.
 
 
 def _protocol(r: Mapping[str, Any], p: Protocol) -> str:
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in p.rates.items())
     gates = " / ".join(f"{each['policy']['gate_ratios'][-1]:.3f}" for each in r["seeds"].values())
     minutes = " / ".join(f"{each['cpu_seconds'] / 60:.1f}" for each in r["seeds"].values())
     runs = [
@@ -183,9 +182,9 @@ def _protocol(r: Mapping[str, Any], p: Protocol) -> str:
 * The seeds {_seeds(p)} were fixed before any of them was run; none was left out or run again. A policy passes the gate
   when its loss on fresh demonstrations of the test length is below 1.15 times their entropy; it was
   {gates} times.
-* Learning rates were chosen on seed {p.development}, which is not reported, with problems of the split "gate" (see
-  development.md): {rates}; {p.epochs["ce"]:g} epochs, at least {p.least_steps} steps; AdamW, linear decay,
-  batch {p.batch}; beta 0.05, ipvrm 10. Everything else is the default of `prm-search train`.
+* The learning rate was chosen on seed {p.development}, which is not reported, with problems of the split "gate" (see
+  [development.md](development.md)): {p.rate:g} for all objectives. {p.epochs:g} epochs, but at least {p.least_steps}
+  steps; AdamW, linear decay, batch {p.batch}; beta 0.05, ipvrm 10. The rest is as `prm-search train` has it.
 * Rollouts are of problems with 2 to 4 steps, tests of problems with {p.test_length}: too few long answers are right to
   learn from. Samples are drawn at temperature 1 by `prm-search rollout`, PRMs trained by `prm-search train` on outcome
   labels alone.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from prm_search.demo.learn import PolicyRecipe
@@ -37,8 +37,7 @@ class Protocol:
         responses: to each of them.
         single: the same for the file of one response to each of many problems.
         sweep_problems, sweep_responses: numbers of problems, and of responses to each, of the sweep.
-        rates: objective -> learning rate.
-        epochs: objective -> passes over its items.
+        rate, epochs: of every objective: learning rate, and passes over its items.
         least_steps: of a run on few responses: it makes more passes.
         test_problems, test_length, samples: held-out problems, their steps, and the samples of each.
         beam_problems: so many of them for the beams of objectives other than CE.
@@ -53,10 +52,8 @@ class Protocol:
     single: tuple[tuple[int, int], ...] = ((2, 300), (3, 3050), (4, 3050))
     sweep_problems: tuple[int, ...] = (100, 400, 1600)
     sweep_responses: tuple[int, ...] = (1, 4, 16)
-    rates: dict[str, float] = field(
-        default_factory=lambda: {"ce": 3e-3, "dpo": 1e-3, "kto": 3e-3, "nca": 3e-3, "ipvrm": 1e-3}
-    )
-    epochs: dict[str, float] = field(default_factory=lambda: dict.fromkeys(OBJECTIVES, 3.0))
+    rate: float = 1e-3
+    epochs: float = 3.0
     least_steps: int = 100
     batch: int = 64
     test_problems: int = 200
@@ -86,9 +83,9 @@ class Protocol:
         """The PRMs of a seed: the objectives on the same rollouts, one response a problem, the sweep."""
 
         def recipe(objective: str, rows: int, **given: Any) -> Recipe:
-            epochs = max(self.epochs[objective], self.least_steps * self.batch / rows)
+            epochs = max(self.epochs, self.least_steps * self.batch / rows)
             return Recipe(
-                objective=objective, learning_rate=self.rates[objective], epochs=epochs, batch=self.batch,
+                objective=objective, learning_rate=self.rate, epochs=epochs, batch=self.batch,
                 micro_batch=self.batch, holdout=0.0, seed=seed, save_steps=100_000, **given,
             )  # fmt: skip
 

@@ -76,8 +76,9 @@ def write_report(work: Path, out: Path, protocol: Protocol) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("prm-search", "torch", "transformers", "accelerate")}
         | {"python": platform.python_version()},
     }  # fmt: skip
+    report = rounded(report)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(rounded(report), indent=1) + "\n", encoding="utf-8")
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / "report.md").write_text(markdown(report, p, plot(report, p, out)), encoding="utf-8")
     return report
 
