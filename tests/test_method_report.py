@@ -2,108 +2,84 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "method"
-RESULTS = FOLDER.parent / "results" / "method"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("method")
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """The script's command line, in this process. Its modules import each other by bare name, and go again."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
 
+    def call(*args: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["report.py", "--quick", *map(str, args)])
+        return int(importlib.import_module("report").main())
 
-def report(made: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own: its modules import each other by bare name."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(FOLDER / "report.py"),
-            "--quick",
-            "--work",
-            str(made / "w"),
-            "--out",
-            str(made / "o"),
-            *args,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
+    yield call
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and FOLDER in Path(str(sys.modules[name].__file__)).parents:
+            del sys.modules[name]
 
 
 @pytest.mark.slow
-def test_every_stage_runs_once_and_the_tables_are_made_of_them(made):
-    first = report(made, "--seeds", "1")
-    stages = sorted((made / "w" / "seed-1" / "stages").iterdir())
-    assert len([line for line in first.stderr.splitlines() if line.startswith("[seed 1")]) >= len(stages)
-    assert not (made / "o").exists()  # one seed makes no tables
+def test_every_stage_runs_once_and_the_tables_are_made_of_them(report, tmp_path, capsys):
+    work, out = tmp_path / "w", tmp_path / "o"
+    assert report("--work", work, "--out", out, "--seeds", 1) == 0
+    stages = sorted((work / "seed-1" / "stages").iterdir())
+    assert capsys.readouterr().err.count("[seed 1,") >= len(stages)
+    assert not out.exists()  # one seed by itself makes no tables
     before = {path: path.stat().st_mtime_ns for path in stages}
-    second = report(made)
-    assert "[seed" not in second.stderr
-    assert {path: path.stat().st_mtime_ns for path in (made / "w" / "seed-1" / "stages").iterdir()} == before
+    assert report("--work", work, "--out", out) == 0
+    assert "[seed" not in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (work / "seed-1" / "stages").iterdir()} == before
 
-    found = json.loads((made / "o" / "report.json").read_text())
+    found = json.loads((out / "report.json").read_text())
     assert [each["pair"] for each in found["objectives"][:5]] == ["ce", "dpo", "kto", "nca", "ipvrm"]
     cells = {(each["problems"], each["responses"]) for each in found["sweep"]}
     assert cells == {(8, 1), (8, 2), (40, 1), (40, 2)}
-    rollouts = made / "w" / "seed-1" / "rollouts.jsonl"
-    assert found["seeds"]["1"]["training"]["ce"]["data"]["responses"] == len(rollouts.read_text().splitlines())
+    lines = (work / "seed-1" / "rollouts.jsonl").read_text().splitlines()
+    assert found["seeds"]["1"]["training"]["ce"]["data"]["responses"] == len(lines) == 80
     assert {each["infer"] for each in found["reference"]} == {"with", "without"}
-    page = (made / "o" / "report.md").read_text()
-    assert set(re.findall(r"\]\((\w+\.png)\)", page)) == {path.name for path in (made / "o").glob("*.png")}
+    page = (out / "report.md").read_text()
+    assert set(re.findall(r"\]\((\w+\.png)\)", page)) == {path.name for path in out.glob("*.png")}
 
 
 SCRIPT = """
-import json, sys
-from localise import Steps, fitted, localisation, scores
-one = Steps(0, [1.0, -2.0, 0.5], [False, True, False])
-late = Steps(0, [1.0, -1.0, -2.0], [False, True, True])
-good = Steps(0, [1.0, 0.4, 0.3], [False, False, False])
-odd = [Steps(1, step.rewards, step.wrong) for step in (one, late, good)]
-low = [Steps(1, [9.0, 9.0, -5.0], [False, True, False]), good]
+import json
+from localise import Steps, localisation, shuffled
+kinds = [([1.0, -2.0, 0.5], [False, True, False]), ([1.0, -1.0, -2.0], [False, True, True])]
+kinds.append(([1.0, 0.4, 0.3], [False] * 3))
+known = [Steps(k, rewards, wrong) for k in range(5) for rewards, wrong in kinds]
+dealt = shuffled(known)
 print(json.dumps([
-    [each.first for each in (one, late, good)],
-    [one.found(0.0), late.found(-1.5), good.found(0.0)],
-    [scores([one, late, good], t) for t in (0.0, -1.5, 0.35)],
-    fitted([one, late, good]),
-    localisation([one, late, good, *odd]),
-    localisation([one, *low])["f1"],
+    [each.label for each in known[:3]],
+    localisation(known),
+    sorted(r for each in dealt for r in each.rewards) == sorted(r for each in known for r in each.rewards),
+    [each.rewards for each in dealt] != [each.rewards for each in known],
+    localisation(known[2:3]),
 ]))
 """
 
 
 def test_step_errors_by_hand():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=FOLDER, check=True)
-    first, found, scored, threshold, whole, misled = json.loads(done.stdout)
-    assert first == [1, 1, -1]
-    assert found == [1, 2, -1]
-    assert scored == [[1.0, 1.0, 1.0], [pytest.approx(2 / 3), 0.5, 1.0], [0.0, 1.0, 0.0]]
-    assert -1.0 < threshold <= 0.3
-    assert (whole["f1"], whole["lowest_is_an_error"], whole["single_error_found"]) == (1, 1, 1)
-    assert whole["chance_of_an_error"] == pytest.approx((1 / 3 + 2 / 3) / 2)
-    assert whole["chance_of_a_single_error"] == pytest.approx(1 / 3)
-    assert misled == 0  # a fold without right responses has no F1, and its threshold finds nothing in the other
-
-
-def test_the_report_that_is_committed_is_whole():
-    """The page is that of the figures beside it: it was not edited by hand."""
-    code = (
-        "import json, sys; from page import markdown; from protocol import Protocol; from pathlib import Path;"
-        "folder = Path(sys.argv[1]); r = json.loads((folder / 'report.json').read_text());"
-        "sys.stdout.write(markdown(r, Protocol(), sorted(path.name for path in folder.glob('*.png'))))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(RESULTS)], capture_output=True, text=True, cwd=FOLDER, check=True
-    )
-    assert done.stdout == (RESULTS / "report.md").read_text()
+    labels, whole, same, other, one = json.loads(done.stdout)
+    assert labels == [1, 1, -1]
+    assert [whole[name] for name in ("f1", "first_wrong", "right_passed", "auc")] == [1, 1, 1, 1]
+    assert (whole["lowest_is_wrong"], whole["only_error_found"], whole["responses"]) == (1, 1, 15)
+    assert whole["chance"]["lowest_is_wrong"] == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert whole["chance"]["only_error_found"] == pytest.approx(1 / 3)
+    assert whole["chance"]["f1"] < 1
+    assert same
+    assert other
+    assert (one["f1"], one["lowest_is_wrong"]) == (0, 0)  # nothing to find

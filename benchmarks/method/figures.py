@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,26 +173,13 @@ def pooled(seeds: Sequence[Measured], name: str) -> dict[str, Any]:
 
 
 def located(seeds: Sequence[Measured], name: str) -> dict[str, Any]:
-    """Step-error localisation by a pair's step rewards, with what chance gives, over all seeds."""
-    rng = random.Random("method/chance")
-    parts = []
-    for each in seeds:
-        steps = each.steps[name]
-        drawn = [reward for one in steps for reward in one.rewards]
-        rng.shuffle(drawn)
-        source = iter(drawn)
-        shuffled = [Steps(one.problem, [next(source) for _ in one.rewards], one.wrong) for one in steps]
-        parts.append((localisation(steps), localisation(shuffled)))
-    own, chance = zip(*parts, strict=True)
-    keys = ("f1", "first_wrong", "all_right", "lowest_is_an_error", "single_error_found")
+    """Step-error localisation by a pair's step rewards: means over the seeds, with F1 of each."""
+    parts = [localisation(each.steps[name]) for each in seeds]
+    keys = ("f1", "first_wrong", "right_passed", "auc", "lowest_is_wrong", "only_error_found")
     return {
         "pair": name,
-        "responses": sum(each["responses"] for each in own),
-        **{key: fmean(each[key] for each in own) for key in keys},
-        "f1_by_seed": [each["f1"] for each in own],
-        "chance": {
-            "f1": fmean(each["f1"] for each in chance),
-            "lowest_is_an_error": fmean(each["chance_of_an_error"] for each in own),
-            "single_error_found": fmean(each["chance_of_a_single_error"] for each in own),
-        },
+        "responses": sum(each["responses"] for each in parts),
+        **{key: fmean(each[key] for each in parts) for key in keys},
+        "f1_by_seed": [each["f1"] for each in parts],
+        "chance": {key: fmean(each["chance"][key] for each in parts) for key in parts[0]["chance"]},
     }

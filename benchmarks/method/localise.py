@@ -1,11 +1,14 @@
-"""Does a step reward find the step that went wrong? ProcessBench's F1 (arXiv 2412.06559), fitted elsewhere."""
+"""Does a step reward find the step that went wrong? F1 as the library has it, and what the task knows beyond it."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
+
+from prm_search.evaluation.step_errors import summarise_steps
 
 
 @dataclass(frozen=True)
@@ -13,7 +16,7 @@ class Steps:
     """A response of which every step is known.
 
     Attributes:
-        problem: of the two folds it is in the one of its parity.
+        problem: its place.
         rewards: of its steps.
         wrong: whether each step does not follow from the one before it.
     """
@@ -23,54 +26,49 @@ class Steps:
     wrong: list[bool]
 
     @property
-    def first(self) -> int:
+    def label(self) -> int:
         """The first wrong step, -1 for none."""
         return self.wrong.index(True) if any(self.wrong) else -1
 
-    def found(self, threshold: float) -> int:
-        """The first step with less reward than that, -1 for none."""
-        return next((i for i, reward in enumerate(self.rewards) if reward < threshold), -1)
-
-
-def scores(responses: Sequence[Steps], threshold: float) -> tuple[float, float, float]:
-    """F1, and the two shares whose harmonic mean it is: first wrong steps found exactly, right responses let pass."""
-    wrong = [each.found(threshold) == each.first for each in responses if each.first >= 0]
-    right = [each.found(threshold) < 0 for each in responses if each.first < 0]
-    if not wrong or not right:
-        return 0.0, 0.0, 0.0
-    a, b = sum(wrong) / len(wrong), sum(right) / len(right)
-    return (2 * a * b / (a + b) if a + b else 0.0), a, b
-
-
-def fitted(responses: Sequence[Steps]) -> float:
-    """The threshold with the best F1."""
-    rewards = sorted({reward for each in responses for reward in each.rewards})
-    between = [(a + b) / 2 for a, b in pairwise(rewards)]
-    stride = max(1, len(between) // 200)
-    return max(between[::stride] or [0.0], key=lambda threshold: scores(responses, threshold)[0])
+    @property
+    def lowest_is_wrong(self) -> bool:
+        """Whether the step with the least reward is one of the wrong ones."""
+        return self.wrong[min(range(len(self.rewards)), key=self.rewards.__getitem__)]
 
 
 def localisation(responses: Sequence[Steps]) -> dict[str, Any]:
-    """All figures. The threshold for problems of one parity is fitted on those of the other."""
-    folds = [[each for each in responses if each.problem % 2 == parity] for parity in (0, 1)]
-    parts = [scores(folds[k], fitted(folds[1 - k])) for k in (0, 1)]
-    f1, first, right = (sum(part[k] for part in parts) / 2 for k in range(3))
-    wrong = [each for each in responses if each.first >= 0]
+    """All figures of a seed; `chance`: the same with the rewards of all steps shuffled, and what a guess would find."""
+    wrong = [each for each in responses if each.label >= 0]
     single = [each for each in wrong if sum(each.wrong) == 1]
-
-    def lowest(each: Steps) -> bool:
-        return each.wrong[min(range(len(each.rewards)), key=each.rewards.__getitem__)]
-
-    def share(of: Sequence[float]) -> float:
-        return sum(of) / len(of) if of else 0.0
-
-    return {
+    found = {
         "responses": len(responses),
-        "f1": f1,
-        "first_wrong": first,
-        "all_right": right,
-        "lowest_is_an_error": share([lowest(each) for each in wrong]),
-        "chance_of_an_error": share([sum(each.wrong) / len(each.wrong) for each in wrong]),
-        "single_error_found": share([lowest(each) for each in single]),
-        "chance_of_a_single_error": share([1 / len(each.wrong) for each in single]),
+        **_f1(responses),
+        "lowest_is_wrong": _share([each.lowest_is_wrong for each in wrong]),
+        "only_error_found": _share([each.lowest_is_wrong for each in single]),
     }
+    chance = {
+        "f1": _f1(shuffled(responses))["f1"],
+        "lowest_is_wrong": _share([fmean(each.wrong) for each in wrong]),
+        "only_error_found": _share([fmean(each.wrong) for each in single]),
+    }
+    return {**found, "chance": chance}
+
+
+def shuffled(responses: Sequence[Steps]) -> list[Steps]:
+    """The same responses with the rewards of all their steps dealt anew."""
+    rewards = [reward for each in responses for reward in each.rewards]
+    random.Random("method/shuffled").shuffle(rewards)
+    source = iter(rewards)
+    return [replace(each, rewards=[next(source) for _ in each.rewards]) for each in responses]
+
+
+def _f1(responses: Sequence[Steps]) -> dict[str, float]:
+    if len({each.label < 0 for each in responses}) < 2:  # F1 needs both kinds
+        return {"f1": 0.0, "first_wrong": 0.0, "right_passed": 0.0, "auc": 0.0}
+    records = [{"problem": each.problem, "label": each.label, "scores": {"r": each.rewards}} for each in responses]
+    (row,) = summarise_steps(records).rows
+    return {"f1": row.f1, "first_wrong": row.error_accuracy, "right_passed": row.correct_accuracy, "auc": row.auc}
+
+
+def _share(of: Sequence[float]) -> float:
+    return fmean(of) if of else 0.0

@@ -90,7 +90,7 @@ def _objectives(r: Mapping[str, Any], p: Protocol) -> str:
             share(each["vote"]),
             share(each["beam"]),
             f"{each['steps']['f1']:.3f}",
-            f"{each['steps']['lowest_is_an_error']:.3f}",
+            f"{each['steps']['lowest_is_wrong']:.3f}",
             p_value(each["against_majority"]["p"]),
             p_value(each["beam_against_best"]["p"]),
         ]
@@ -146,27 +146,27 @@ def _steps(r: Mapping[str, Any]) -> str:
         [
             each["pair"],
             f"{each['f1']:.3f} ({by_seed(each['f1_by_seed'])})",
-            f"{each['first_wrong']:.3f}",
-            f"{each['all_right']:.3f}",
-            f"{each['lowest_is_an_error']:.3f}",
-            f"{each['single_error_found']:.3f}",
+            *(
+                f"{each[name]:.3f}"
+                for name in ("first_wrong", "right_passed", "auc", "lowest_is_wrong", "only_error_found")
+            ),
         ]
         for each in r["steps"]
     ]
-    chance = r["steps"][0]["chance"]
-    shares = [f"{chance[name]:.3f}" for name in ("f1", "lowest_is_an_error", "single_error_found")]
-    lines.append(["chance", shares[0], "", "", *shares[1:]])
-    head = ["step reward of", "F1 (seeds)", "first wrong step found", "right response let pass", "lowest step is wrong"]
+    chance = [f"{r['steps'][0]['chance'][name]:.3f}" for name in ("f1", "lowest_is_wrong", "only_error_found")]
+    lines.append(["chance", chance[0], "", "", "0.500", *chance[1:]])
+    head = ["step reward of", "F1 (seeds)", "first wrong step found", "right response let pass", "AUC of steps"]
     return f"""## Finding the step that is wrong
 
 For each problem one response with a wrong step and, where there is one among the samples, one without:
 {r["steps"][0]["responses"]} responses. F1 is ProcessBench's (arXiv 2412.06559), the harmonic mean of "first wrong step
-found exactly" and "right response let pass", for the rule "the first step whose reward is below a threshold"; the
-threshold for problems of one parity is fitted on those of the other. A step is wrong if it does not follow from the one
-before it. "Lowest step is wrong" asks whether the step with the least reward is any of the wrong ones. Chance: F1 with
-all step rewards shuffled, and the share of wrong steps.
+found exactly" and "right response let pass", for the rule "the first step whose reward is below a threshold"; each
+fifth of the problems is judged by the threshold that is best on the others (`prm_search.evaluation.step_errors`). A
+step is wrong if it does not follow from the one before it. "Lowest step is wrong" asks whether the step with the least
+reward is any of the wrong ones, of which there are often several; "the only error found" the same of responses with
+one. Chance: F1 with the rewards of all steps shuffled, and a step picked at random.
 
-{table([*head, "the only error found"], lines)}"""
+{table([*head, "lowest step is wrong", "the only error found"], lines)}"""
 
 
 def _protocol(r: Mapping[str, Any], p: Protocol) -> str:
