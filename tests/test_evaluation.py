@@ -280,8 +280,10 @@ def test_rows_are_what_the_records_say(records):
     assert majority.prm_tokens == 0 < row.prm_tokens
     assert row.total_tokens == row.policy_tokens + row.prm_tokens + row.reference_tokens
     beam = summary.row("beam", 8, value="min")
-    assert beam.against_best_of_n.difference == pytest.approx(beam.accuracy - row.accuracy)
-    assert row.against_best_of_n is None
+    rivals = {value: summary.row("best_of_n", 8, value=value).accuracy for value in ("q", "min")}
+    assert rivals[beam.rival] == max(rivals.values())
+    assert beam.against_best_of_n.difference == pytest.approx(beam.accuracy - rivals[beam.rival])
+    assert (row.against_best_of_n, row.rival) == (None, None)
     assert summary.row("greedy", 1).answers == 4
     with pytest.raises(KeyError, match="2 rows"):
         summary.row("beam", 8)

@@ -24,10 +24,10 @@ METHOD = f"""\
   limit cut.
 * **to oracle**: pass@N minus the accuracy. pass@k is the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374) from
   all samples of a problem and seed; its interval is a percentile bootstrap over problems.
-* **vs majority**, **vs best_of_n**: difference of the accuracies at the same budget (best_of_n: of the same pair and
-  value), by a paired bootstrap: problems are resampled {RESAMPLES:,} times with both of their figures, each the mean
-  of its seeds; 95 % percentile interval, and the two-sided p that inverts it. The p are not corrected for how many
-  there are.
+* **vs majority**, **vs best_of_n**: difference of the accuracies at the same budget, by a paired bootstrap: problems
+  are resampled {RESAMPLES:,} times with both of their figures, each the mean of its seeds; 95 % percentile interval,
+  and the two-sided p that inverts it. best_of_n is that of the same pair; of several values, the one that is right
+  most often. The p are not corrected for how many there are.
 * A majority vote sees no rewards: it breaks ties by draw order.
 """
 

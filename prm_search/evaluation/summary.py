@@ -50,7 +50,9 @@ class Row:
         cut: share of the answers whose search the budget cut.
         oracle_gap: pass@n minus accuracy, over the problems that have both; None without samples.
         against_majority: paired bootstrap of the accuracy minus that of majority at the same budget; None without it.
-        against_best_of_n: the same against best_of_n of the same pair, value and budget, for searches.
+        against_best_of_n: the same for searches, against best_of_n of the same pair and budget: of several values,
+            the one that is right most often, which is the hardest to beat.
+        rival: the value of that best_of_n.
     """
 
     cell: Cell
@@ -69,6 +71,7 @@ class Row:
     oracle_gap: float | None = None
     against_majority: Comparison | None = None
     against_best_of_n: Comparison | None = None
+    rival: str | None = None
 
 
 @dataclass(frozen=True)
@@ -210,11 +213,8 @@ def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], chances: Mapping[i
     policy, prm, reference = (
         fmean(getattr(each, name) for each in done) for name in ("policy_tokens", "prm_tokens", "reference_tokens")
     )
-    rivals = {"majority": Cell("majority", cell.n), "best_of_n": Cell("best_of_n", cell.n, cell.pair, cell.value)}
-    against = {
-        name: compare(done, cells[rival]) if rival in cells and rival != cell else None
-        for name, rival in rivals.items()
-    }
+    majority = Cell("majority", cell.n)
+    best = None if cell.strategy in VOTES else _best_of_n(cell, cells)
     return Row(
         cell,
         len(by_problem),
@@ -230,9 +230,16 @@ def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], chances: Mapping[i
         sum(each.seconds for each in done),
         fmean(each.cut for each in done),
         gap,
-        against["majority"],
-        None if cell.strategy in VOTES else against["best_of_n"],
+        compare(done, cells[majority]) if majority in cells and majority != cell else None,
+        None if best is None else compare(done, cells[best]),
+        None if best is None else best.value,
     )
+
+
+def _best_of_n(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]]) -> Cell | None:
+    """The best_of_n of this cell's pair and budget that is right most often; None where there is none."""
+    rivals = [each for each in cells if (each.strategy, each.n, each.pair) == ("best_of_n", cell.n, cell.pair)]
+    return max(rivals, key=lambda each: fmean(outcome.right for outcome in cells[each]), default=None)
 
 
 def _by_problem(done: Sequence[Outcome]) -> dict[int, list[bool]]:
