@@ -295,6 +295,7 @@ BAD: list[tuple[dict[str, Any], int, str | None]] = [
     ({"model": "gpt-4"}, 404, "model"),
     ({"model": 4}, 400, "model"),
     ({"temperature": -1}, 400, "temperature"),
+    ({"temperature": 2.5}, 400, "temperature"),
     ({"temperature": "hot"}, 400, "temperature"),
     ({"top_p": 0}, 400, "top_p"),
     ({"max_tokens": 0}, 400, "max_tokens"),
@@ -408,42 +409,54 @@ def test_requests_are_searched_together(demo: Demo) -> None:
         assert answer.choices[0].text == demo.search(Beam(2, 2), seed=seed).text
 
 
-def start(demo: Demo, body: dict[str, Any]) -> http.client.HTTPConnection:
+def start(served: Served, body: dict[str, Any]) -> http.client.HTTPConnection:
     """Send a request without waiting for its answer."""
-    connection = http.client.HTTPConnection(demo.served.host, demo.served.port, timeout=60)
+    connection = http.client.HTTPConnection(served.host, served.port, timeout=60)
     connection.request("POST", "/v1/completions", json.dumps({"max_tokens": 60, "seed": 1} | body))
     return connection
 
 
-# Ten times the context's room in steps of one token: it takes long enough to be interrupted.
-LONG = {"prompt": "=", "max_tokens": 100, "prm_guidance": {"width": 8, "expansions": 8, "steps": {"max_tokens": 1}}}
+@pytest.fixture(scope="module")
+def endless(demo: Demo) -> Iterator[Served]:
+    """The same models, but no token ends a response."""
+    policy = HFPolicy(demo.policy.lm, demo.policy.tokenizer, stop_ids=[])
+    limits = Limits(searches=8)
+    app = make_app(lambda: ThreadEngine.of_hf(policy, demo.pair), ["demo"], limits=limits, steps=STEPS)
+    with serving(app) as served:
+        yield served
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_ends_its_search(demo: Demo, stream: bool) -> None:
-    before = demo.served.metric("prm_search_requests_total", outcome="disconnected", route="text")
-    connections = [start(demo, LONG | {"stream": stream}) for _ in range(3)]
-    until(lambda: demo.served.service.in_flight == 3 and demo.kv() > 0)
+LONG = {"prompt": PROMPT, "max_tokens": 100, "prm_guidance": {"width": 8, "expansions": 8, "steps": {"max_tokens": 1}}}
+
+
+@pytest.mark.parametrize("given", [LONG, LONG | {"stream": True}, {"prompt": PROMPT, "max_tokens": 100, "n": 64}])
+def test_a_client_that_goes_away_ends_its_search(demo: Demo, endless: Served, given: dict[str, Any]) -> None:
+    def counted() -> float:
+        return endless.metric("prm_search_requests_total", outcome="disconnected", route="text")
+
+    before = counted()
+    connections = [start(endless, given) for _ in range(3)]
+    until(lambda: endless.service.in_flight == 3 and demo.kv() > 0)
     for connection in connections:
         connection.close()
-    until(lambda: demo.served.service.in_flight == 0 and demo.kv() == 0)
-    after = demo.served.metric("prm_search_requests_total", outcome="disconnected", route="text")
-    assert after - before == 3
+    until(lambda: endless.service.in_flight == 0 and demo.kv() == 0)
+    assert counted() - before == 3
     assert demo.ask().choices[0].text == demo.search(BestOfN(1)).text
 
 
-def test_beyond_the_limit_is_a_429(demo: Demo) -> None:
-    connections = [start(demo, LONG | {"prompt": ["="] * 20}) for _ in range(2)]
+def test_beyond_the_limit_is_a_429(demo: Demo, endless: Served) -> None:
+    connections = [start(endless, LONG | {"prompt": [PROMPT] * 4}) for _ in range(2)]
     try:
-        until(lambda: demo.served.service.in_flight == 40)
+        until(lambda: endless.service.in_flight == 8)
         with pytest.raises(openai.RateLimitError) as caught:
-            demo.ask()
+            endless.client().completions.create(model="demo", prompt=PROMPT)
         assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert caught.value.code == "too_many_searches"
     finally:
         for connection in connections:
             connection.close()
-    until(lambda: demo.served.service.in_flight == 0 and demo.kv() == 0)
-    assert demo.ask().choices[0].text
+    until(lambda: endless.service.in_flight == 0 and demo.kv() == 0)
+    assert endless.client().completions.create(model="demo", prompt=PROMPT).choices[0].text
 
 
 def test_thirty_two_at_a_time_with_some_that_go_away(demo: Demo) -> None:
@@ -459,7 +472,7 @@ def test_thirty_two_at_a_time_with_some_that_go_away(demo: Demo) -> None:
 
     def one(place: int) -> bool:
         if place % 4 == 3:
-            connection = start(demo, LONG | {"stream": place % 8 == 3})
+            connection = start(demo.served, LONG | {"stream": place % 8 == 3})
             gone.wait(30)
             connection.close()
             return True

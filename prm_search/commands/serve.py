@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
+from ..demo import pair_dir
 from . import BadInput, options
 from .options import make_steps
 
@@ -82,6 +84,7 @@ def serve(
     steps = make_steps(delimiter, step_tokens, step_regex, default=options.card_delimiter(pair))
     try:
         from ..serving.ask import Limits
+        from ..serving.config import ServeConfig
         from ..serving.run import listen, run
     except ImportError as error:
         raise BadInput(f"serving needs more packages ({error.name}): pip install 'prm-search[serve]'") from error
@@ -94,7 +97,18 @@ def serve(
         sampled_tokens=max_sampled,
         seconds=timeout,
     )
+    config = ServeConfig(pair, prm, reference, beta, device, dtype, steps, limits)
+    name = served_model_name or policy
     sock = listen(host, port)
+    if engine == "vllm":
+        from ..serving.vllm_command import vllm_command
+
+        sock.close()  # that it is free is known; vLLM opens it itself
+        model = str(pair_dir() / "policy") if policy == "demo" else policy
+        words, environment = vllm_command(
+            model, config, host=host, port=port, name=name, api_key=api_key, extra=context.args
+        )
+        os.execve(words[0], words, environment)
     from ..serving.app import make_app
     from ..serving.engine import ThreadEngine
     from .loading import load_pair, load_policy, quiet
@@ -105,7 +119,7 @@ def serve(
         scorer = load_pair(pair, prm, reference, beta=beta, device=device, dtype=dtype)
         app = make_app(
             lambda: ThreadEngine.of_hf(sampler, scorer),
-            [served_model_name or policy],
+            [name],
             limits=limits,
             steps=steps,
             api_keys=[api_key] if api_key else [],

@@ -17,15 +17,17 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         OSError: it cannot be bound; the message names host and port.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    sock = socket.socket(family, kind, protocol)
+    sock = None
     try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        return sock
     except OSError as error:
-        sock.close()
+        if sock is not None:
+            sock.close()
         raise OSError(error.errno, f"{host}:{port} cannot be listened at: {error.strerror}") from error
-    return sock
 
 
 def run(app: FastAPI, sock: socket.socket) -> None:

@@ -1,0 +1,132 @@
+"""The endpoint plugin `prm_search`: vLLM's server answers chat and completion requests with prm_guidance by search.
+
+Everything else goes to vLLM's own routes as it came. vLLM loads the plugin where VLLM_PLUGINS names it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...serving.config import ServeConfig
+from ...serving.engine import AsyncEngine
+from ...serving.metrics import Metrics
+from ...serving.routes import ROUTES, respond
+from ...serving.service import Service
+
+NAME = "prm_search"
+
+
+class PRMSearchEndpoint:
+    """What vLLM makes of the entry point; see vllm.plugins.endpoint_plugins.interface.EndpointPlugin."""
+
+    name = NAME
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Put GuidedRoutes before vLLM's routes, and behind its middleware: API keys are checked before."""
+        app.add_middleware(GuidedRoutes)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Load the pair and make the service, over the server's own engine.
+
+        Raises:
+            ValueError, OSError: the configuration makes no sense, or the pair cannot be loaded. The server then ends.
+        """
+        from prometheus_client import REGISTRY
+
+        from .policy import AsyncVLLMPolicy
+
+        config = ServeConfig.find(os.environ, getattr(args, "additional_config", None))
+        policy = AsyncVLLMPolicy(engine_client)
+        if getattr(args, "chat_template", None) is not None:
+            from vllm.entrypoints.chat_utils import load_chat_template
+
+            policy.tokenizer.chat_template = load_chat_template(args.chat_template)
+        pair = await asyncio.to_thread(load_pair, config)
+        names = args.served_model_name or [args.model]
+        state.prm_search = Service(
+            AsyncEngine(policy, pair, policy.token_text),
+            [names] if isinstance(names, str) else names,
+            limits=config.limits,
+            steps=config.steps,
+            metrics=Metrics(REGISTRY),  # which vLLM's /metrics tells
+        )
+
+
+def load_pair(config: ServeConfig) -> Any:
+    """The pair that a configuration names: models in this process, or vLLM servers by their URLs."""
+    if config.prm is not None and _is_url(config.prm):
+        from .scorer import VLLMImplicitPRM
+
+        if config.reference is None:
+            raise ValueError("reference is needed beside the URL of a prm: a URL, or 'policy'")
+        reference = _server(config.reference) if _is_url(config.reference) else config.reference
+        beta = {} if config.beta is None else {"beta": config.beta}
+        return VLLMImplicitPRM(_server(config.prm), reference, **beta)
+    from ...commands.loading import load_pair as load
+
+    return load(config.pair, config.prm, config.reference, beta=config.beta, device=config.device, dtype=config.dtype)
+
+
+def _is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def _server(url: str) -> Any:
+    from .server import VLLMServer
+
+    address, _, model = url.partition("#")
+    return VLLMServer(address, model=model or None, api_key=os.environ.get("PRM_SEARCH_PAIR_API_KEY"))
+
+
+class GuidedRoutes:
+    """Middleware: answers requests of the two routes whose body has prm_guidance, and lets all others pass."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass on."""
+        route = ROUTES.get(_path(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        read: list[Message] = []
+        while True:
+            message = await receive()
+            read.append(message)
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                break
+        body = b"".join(message.get("body", b"") for message in read)
+
+        async def again() -> Message:
+            return read.pop(0) if read else await receive()
+
+        if _is_guided(body):
+            request = Request(scope, again)
+            response = await respond(scope["app"].state.prm_search, route, request)
+            await response(scope, again, send)
+        else:
+            await self._app(scope, again, send)
+
+
+def _path(scope: Scope) -> str:
+    path, root = scope["path"], scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root) else path
+
+
+def _is_guided(body: bytes) -> bool:
+    """Whether a JSON object has prm_guidance; what is no JSON is vLLM's to refuse."""
+    if b"prm_guidance" not in body:
+        return False
+    try:
+        given = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(given, dict) and given.get("prm_guidance") is not None

