@@ -26,7 +26,8 @@ class AsyncSearchLoop:
         result = await loop.begin(prompt, settings).run()       # as many at a time as you like
 
     Nodes of all searches are scored together: by `await scorer.ascore_nodes(nodes)` where the scorer has that, else by
-    score_nodes in a thread. There is one such call at a time, and no tree is released during one.
+    score_nodes in a thread. There is one such call at a time, and no tree is released during one. Where it fails, each
+    search's nodes are scored again by themselves, so that only those fail that have to.
 
     Args:
         policy, scorer, prover, on_event: see `asearch`.
@@ -86,20 +87,27 @@ class AsyncSearchLoop:
             async with self.quiet:
                 batch = [(nodes, done) for nodes, done in self._waiting if not done.done()]  # less what was cancelled
                 self._waiting = []
-                failed: BaseException | None = None
-                try:
-                    await self._score_now([node for nodes, _ in batch for node in nodes])
-                except BaseException as error:
-                    failed = error
-            for _, done in batch:
+                failures = [await self._failure([node for nodes, _ in batch for node in nodes])] * len(batch)
+                if len(batch) > 1 and isinstance(failures[0], Exception):  # of one of them: the others go on
+                    failures = [await self._failure(nodes) for nodes, _ in batch]
+            for (_, done), failed in zip(batch, failures, strict=True):
                 if done.done():
                     continue
                 if failed is None:
                     done.set_result(None)
                 else:
                     done.set_exception(failed)
-            if isinstance(failed, asyncio.CancelledError):
-                raise failed
+            for failed in failures:
+                if isinstance(failed, asyncio.CancelledError):
+                    raise failed
+
+    async def _failure(self, nodes: list[Node]) -> BaseException | None:
+        """Score nodes; what was raised meanwhile."""
+        try:
+            await self._score_now(nodes)
+        except BaseException as error:
+            return error
+        return None
 
     async def _score_now(self, nodes: list[Node]) -> None:
         for scorer in self.models.scorers if nodes else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -142,10 +143,41 @@ def test_cancelling_leaves_nothing(after: int) -> None:
     assert not scorer.trees
 
 
+class Broken(FakeAsyncScorer):
+    """Fails on the second steps of a prompt (every prompt's where none is named)."""
+
+    def __init__(self, prompt: int | None = None) -> None:
+        super().__init__()
+        self.prompt = prompt
+
+    def score_nodes(self, nodes: Sequence[Node]) -> None:
+        super().score_nodes(nodes)
+        mine = [node for node in nodes if self.prompt in (None, node.tree.prompt_ids[0])]
+        if any(node.depth == 2 for node in mine):
+            raise RuntimeError("the scorer failed")
+
+
+def test_a_scorer_that_fails_on_one_search_leaves_the_others_alone() -> None:
+    policy, scorer = FakeAsyncPolicy(ToyLM("ab;")), Broken(2)
+    settings = Settings.make(strategy=Beam(2, 2), **LONG)
+
+    async def main() -> list[Any]:
+        loop = AsyncSearchLoop(policy, scorer)
+        searches = [loop.begin(Prompt(token_ids=(i,)), settings) for i in (1, 2, 3)]
+        return await asyncio.gather(*(each.run() for each in searches), return_exceptions=True)
+
+    first, failed, third = asyncio.run(main())
+    assert str(failed) == "the scorer failed"
+    expected = search([[1], [3]], policy=FakePolicy(ToyLM("ab;")), scorer=FakeScorer(), strategy=Beam(2, 2), **LONG)
+    assert [facts(first), facts(third)] == [facts(result) for result in expected]
+    assert not policy.running
+    assert not scorer.trees
+
+
 @pytest.mark.parametrize("what", ["policy", "scorer", "value"])
 def test_errors_propagate_and_leave_nothing(what: str) -> None:
     policy = FakeAsyncPolicy(fail_at=4 if what == "policy" else None)
-    scorer = FakeAsyncScorer(fail_at=2 if what == "scorer" else None)
+    scorer = Broken() if what == "scorer" else FakeAsyncScorer()
 
     def value(node: Node) -> float:
         if node.depth == 2:

@@ -88,7 +88,7 @@ class ThreadEngine(Engine):
 
     @classmethod
     def of_hf(cls, policy: HFPolicy, pair: ImplicitPRM) -> ThreadEngine:
-        """Over an HFPolicy, whose responses then may have stop strings."""
+        """Over an HFPolicy's model. Responses may have stop strings, in the place of a stop condition of the policy."""
         from ..policy import HFPolicy
 
         stops = StopStrings(policy.token_text)
