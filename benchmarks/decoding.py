@@ -10,6 +10,7 @@ from common import Ceilings, Machine, model, paired, ratio, weighed, weight_byte
 from transformers import DynamicCache
 
 from prm_search.engine.language_model import LanguageModel
+from prm_search.engine.stepping import Mode
 
 
 class Ours:
@@ -23,8 +24,9 @@ class Ours:
         self.parents = [lm.tree.fork(self.root, ids(context - prompt)) for _ in range(families)]
         lm.extend(self.parents, [[]] * families, want=None)
 
-    def run(self, tokens: int) -> None:
+    def run(self, tokens: int, mode: Mode = "auto") -> None:
         """Decode `tokens` tokens a row, greedily, and forget them."""
+        self.lm.steps.set_mode(mode)
         each = self.rows // len(self.parents)
         branches = [self.lm.tree.fork(parent) for parent in self.parents for _ in range(each)]
         table = self.lm.extend(branches, [[]] * self.rows, want="log_softmax")
@@ -64,7 +66,11 @@ def compare(
     ours, peaks["ours"] = weighed(lambda: Ours(lm, context // 4, context, rows, families))
     theirs, peaks["dynamic_cache"] = weighed(lambda: Theirs(module, context, rows, machine.device))
     runs = {"ours": lambda: ours.run(tokens), "dynamic_cache": lambda: theirs.run(tokens)}
+    if machine.device == "cuda":
+        runs["no_graph"] = lambda: ours.run(tokens, "packed")
     seconds = paired(runs, repeats)
+    ours.lm.steps.set_mode("auto")
+    step = ours.lm.steps.choice(rows, context + tokens)
     middle = {name: statistics.median(values) / tokens for name, values in seconds.items()}
     floor = weight_bytes(module) / Ceilings.measure(machine).bandwidth
     return {
@@ -73,8 +79,10 @@ def compare(
         "rows": rows,
         "families": families,
         "ms": {name: 1e3 * value for name, value in middle.items()},
+        "step": f"{step.way}: {step.reason}",
         "ours_over_dynamic_cache": ratio(seconds["ours"], seconds["dynamic_cache"]),
         "weight_floor_ms": 1e3 * floor,
         "over_weight_floor": middle["ours"] / floor,
+        "no_graph_over_ours": ratio(seconds["no_graph"], seconds["ours"]) if "no_graph" in seconds else None,
         "context_peak_bytes": {name: peak for name, peak in peaks.items() if peak is not None},
     }

@@ -87,7 +87,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
 
 def _scoring(rows: list[dict[str, Any]]) -> str:
     names = {name for row in rows for name in row["over_ours"]}
-    rivals = [name for name in ("naive", "prompt_cached", "dynamic_cache") if name in names]
+    rivals = [name for name in ("naive", "prompt_cached", "dynamic_cache", "ours_streams") if name in names]
     head = [
         "shape",
         "N x L",
@@ -128,6 +128,8 @@ def _decoding(rows: list[dict[str, Any]]) -> str:
         "DynamicCache (ms)",
         "ours / DynamicCache",
         "ours / weight floor",
+        "no graph / ours",
+        "a step is",
     ]
     body = [
         [
@@ -139,6 +141,8 @@ def _decoding(rows: list[dict[str, Any]]) -> str:
             f"{row['ms']['dynamic_cache']:.1f}",
             f"{row['ours_over_dynamic_cache']:.2f}",
             f"{row['over_weight_floor']:.2f}",
+            "-" if row["no_graph_over_ours"] is None else f"{row['no_graph_over_ours']:.2f}",
+            row["step"],
         ]
         for row in rows
     ]
@@ -146,18 +150,19 @@ def _decoding(rows: list[dict[str, Any]]) -> str:
 
 
 def _steering(rows: list[dict[str, Any]]) -> str:
-    head = ["shape", "prompt", "rows", "plain (ms)", "steered (ms)", "steered / plain"]
-    head += ["plain / weight floor", "steered / weight floor"]
+    head = ["shape", "prompt", "rows", "way", "ms", "ms / weight floor", "steered / plain"]
     body = [
         [
             row["shape"],
             str(row["prompt"]),
             str(row["rows"]),
-            *(f"{row['ms'][way]:.1f}" for way in ("plain", "steered")),
-            f"{row['steered_over_plain']:.2f}",
-            *(f"{row['over_weight_floor'][way]:.2f}" for way in ("plain", "steered")),
+            way,
+            f"{ms:.1f}",
+            f"{row['over_weight_floor'][way]:.2f}",
+            f"{row['steered_over_plain']:.2f}" if way == "steered" else "-",
         ]
         for row in rows
+        for way, ms in row["ms"].items()
     ]
     return _table(head, body)
 
@@ -208,12 +213,14 @@ NOTES = {
     "times are CUDA events with a cold L2.",
     "scoring": "Token rewards of every beam at every step, both models: seconds of ours and what the rivals take over "
     "it. `naive` re-encodes every prefix, `prompt_cached` a beam's own tokens, `dynamic_cache` nothing, but copies KV. "
+    "`ours_streams`: both models on streams of their own. "
     "The floor is every new token once through both models at the measured ceilings. Peaks: a GPU's, with pools.",
     "decoding": "One token for each row. Four rows a parent is what a beam of four expansions decodes; as many parents "
     "as rows is the worst case, where only the first quarter of the path is shared. The weight floor is one reading of "
-    "the weights at the measured bandwidth.",
+    "the weights at the measured bandwidth. `no graph`: the same steps, planned and launched like any other forward.",
     "steering": "A token of all rows, drawn from the policy alone and from logits steered by a pair whose reference is "
-    "the policy. The weight floor is one reading of one model's weights, or of two models'.",
+    "the policy. The weight floor is one reading of one model's weights, or of two models'. On a GPU also without CUDA "
+    "graphs, and with each model on a stream of its own.",
     "memory": "bf16 KV of one model at the end of a beam search (a quarter survives, four children each), by counting "
     "tokens: arithmetic, nothing was run.",
     "searching": "`model.generate` plain, and with `prm_guidance`; the reference is the policy itself (`shared`: its "

@@ -29,9 +29,9 @@ def run_scoring(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     """S swept, because the rivals that re-encode grow with it."""
     every = list(scoring.RIVALS)
     if machine.device == "cuda":
-        lines = [("0.5b", 512, 16, 64, s, every, 3) for s in (5, 20)]
+        lines = [("0.5b", 512, 16, 64, s, every, 3) for s in (5, 20, 50)]
         lines += [("1.5b", 512, 16, 64, s, every, 3) for s in (5, 20, 50)]
-        lines += [("7b", 512, 16, 64, s, every if s < 50 else ["dynamic_cache"], 3) for s in (5, 20, 50)]
+        lines += [("7b", 512, 16, 64, s, every, 3 if s < 50 else 1) for s in (5, 20, 50)]
         lines += [("7b", 512, 256, 64, 20, [], 3)]  # does it fit?
     else:  # the rivals' hours are why long searches take fewer rounds
         lines = [("small", 150, 8, 50, s, every, rounds) for s, rounds in ((5, 3), (10, 3), (20, 2), (40, 1))]

@@ -145,8 +145,15 @@ def rival_rewards(method: str, prm: Any, ref: Any, work: Work, device: str) -> l
     return [(BETA * (a - b)).cpu().numpy() for a, b in pairs]
 
 
-def our_rewards(pair: ImplicitPRM, work: Work) -> tuple[list[np.ndarray], dict[str, int]]:
-    """The same through SearchTree and ImplicitPRM, with the counts of the tree's meter and the KV held at the end."""
+def our_rewards(pair: ImplicitPRM, work: Work, streams: bool = False) -> tuple[list[np.ndarray], dict[str, int]]:
+    """The same through SearchTree and ImplicitPRM, with the counts of the tree's meter and the KV held at the end.
+
+    Args:
+        streams: whether each model has a CUDA stream of its own.
+    """
+    if pair.prm.device.type == "cuda":
+        for lm in filter(None, (pair.prm, pair.reference)):
+            lm.own_stream(streams)
     tree = SearchTree(Prompt(token_ids=tuple(work.prompt)))
     beams, found = [tree.root] * len(work.tokens[0]), []
     for parents, tokens in zip(work.parents, work.tokens, strict=True):
@@ -200,6 +207,8 @@ def compare(
         prm, ref, beta=BETA, capacity=every if methods else min(every, work.most_live() + beams * length)
     )
     ways: dict[str, Callable[[Work], Any]] = {"ours": lambda given: our_rewards(pair, given)}
+    if machine.device == "cuda" and methods:
+        ways["ours_streams"] = lambda given: our_rewards(pair, given, streams=True)
     for method in methods:
         ways[method] = lambda given, method=method: (rival_rewards(method, prm, ref, given, machine.device), None)
     first = Work(work.prompt, work.parents[:1], work.tokens[:1])
@@ -236,7 +245,7 @@ def compare(
         "seconds": middle,
         "over_ours": {name: ratio(seconds[name], seconds["ours"]) for name in seconds if name != "ours"},
         "share_of_floor": step_floor(prm, Ceilings.measure(machine), prompt, beams, length, steps) / middle["ours"],
-        "encoded_tokens": {name: encoded[name] for name in seconds},
+        "encoded_tokens": {name: encoded[name] for name in seconds if name in encoded},
         "kv_tokens": {"live": work.most_live(), "ours_held": counts["held"], "copies": work.copied()},
         "kv_token_bytes": token_bytes(shape, machine.dtype.itemsize),
         "weight_bytes": 2 * sum(p.numel() * p.element_size() for p in prm.parameters()),

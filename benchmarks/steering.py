@@ -12,10 +12,13 @@ from searching import tokenizer_of
 
 import prm_search as ps
 from prm_search.engine.language_model import LanguageModel
+from prm_search.engine.stepping import Mode
 
 
 def compare(machine: Machine, shape: str, prompt: int, rows: int, tokens: int, repeats: int) -> dict[str, Any]:
     """One line of the report: milliseconds a token of all rows, plain and steered by a pair whose reference it is.
+
+    On a GPU also without CUDA graphs, and with each model on a stream of its own.
 
     The prompt's share is taken out: what is timed is a response of `tokens + 1` tokens less one of a single token.
     """
@@ -25,20 +28,25 @@ def compare(machine: Machine, shape: str, prompt: int, rows: int, tokens: int, r
     pair = ps.ImplicitPRM(prm, policy)
     ids = torch.randint(11, policy.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def run(strategy: ps.Strategy, scorer: ps.Scorer | None, length: int) -> None:
+    def run(strategy: ps.Strategy, scorer: ps.Scorer | None, mode: Mode, streams: bool, length: int) -> None:
+        for lm in served:
+            lm.steps.set_mode(mode)
+            if machine.device == "cuda":
+                lm.own_stream(streams)
         rule = ps.StepRule(delimiter=None, max_tokens=length)
         ps.search([ids], policy=sampler, scorer=scorer, strategy=strategy, steps=rule, max_new_tokens=length)
 
-    ways: dict[str, tuple[ps.Strategy, ps.Scorer | None]] = {
-        "plain": (ps.BestOfN(rows), None),
-        "steered": (ps.Steer(alpha=1.0, n=rows), pair),
+    plain, steered = ps.BestOfN(rows), ps.Steer(alpha=1.0, n=rows)
+    ways: dict[str, tuple[ps.Strategy, ps.Scorer | None, Mode, bool]] = {
+        "plain": (plain, None, "auto", False),
+        "steered": (steered, pair, "auto", False),
     }
+    if machine.device == "cuda":
+        ways["plain, no graph"] = plain, None, "packed", False
+        ways["steered, no graph"] = steered, pair, "packed", False
+        ways["steered, streams"] = steered, pair, "auto", True
     seconds = paired(
-        {
-            f"{name} {length}": partial(run, strategy, scorer, length)
-            for name, (strategy, scorer) in ways.items()
-            for length in (1, tokens + 1)
-        },
+        {f"{name} {length}": partial(run, *way, length) for name, way in ways.items() for length in (1, tokens + 1)},
         repeats,
     )
     each = {
@@ -48,10 +56,9 @@ def compare(machine: Machine, shape: str, prompt: int, rows: int, tokens: int, r
         ]
         for name in ways
     }
-    floors = {"plain": weight_bytes(policy), "steered": weight_bytes(policy) + weight_bytes(prm)}
+    floors = {name: weight_bytes(policy) + (weight_bytes(prm) if way[1] is pair else 0) for name, way in ways.items()}
     bandwidth = Ceilings.measure(machine).bandwidth
     middle = {name: statistics.median(values) for name, values in each.items()}
-    del served
     return {
         "shape": shape,
         "prompt": prompt,

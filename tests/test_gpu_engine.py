@@ -141,7 +141,7 @@ def test_a_gpu_takes_the_triton_path():
 
 def served(module, mode: str, capacity: int = 2000) -> LanguageModel:
     lm = LanguageModel(module, None, capacity=capacity)
-    lm.runner.steps.set_mode(mode)
+    lm.steps.set_mode(mode)
     return lm
 
 
@@ -177,8 +177,8 @@ def test_a_replay_has_the_bits_of_the_eager_step(name, prompt):
     replayed, static = served(module, "graph", 1400), served(module, "static", 1400)
     ours, theirs = grown(replayed, prompt, 0, 60), grown(static, prompt, 0, 60)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert replayed.runner.steps.graphs.replays > 10
-    assert replayed.runner.steps.graphs.refused is None
+    assert replayed.steps.graphs.replays > 10
+    assert replayed.steps.graphs.refused is None
 
 
 @pytest.mark.gpu
@@ -195,13 +195,13 @@ def test_graphs_follow_the_weights_and_the_pools():
     module = build("llama", 0, torch.bfloat16, "cuda")
     lm = served(module, "graph")
     grown(lm, 40, 0, 12)
-    assert len(lm.runner.steps.graphs) > 0
+    assert len(lm.steps.graphs) > 0
     with torch.no_grad():
         module.lm_head.weight.mul_(1.0)  # in place: the graphs read it where it is
         module.model.norm.weight = torch.nn.Parameter(2 * module.model.norm.weight)
     lm.tree = type(lm.tree)(lm.tree.capacity)  # nothing of the old weights is left
-    lm.runner.steps.refresh([])
-    assert len(lm.runner.steps.graphs) == 0
+    lm.steps.refresh([])
+    assert len(lm.steps.graphs) == 0
     ours = grown(lm, 40, 0, 12)
     theirs = grown(served(module, "static"), 40, 0, 12)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -221,11 +221,11 @@ def test_two_adapter_states_have_graphs_of_their_own():
     apart = []
     for mode in ("graph", "static"):
         for lm in lms:
-            lm.runner.steps.set_mode(mode)
+            lm.steps.set_mode(mode)
         apart.append([grown(lm, 40, 0, 15) for lm in lms])
     for ours, theirs in zip(*apart, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert all(lm.runner.steps.graphs.replays > 0 for lm in lms)
+    assert all(lm.steps.graphs.replays > 0 for lm in lms)
     assert not torch.equal(apart[0][0][-1], apart[0][1][-1])
 
 
@@ -241,7 +241,7 @@ def test_a_module_that_waits_runs_without_graphs(monkeypatch):
     theirs = grown(served(module, "static"), 40, 0, 15)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().mean() < TOLERANCE[torch.bfloat16]
-    assert lm.runner.steps.choice(5, 60).way == "packed"
+    assert lm.steps.choice(5, 60).way == "packed"
 
 
 @pytest.mark.gpu

@@ -72,7 +72,7 @@ def test_a_call_is_launched_without_waiting(name: str, mode: str) -> None:
     if hasattr(model.config, "num_experts_per_tok"):
         model.set_experts_implementation("batched_mm")
     lm = LanguageModel(model, None, capacity=60)
-    lm.runner.steps.set_mode(mode)  # type: ignore[arg-type]
+    lm.steps.set_mode(mode)  # type: ignore[arg-type]
     root = lm.tree.root()
     assert isinstance(lm.begin_extend([root], [list(range(3, 15))]), Pending)
     tips = [lm.tree.fork(root) for _ in range(3)]

@@ -37,7 +37,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def served(model: Any, mode: str, capacity: int = 400) -> LanguageModel:
     lm = LanguageModel(model, None, capacity=capacity)
-    lm.runner.steps.set_mode(mode)  # type: ignore[arg-type]
+    lm.steps.set_mode(mode)  # type: ignore[arg-type]
     return lm
 
 
@@ -94,7 +94,7 @@ def test_a_static_step_computes_what_a_packed_forward_does(name: str, seed: int)
         ours, theirs = growth.step()
         assert (ours - theirs).abs().max() < NATS
     assert static.forwards == plain.forwards
-    assert static.runner.steps._step.copied > 0 == plain.runner.steps._step.copied
+    assert static.steps._step.copied > 0 == plain.steps._step.copied
 
 
 class Tape(TorchDispatchMode):
@@ -133,7 +133,7 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LanguageModel]:
 
     def make(model: Any, capacity: int = 400, capture: Any = Tape) -> LanguageModel:
         lm = LanguageModel(model, None, capacity=capacity)
-        steps = lm.runner.steps
+        steps = lm.steps
         steps.graphs = Graphs(capture)
         steps._why_not, steps.mode = "", "graph"
         monkeypatch.setattr(steps, "_obstacle", lambda: steps.graphs.refused)
@@ -155,8 +155,8 @@ def test_replays_read_static_tensors_only(model: Any, seed: int, taped: Callable
             growth.evict()
         ours, theirs = growth.step()
         assert torch.equal(ours, theirs)
-    assert replayed.runner.steps.graphs.refused is None
-    assert replayed.runner.steps.graphs.replays > 10
+    assert replayed.steps.graphs.refused is None
+    assert replayed.steps.graphs.replays > 10
 
 
 def decode(lm: LanguageModel, branches: list[Any], tokens: int, seed: int = 0) -> list[torch.Tensor]:
@@ -179,19 +179,19 @@ def test_a_row_that_goes_on_is_appended_to(model: Any) -> None:
     header = len(static_step._FIELDS) * static_step._SPAN
     copied = []
     for _ in range(6):
-        before = lm.runner.steps._step.copied
+        before = lm.steps._step.copied
         decode(lm, branches, 1)
-        copied.append(lm.runner.steps._step.copied - before)
+        copied.append(lm.steps._step.copied - before)
     assert copied == [header + 5 * (1 + 16), header, header, header, header + 5 * (1 + 32), header]  # 16 slots, then 32
     lm.tree.release(branches[2])
-    before = lm.runner.steps._step.copied
+    before = lm.steps._step.copied
     decode(lm, [*branches[:2], *branches[3:]], 1)
-    assert lm.runner.steps._step.copied - before == header + 1 + 32  # one stands beyond the four lines of this shape
+    assert lm.steps._step.copied - before == header + 1 + 32  # one stands beyond the four lines of this shape
 
 
 def test_moved_weights_and_pools_drop_the_graphs(model: Any, taped: Callable[..., LanguageModel]) -> None:
     lm = taped(model)
-    steps = lm.runner.steps
+    steps = lm.steps
     branches = begin(lm, 4)
     decode(lm, branches, 3)
     steps.refresh([])
@@ -245,7 +245,7 @@ def test_a_module_that_waits_for_the_device_is_told_once(
     forward = model.model.layers[1].mlp.forward
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x: forward(x) if x.sum().item() != 0.5 else x)
     lm, plain = taped(model), served(model, "packed")
-    steps = lm.runner.steps
+    steps = lm.steps
     steps.mode = "auto"
     monkeypatch.setattr(type(lm.runner), "on_gpu", True)
     branches = begin(lm, 3)
@@ -271,7 +271,7 @@ def test_a_replay_that_differs_is_not_used(
             self.launches[-1][1][0].add_(1.0)
 
     lm, plain = taped(model, capture=Wrong), served(model, "packed")
-    lm.runner.steps.mode = "auto"
+    lm.steps.mode = "auto"
     monkeypatch.setattr(type(lm.runner), "on_gpu", True)
     with pytest.warns(RuntimeWarning, match="a replay gave other numbers than the eager step"):
         ours = decode(lm, begin(lm, 3), 5)
@@ -294,12 +294,12 @@ def test_what_is_known_to_be_impossible_is_refused_by_rule(model: Any) -> None:
     assert "dynamic rotary frequencies" in str(graphs.obstacle_in(model))
     model.config.rope_parameters["rope_type"] = "default"
     lm = served(model, "auto")
-    assert lm.runner.steps.choice(4, 100).way == "packed"
-    assert "cpu" in lm.runner.steps.choice(4, 100).reason
+    assert lm.steps.choice(4, 100).way == "packed"
+    assert "cpu" in lm.steps.choice(4, 100).reason
     with pytest.raises(ValueError, match=r"stepping='graph' is impossible: .*cpu"):
-        lm.runner.steps.set_mode("graph")
+        lm.steps.set_mode("graph")
     with pytest.raises(ValueError, match="stepping='fast'; allowed are 'auto', 'packed', 'static', 'graph'"):
-        lm.runner.steps.set_mode("fast")  # type: ignore[arg-type]
+        lm.steps.set_mode("fast")  # type: ignore[arg-type]
 
 
 def tiny_eager(name: str) -> Any:

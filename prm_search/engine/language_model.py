@@ -29,6 +29,7 @@ from .plan import Piece, missing, next_batch, split
 from .pool import KVPool
 from .rows import WaveRows
 from .runner import Runner
+from .stepping import Stepping
 
 if TYPE_CHECKING:
     from ..tree import SearchTree
@@ -137,6 +138,11 @@ class LanguageModel:
         """Where input ids go."""
         return adapters.device_of(self.module)
 
+    @property
+    def steps(self) -> Stepping:
+        """How one token for each of a few branches runs, and what decides it: `steps.choice(rows, longest)`."""
+        return self.runner.steps
+
     def own_stream(self, on: bool) -> None:
         """Run this model's forwards on a CUDA stream of its own, beside those of other models, or no longer do so.
 
@@ -167,7 +173,7 @@ class LanguageModel:
             with self.tree.lock:  # no forward of another thread is under way
                 if not self.tree.used:
                     self.pool.follow(self.module.get_input_embeddings().weight)
-                    self.runner.steps.refresh(adapters.tuner_layers(self.module))
+                    self.steps.refresh(adapters.tuner_layers(self.module))
                     if self.module.get_output_embeddings() is not self.head.linear:  # resized or exchanged
                         self.head = Head(self.module, self.backend)
             self._layers = adapters.tuner_layers(self.module)  # adapters may have been injected since
@@ -192,7 +198,7 @@ class LanguageModel:
             self.release(tree)
         if self.tree.used:
             raise ValueError("a search is under way, whose KV would be of other weights: end or cancel it first")
-        self.runner.steps.forget()
+        self.steps.forget()
         self.id = f"{str(self.id).rpartition('#')[0]}#{next(_ids)}"
 
     def extend(

@@ -118,7 +118,7 @@ class Stepping:
         if self._why_not is None:
             weight = self._runner.module.get_input_embeddings().weight
             kernels = "backend='torch'" if self._runner.backend == "torch" else launch.obstacle(weight)
-            self._why_not = kernels or obstacle(self._runner.module) or ""
+            self._why_not = obstacle(self._runner.module) or kernels or ""
         return self._why_not or None
 
     def _launch(self, shape: Shape) -> None:
