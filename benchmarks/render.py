@@ -197,6 +197,37 @@ def _searching(rows: list[dict[str, Any]]) -> str:
     return _table(head, body)
 
 
+def _vllm_searching(rows: list[dict[str, Any]]) -> str:
+    head = [
+        "shape",
+        "prompt",
+        "beams x step",
+        "steps",
+        "scorer",
+        "seconds",
+        "scorer's",
+        "policy's",
+        "tokens of the PRM",
+    ]
+    body = []
+    for row in rows:
+        tokens = ", ".join(f"{count} {kind}" for kind, count in row["tokens"].items() if count)
+        body.append(
+            [
+                row["shape"],
+                str(row["prompt"]),
+                f"{row['beams']} x {row['step']}",
+                str(row["steps"]),
+                row["way"],
+                f"{row['seconds']:.2f}",
+                f"{row['scorer_seconds']:.2f}",
+                f"{row['policy_seconds']:.2f}",
+                tokens,
+            ]
+        )
+    return _table(head, body)
+
+
 TABLES = {
     "ops": _ops,
     "scoring": _scoring,
@@ -204,6 +235,7 @@ TABLES = {
     "steering": _steering,
     "memory": _memory,
     "searching": _searching,
+    "vllm_searching": _vllm_searching,
 }
 NOTES = {
     "ops": "Each op alone, operands random with logits of a standard deviation of 4. Errors are against float64 from "
@@ -227,6 +259,10 @@ NOTES = {
     "half of the reward is free) or a third model (`separate`). `full_text` is search-and-learn's scheme in the same "
     "search: every active beam's whole text at every step, through PRM and third model anew. The first step is from "
     "the call until it is drawn and scored.",
+    "vllm_searching": "One beam search, policy and PRM in vLLM engines of one process, the reference's half free. "
+    "`cached`: VLLMImplicitPRM. `re-encoding`: the same rows by vLLM's `prompt_logprobs` as it is, which does not read "
+    "the prefix cache. Both caches are emptied before each search. Tokens: of the PRM, encoded for the first time, "
+    "again, or found in the cache.",
 }
 
 

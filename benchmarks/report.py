@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -95,12 +96,30 @@ def run_ops(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     return ops.lines(machine, quick)
 
 
+def run_vllm_searching(machine: Machine, quick: bool) -> list[dict[str, Any]]:
+    """S swept, because what vLLM does by itself grows with it."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import vllm_searching
+
+    shape = "1.5b" if machine.device == "cuda" else "small"
+    given = (
+        (shape, 512, 4, 4, 64, (5, 10, 20), 3) if machine.device == "cuda" else (shape, 150, 4, 4, 25, (5, 10, 20), 3)
+    )
+    if quick:
+        given = ("small", 60, 2, 2, 8, (2, 4), 1)
+    print(f"vllm_searching: {given}", file=sys.stderr, flush=True)
+    return vllm_searching.compare(machine, *given)
+
+
 Table = Callable[[Machine, bool], list[dict[str, Any]]]
 SUITES: dict[str, dict[str, Table]] = {
     "kernels": {"ops": run_ops},
     "engine": {"scoring": run_scoring, "decoding": run_decoding, "steering": run_steering, "memory": run_memory},
     "search": {"searching": run_searching},
+    "vllm": {"vllm_searching": run_vllm_searching},
 }
+BY_DEFAULT = [suite for suite in SUITES if suite != "vllm"]  # which has an environment of its own
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
@@ -118,7 +137,7 @@ def progress(name: str, lines: list[Any]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default=",".join(SUITES), help=f"comma-separated, of {', '.join(SUITES)}")
+    parser.add_argument("--suite", default=",".join(BY_DEFAULT), help=f"comma-separated, of {', '.join(SUITES)}")
     parser.add_argument("--quick", action="store_true", help="one small line of each suite, once: does it run?")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--out", type=Path, default=None, help="folder (default: benchmarks/results/<device>)")

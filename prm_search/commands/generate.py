@@ -45,6 +45,8 @@ def generate(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    engine: options.Engine = "hf",
+    engine_options: options.EngineOptions = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; may be repeated.", rich_help_panel=_PROMPTS)
     ] = None,
@@ -142,23 +144,28 @@ def generate(
         weight_temperature=weight_temperature,
     )
     options.at_least("--batch", batch)
+    arguments = options.engine_options(engine, engine_options)
     options.check_models(pair, prm, reference, needed=not _blind(chosen, select))
     if resume and out is None:
         raise BadInput("--resume needs --out, the file to go on with")
     if system is not None and not chat:
         raise BadInput("--system needs --chat")
     items = _prompts(prompt, prompts_file, chat, system)
+    drawn_by = () if engine == "hf" else (engine, json.dumps(arguments, sort_keys=True))
     keys = digests(
         items, "generate", policy, pair, prm, reference, beta, prover, dtype, repr(chosen), repr(settings.sampling),
-        repr(settings.budget), value, select, answer, weight, weight_temperature, tree,
+        repr(settings.budget), value, select, answer, weight, weight_temperature, tree, *drawn_by,
     )  # fmt: skip
     with RecordFile(out, keys, resume=resume) if out is not None else nullcontext() as file:
-        from .loading import load_pair, load_policy, quiet
+        from .loading import load_pair, load_policy, load_vllm_policy, quiet
 
         run = Run(items, keys, settings, file, as_json=as_json, with_tree=tree)
         try:
             quiet()
-            sampler = load_policy(policy, device=device, dtype=dtype)
+            if engine == "vllm":
+                sampler = load_vllm_policy(policy, device=device, dtype=dtype, options=arguments)
+            else:
+                sampler = load_policy(policy, device=device, dtype=dtype)
             scorer = second = None
             if pair is not None or prm is not None:
                 scorer = load_pair(pair, prm, reference, beta=beta, device=device, dtype=dtype)

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import torch
@@ -47,6 +48,26 @@ def _show_warning(
 def load_policy(name: str, *, device: str = "auto", dtype: str = "auto") -> HFPolicy:
     """The policy of that name, or the demo's. Raises BadInput, or see HFPolicy.from_pretrained."""
     return HFPolicy.from_pretrained(pair_dir() / "policy" if name == DEMO else name, **_options(device, dtype))
+
+
+def load_vllm_policy(
+    name: str, *, device: str = "auto", dtype: str = "auto", options: Mapping[str, Any] | None = None
+) -> Any:
+    """The same under vLLM: a VLLMPolicy.
+
+    Args:
+        options: further arguments of vllm.LLM.
+
+    Raises:
+        BadInput: a device is named, which is not vLLM's way, or dtype is unknown.
+        ImportError, ValueError: see integrations.vllm.loading.load_policy.
+    """
+    if device != "auto":
+        raise BadInput(f"--device {device}: vLLM runs where it was built for; leave it out with --engine vllm")
+    from ..integrations.vllm.loading import load_policy as load
+
+    known = _options("cpu", dtype)
+    return load(str(pair_dir() / "policy") if name == DEMO else name, **{**known, **(options or {})})
 
 
 def load_pair(

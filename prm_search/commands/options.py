@@ -35,6 +35,16 @@ Beta = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=MODELS)]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=MODELS)]
+Engine = Annotated[
+    str,
+    typer.Option(help="What runs the policy: hf, this package's own, or vllm.", rich_help_panel=MODELS),
+]
+EngineOptions = Annotated[
+    str | None,
+    typer.Option(
+        help="With --engine vllm: arguments of vllm.LLM, as a JSON object.", metavar="JSON", rich_help_panel=MODELS
+    ),
+]
 Delimiter = Annotated[
     list[str] | None,
     typer.Option(
@@ -99,6 +109,22 @@ def numbers(option: str, given: str) -> list[int]:
         return [int(word) for word in listed(given)]
     except ValueError as error:
         raise BadInput(f"{option} {given!r}: integers with commas between them are needed") from error
+
+
+def engine_options(engine: str, given: str | None) -> dict[str, Any]:
+    """Arguments for the engine of the policy. Raises BadInput for an unknown engine, or for what is no JSON object."""
+    one_of("--engine", engine, ("hf", "vllm"))
+    if given is None:
+        return {}
+    if engine != "vllm":
+        raise BadInput("--engine-options needs --engine vllm")
+    try:
+        found = json.loads(given)
+    except ValueError as error:
+        raise BadInput(f"--engine-options {given!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BadInput(f'--engine-options {given!r}: a JSON object is needed, as {{"gpu_memory_utilization": 0.5}}')
+    return found
 
 
 def make_strategy(name: str, given: Mapping[str, Any]) -> Strategy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -43,6 +44,8 @@ def rollout(
     ],
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    engine: options.Engine = "hf",
+    engine_options: options.EngineOptions = None,
     config: Annotated[str | None, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = None,
     split: Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = "train",
     limit: Annotated[int | None, typer.Option(help="Problems at most.", rich_help_panel=_DATA)] = None,
@@ -82,6 +85,7 @@ def rollout(
     debug: options.Debug = False,
 ) -> None:
     """Sample responses to problems with known answers, and label each right or wrong."""
+    arguments = options.engine_options(engine, engine_options)
     options.at_least("--n", n)
     options.at_least("--batch", batch)
     if limit is not None:
@@ -99,14 +103,21 @@ def rollout(
         chat=chat,
         system=system,
     )
-    keys = digests([item for item in items for _ in range(n)], "rollout", policy, dtype, label, answer, repr(sampling))
+    drawn_by = () if engine == "hf" else (engine, json.dumps(arguments, sort_keys=True))
+    keys = digests(
+        [item for item in items for _ in range(n)],
+        "rollout", policy, dtype, label, answer, repr(sampling), *drawn_by,
+    )  # fmt: skip
     with RecordFile(out, keys, resume=resume) as file:
-        from .loading import load_policy, quiet
+        from .loading import load_policy, load_vllm_policy, quiet
 
         records = dict(file.done)
         try:
             quiet()
-            sampler = load_policy(policy, device=device, dtype=dtype)
+            if engine == "vllm":
+                sampler = load_vllm_policy(policy, device=device, dtype=dtype, options=arguments)
+            else:
+                sampler = load_policy(policy, device=device, dtype=dtype)
             problems = [encoded(item, sampler) for item in items]
             bar, tick = render.progress("responses", len(keys) - len(records))
             drawn = sample_rollouts(

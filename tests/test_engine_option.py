@@ -1,0 +1,94 @@
+"""--engine of rollout and generate. The run under vLLM itself is in test_vllm_search.py."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import prm_search.integrations.vllm.loading as vllm_loading
+import pytest
+
+from prm_search.cli import main
+from prm_search.commands.loading import load_policy
+
+PROMPT = "=5a*7b+3?"
+GENERATE = ["generate", "--policy", "demo", "--pair", "demo", "--prompt", PROMPT, "--max-new-tokens", "30", "--json"]
+
+
+def rollout(folder: Path) -> list[str]:
+    data = folder / "problems.jsonl"
+    data.write_text(json.dumps({"question": PROMPT, "answer": "3"}) + "\n")
+    out = str(folder / "out.jsonl")
+    return ["rollout", "--policy", "demo", "--data", str(data), "--out", out, "--n", "2", "--label", "exact"]
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """What would have been loaded under vLLM; the HF engine stands in for it."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def load(name: str, **options: Any) -> Any:
+        asked.append((name, options))
+        return load_policy("demo")
+
+    monkeypatch.setattr(vllm_loading, "load_policy", load)
+    return asked
+
+
+def test_rollout_and_generate_take_the_engine_and_its_options(
+    loaded: list[tuple[str, dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = ["--engine", "vllm", "--dtype", "float32", "--engine-options", '{"max_num_seqs": 4}']
+    assert main([*rollout(tmp_path), *engine]) == 0
+    assert main([*GENERATE, *engine]) == 0
+    assert [Path(name).name for name, _ in loaded] == ["policy", "policy"]
+    assert [options for _, options in loaded] == [{"dtype": "float32", "max_num_seqs": 4}] * 2
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_file_of_one_engine_is_not_gone_on_with_by_another(
+    loaded: list[tuple[str, dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(rollout(tmp_path)) == 0
+    capsys.readouterr()
+    assert main([*rollout(tmp_path), "--engine", "vllm", "--resume"]) == 2
+    assert "out.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [lambda folder: GENERATE, rollout], ids=["generate", "rollout"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--engine", "trt"], "--engine 'trt' is unknown; it is one of hf, vllm"),
+        (["--engine-options", "{}"], "--engine-options needs --engine vllm"),
+        (["--engine", "vllm", "--engine-options", "{"], "is no JSON"),
+        (["--engine", "vllm", "--engine-options", "[1]"], "a JSON object is needed"),
+        (["--engine", "vllm", "--device", "cuda:1"], "leave it out with --engine vllm"),
+        (["--engine", "vllm", "--dtype", "int8"], "--dtype 'int8' is unknown"),
+        (["--engine", "vllm"], "vLLM is not installed (pip install 'prm-search[vllm]'"),
+    ],
+)
+def test_bad_input_is_one_line(
+    command: Callable[[Path], list[str]],
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = builtins.__import__
+
+    def without_vllm(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "vllm" or name.startswith("vllm."):
+            raise ImportError("No module named 'vllm'")
+        return real(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without_vllm)
+    assert main([*command(tmp_path), *words]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "finished" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("prm-search: ")
+    assert said in lines[0]
