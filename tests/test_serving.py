@@ -54,7 +54,7 @@ class Demo:
 def demo() -> Iterator[Demo]:
     policy = HFPolicy.from_pretrained(pair_dir() / "policy")
     pair = ImplicitPRM.from_pretrained(pair_dir())
-    limits = Limits(searches=40, body_bytes=20_000, max_tokens=100, children=64)
+    limits = Limits(searches=40, body_bytes=20_000, max_tokens=100, children=64, patterns=True)
     app = make_app(lambda: ThreadEngine.of_hf(policy, pair), ["demo", "other-name"], limits=limits, steps=STEPS)
     with serving(app) as served:
         yield Demo(served, policy, pair)
@@ -459,6 +459,14 @@ def test_beyond_the_limit_is_a_429(demo: Demo, endless: Served) -> None:
     assert endless.client().completions.create(model="demo", prompt=PROMPT).choices[0].text
 
 
+def test_patterns_are_taken_only_where_the_server_says_so(demo: Demo, endless: Served) -> None:
+    guidance = BEAM | {"steps": {"regex": "[;,]"}}
+    assert demo.ask(prm_guidance=guidance).choices[0].text == demo.ask(prm_guidance=BEAM).choices[0].text
+    with pytest.raises(openai.BadRequestError) as caught:
+        endless.client().completions.create(model="demo", prompt=PROMPT, extra_body={"prm_guidance": guidance})
+    assert caught.value.param == "prm_guidance.steps.regex"
+
+
 def test_thirty_two_at_a_time_with_some_that_go_away(demo: Demo) -> None:
     kinds: list[dict[str, Any]] = [
         {}, {"prm_guidance": BEAM}, {"prm_guidance": BEAM, "stream": True}, {"stream": True},
@@ -500,5 +508,8 @@ def test_metrics_health_and_models(demo: Demo) -> None:
     assert demo.served.metric("prm_search_searches_in_flight") == 0
     assert demo.served.send("/health", method="GET")[0] == 200
     assert [model.id for model in demo.client.models.list()] == ["demo", "other-name"]
+    assert demo.client.models.retrieve("demo").max_model_len == 128
+    with pytest.raises(openai.NotFoundError):
+        demo.client.models.retrieve("gpt-4")
     assert demo.ask(model="other-name").model == "other-name"
     assert "/v1/chat/completions" in json.loads(demo.served.send("/openapi.json", method="GET")[2])["paths"]

@@ -62,6 +62,7 @@ def core() -> Iterator[Served]:
     [
         b'{"prompt": "a"}', b"", b"{", b"\xff", b'{"prompt": "say prm_guidance"}', b'{"prm_guidance": null}',
         b'["prm_guidance"]', b'{"a": {"prm_guidance": {}}}', b"x" * 300_000, b'"prm_guidance',
+        b'{"prm_guidance": ' + b"[" * 100_000,
     ],
 )  # fmt: skip
 def test_what_is_not_guided_reaches_the_route_as_it_came(core: Served, body: bytes) -> None:

@@ -127,6 +127,6 @@ def _is_guided(body: bytes) -> bool:
         return False
     try:
         given = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(given, dict) and given.get("prm_guidance") is not None

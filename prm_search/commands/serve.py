@@ -65,6 +65,14 @@ def serve(
         float,
         typer.Option(help="Seconds; then the best that was found is the answer.", rich_help_panel=_LIMITS),
     ] = 600.0,
+    allow_regex: Annotated[
+        bool,
+        typer.Option(
+            "--allow-regex",
+            help="Requests may give prm_guidance.steps.regex. A bad pattern stops the server: for friends only.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = False,
     debug: options.Debug = False,
 ) -> None:
     """Serve reward-guided search over HTTP, as OpenAI's API with a field prm_guidance."""
@@ -96,6 +104,7 @@ def serve(
         children=max_children,
         sampled_tokens=max_sampled,
         seconds=timeout,
+        patterns=allow_regex,
     )
     config = ServeConfig(pair, prm, reference, beta, device, dtype, steps, limits)
     name = served_model_name or policy

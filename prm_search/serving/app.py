@@ -63,9 +63,12 @@ def make_app(
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
         service: Service = request.app.state.service
-        about = {"object": "model", "created": service.started, "owned_by": "prm_search"}
-        about["max_model_len"] = service.engine.context
-        return JSONResponse({"object": "list", "data": [{"id": name} | about for name in service.models]})
+        return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.models]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(request: Request, name: str) -> Response:
+        service: Service = request.app.state.service
+        return JSONResponse(_card(service, name)) if name in service.models else refused(service.unknown(name))
 
     @app.get("/health")
     async def health(request: Request) -> Response:
@@ -111,6 +114,11 @@ class BearerKeys:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         matches = [hmac.compare_digest(key.encode(), each) for each in self._keys]  # all of them: in constant time
         return scheme.lower() == "bearer" and any(matches)
+
+
+def _card(service: Service, name: str) -> dict[str, Any]:
+    about = {"object": "model", "created": service.started, "owned_by": "prm_search"}
+    return {"id": name} | about | {"max_model_len": service.engine.context}
 
 
 def _searching(route: Any) -> Callable[[Request], Any]:

@@ -34,6 +34,8 @@ class Limits:
         children: drawn at once for one prompt, as width * expansions, and any single option of a strategy.
         sampled_tokens: of one prompt's search, pruned ones included; a search that reaches it ends with what it has.
         seconds: of one prompt's search, after which the best of what it has is the answer.
+        patterns: whether requests may have patterns as delimiters. Python's patterns can take for ever, and with them
+            the server.
     """
 
     searches: int = 64
@@ -42,6 +44,7 @@ class Limits:
     children: int = 256
     sampled_tokens: int = 1 << 20
     seconds: float = 600.0
+    patterns: bool = False
 
     def __post_init__(self) -> None:
         for name in ("searches", "body_bytes", "max_tokens", "children", "sampled_tokens"):
@@ -115,7 +118,7 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> Ask:
     if guide is not None and body.temperature == 0 and _children(strategy) > 1:
         raise invalid("temperature", "at 0 every child of a step is the same: a search needs a temperature above 0")
     stream = bool(body.stream)
-    rule = PLAIN_STEP if guide is None else _rule(guide.steps, steps)
+    rule = PLAIN_STEP if guide is None else _rule(guide.steps, steps, limits)
     if stream and n == 1 and _children(strategy) == 1:
         strategy = Beam(1, 1, value=getattr(strategy, "value", None))  # the same draws, told step by step
     settings = _within(
@@ -212,13 +215,16 @@ def _first(run: Run) -> int:
     return len(ask.nodes) * ask.n if isinstance(ask.n, int) else sum(ask.n)
 
 
-def _rule(given: StepsBody | str | list[str] | None, default: StepRule) -> StepRule:
+def _rule(given: StepsBody | str | list[str] | None, default: StepRule, limits: Limits) -> StepRule:
     if given is None:
         return default
     if not isinstance(given, StepsBody):
         given = StepsBody(delimiter=given)
     said = {name: getattr(given, name) for name in given.model_fields_set}
-    if "regex" in said and "delimiter" not in said:
+    if given.regex is not None and not limits.patterns:
+        param = "prm_guidance.steps.regex"
+        raise RequestError(400, f"{param}: this server takes no patterns", param=param, code="unsupported_parameter")
+    if given.regex is not None and "delimiter" not in said:
         said["delimiter"] = None
     return _within("prm_guidance.steps", lambda: replace(default, **said))
 

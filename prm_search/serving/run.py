@@ -8,7 +8,7 @@ import sys
 import uvicorn
 from fastapi import FastAPI
 
-GRACE = 5  # seconds that open connections get to close
+from .service import GRACE
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -32,7 +32,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(app: FastAPI, sock: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM: searches under way then end with an error, and streams with an error event."""
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, lifespan="on")
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(GRACE), lifespan="on")
     server = Server(config)
     try:
         server.run(sockets=[sock])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from time import time
 from uuid import uuid4
@@ -18,6 +20,9 @@ from .engine import Engine, encode
 from .errors import RequestError
 from .metrics import Metrics
 from .schema import Body
+
+GRACE = 5.0  # seconds that clients get at the end
+logger = logging.getLogger(__name__)
 
 
 class Service:
@@ -48,10 +53,7 @@ class Service:
         """
         ask = make_ask(body, self.limits, steps=self.steps)
         if ask.model is not None and ask.model not in self.models:
-            raise RequestError(
-                404, f"the model {ask.model!r} is not served here; it is {self.models[0]!r}", param="model",
-                code="model_not_found",
-            )  # fmt: skip
+            raise self.unknown(ask.model)
         if self.draining:
             raise RequestError(503, "the server is shutting down", code="shutting_down")
         if self.in_flight + len(ask.prompts) > self.limits.searches:
@@ -61,18 +63,25 @@ class Service:
             )  # fmt: skip
         return Job(self, ask)
 
+    def unknown(self, name: str) -> RequestError:
+        """What to say to somebody who asks for another model."""
+        said = f"the model {name!r} is not served here; it is {self.models[0]!r}"
+        return RequestError(404, said, param="model", code="model_not_found")
+
     @property
     def in_flight(self) -> int:
         """Prompts being searched."""
         return sum(len(job.ask.prompts) for job in self.jobs)
 
     async def drain(self) -> None:
-        """Take nothing on any more, and end what is under way with an error."""
+        """Take nothing on any more, and end what is under way with an error, which clients get some seconds to read."""
         self.draining = True
         for job in list(self.jobs):
             job.fail(RequestError(503, "the server is shutting down", code="shutting_down"))
-        while self.jobs:
-            await asyncio.sleep(0.01)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GRACE):
+                while self.jobs:
+                    await asyncio.sleep(0.01)
 
 
 class Job:
@@ -186,4 +195,5 @@ def failure(error: BaseException) -> RequestError:
         return error
     if isinstance(error, ValueError):
         return RequestError(400, str(error), code="invalid_value")
+    logger.error("a search failed", exc_info=error)
     return RequestError(500, f"the search failed: {type(error).__name__}: {error}", code="search_failed")
