@@ -228,6 +228,24 @@ def _vllm_searching(rows: list[dict[str, Any]]) -> str:
     return _table(head, body)
 
 
+def _vllm_steering(rows: list[dict[str, Any]]) -> str:
+    ways = list(rows[0]["ms"])
+    head = ["shape", "prompt", "rows", *(f"{way} (ms)" for way in ways), *(f"{way} / unguided" for way in ways[1:]),
+            "un-batched / ours"]  # fmt: skip
+    body = [
+        [
+            row["shape"],
+            str(row["prompt"]),
+            str(row["rows"]),
+            *(f"{row['ms'][way]:.4g}" for way in ways),
+            *(f"{row['over_unguided'][way]:.2f}x" for way in ways[1:]),
+            f"{row['unbatched_over_ours']:.2f}x",
+        ]
+        for row in rows
+    ]
+    return _table(head, body)
+
+
 TABLES = {
     "ops": _ops,
     "scoring": _scoring,
@@ -236,6 +254,7 @@ TABLES = {
     "memory": _memory,
     "searching": _searching,
     "vllm_searching": _vllm_searching,
+    "vllm_steering": _vllm_steering,
 }
 NOTES = {
     "ops": "Each op alone, operands random with logits of a standard deviation of 4. Errors are against float64 from "
@@ -263,6 +282,10 @@ NOTES = {
     "`cached`: VLLMImplicitPRM. `re-encoding`: the same rows by vLLM's `prompt_logprobs` as it is, which does not read "
     "the prefix cache. Both caches are emptied before each search. Tokens: of the PRM, encoded for the first time, "
     "again, or found in the cache.",
+    "vllm_steering": "A step of a vLLM engine that samples a token for every row, every way in turn in one engine. "
+    "`ours`: the logits processor, both models of the pair; the same with the policy's logits for the reference; "
+    "`un-batched`: a processor over vLLM's adapter for single requests, two transformers forwards with a DynamicCache "
+    "each for every row.",
 }
 
 

@@ -112,14 +112,28 @@ def run_vllm_searching(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     return vllm_searching.compare(machine, *given)
 
 
+def run_vllm_steering(machine: Machine, quick: bool) -> list[dict[str, Any]]:
+    """One engine, four ways in turn, a token at a time."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import vllm_steering
+
+    given = ("1.5b", 512, (1, 8, 32), 64, 3) if machine.device == "cuda" else ("small", 64, (1, 8, 32), 16, 3)
+    if quick:
+        given = ("small", 16, (1, 4), 4, 1)
+    print(f"vllm_steering: {given}", file=sys.stderr, flush=True)
+    return vllm_steering.compare(machine, *given)
+
+
 Table = Callable[[Machine, bool], list[dict[str, Any]]]
 SUITES: dict[str, dict[str, Table]] = {
     "kernels": {"ops": run_ops},
     "engine": {"scoring": run_scoring, "decoding": run_decoding, "steering": run_steering, "memory": run_memory},
     "search": {"searching": run_searching},
     "vllm": {"vllm_searching": run_vllm_searching},
+    "vllm-steering": {"vllm_steering": run_vllm_steering},
 }
-BY_DEFAULT = [suite for suite in SUITES if suite != "vllm"]  # which has an environment of its own
+BY_DEFAULT = [suite for suite in SUITES if not suite.startswith("vllm")]  # which has an environment of its own
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
