@@ -33,7 +33,8 @@ class _Base:
             )
         self.seeds = self._seeds_are_safe if seeds is None else bool(seeds)
         self.token_text = TokenText(self.tokenizer)
-        self.stop_ids = eos_of(engine, self.tokenizer) if stop_ids is None else frozenset(stop_ids)
+        found = eos_of(engine, self.tokenizer) if stop_ids is None else stop_ids
+        self.stop_ids = frozenset(int(i) for i in found if 0 <= i < self.facts.vocab)  # vLLM refuses others
         self._ledger = Ledger.of(engine)
 
     @property
@@ -127,13 +128,14 @@ class VLLMPolicy(_Base):
         Raises:
             ValueError: the temperature is above 2, which vLLM refuses.
         """
-        for request in requests:
-            drawing = self._drawing(request)
-            names: list[str] = []
-            self._jobs[request] = (drawing, names)
-            for row in drawing.rows:
-                take = partial(self._take, drawing, row, names, len(names))
-                names.append(self._pump.add(drawing.token_ids, drawing.params(row), take))
+        with self._pump.lock:  # another session's step would hand over tokens before a request's name is known
+            for request in requests:
+                drawing = self._drawing(request)
+                names: list[str] = []
+                self._jobs[request] = (drawing, names)
+                for row in drawing.rows:
+                    take = partial(self._take, drawing, row, names, len(names))
+                    names.append(self._pump.add(drawing.token_ids, drawing.params(row), take))
 
     def _take(self, drawing: Drawing, row: Row, names: list[str], place: int, output: Any) -> None:
         drawing.take(row, output)
