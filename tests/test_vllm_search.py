@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMImplicitPRM, VLLMPolicy
 
 from prm_search.budget import Budget
+from prm_search.cli import main
 from prm_search.demo import chains, pair_dir
 from prm_search.implicit_prm import ImplicitPRM
 from prm_search.policy import HFPolicy
@@ -203,12 +206,27 @@ def test_responses_are_scored_without_a_search(engines: Engines) -> None:
         np.testing.assert_allclose(mine.token_rewards, other.token_rewards, rtol=0, atol=engines.pair.beta * 1e-3)
 
 
+def test_rollouts_by_the_command_line(engines: Engines, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = chains.problems(2, seed=7)
+    data, out = tmp_path / "problems.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in problems))
+    words = ["rollout", "--policy", "demo", "--data", str(data), "--out", str(out), "--n", "3", "--label", "exact"]
+    small = json.dumps({"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8, "block_size": 32})
+    assert main([*words, "--max-new-tokens", "48", "--engine", "vllm", "--engine-options", small]) == 0
+    assert "6 responses to 2 problems" in capsys.readouterr().err
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted((record["problem"], record["sample"]) for record in records) == [
+        (p, n) for p in (0, 1) for n in range(3)
+    ]
+    assert all(record["response"] == engines.hf.token_text.text(record["response_ids"]) for record in records)
+
+
 def test_asearch_over_an_async_engine(engines: Engines) -> None:
     """AsyncLLM as a policy, several prompts at once, a budget that interrupts; and as a scorer's engine."""
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    async def main() -> None:
+    async def run() -> None:
         llm = AsyncLLM.from_engine_args(AsyncEngineArgs(str(pair_dir() / "policy"), **ENGINE))
         try:
             policy, scorer = AsyncVLLMPolicy(llm), VLLMImplicitPRM(engines.prm, "policy", beta=engines.pair.beta)
@@ -230,4 +248,4 @@ def test_asearch_over_an_async_engine(engines: Engines) -> None:
         finally:
             llm.shutdown()
 
-    asyncio.run(main())
+    asyncio.run(run())
