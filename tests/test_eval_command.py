@@ -124,6 +124,20 @@ def test_majority_needs_no_pair(folder):
     assert {c["strategy"] for r in lines("out/records.jsonl") for c in r.get("chosen", [])} == {"majority"}
 
 
+def test_the_engine_and_its_options_are_passed_on(folder, monkeypatch, models):
+    """The run under vLLM itself is in test_vllm_search.py; here the HF engine stands in for it."""
+    import prm_search.integrations.vllm.loading as vllm_loading
+
+    asked = []
+    monkeypatch.setattr(vllm_loading, "load_policy", lambda name, **given: asked.append(given) or models[0])
+    args = [*COMMAND, "--strategies", "majority", "--limit", "1", "--out", "out"]
+    engine = ["--engine", "vllm", "--dtype", "float32", "--engine-options", '{"max_num_seqs": 4}']
+    assert main([*args, *engine]) == 0
+    assert asked == [{"dtype": "float32", "max_num_seqs": 4}]
+    assert "engine: vllm" in Path("out/report.md").read_text()
+    assert main([*args, "--resume"]) == 2  # another engine's records
+
+
 # -- responses that exist ----------------------------------------------------------------------------------------------
 
 
@@ -195,6 +209,7 @@ BAD = {
     "shape": ([*MODELS, *DATA, "--shape", "4x4"], "--shape '4x4'"),
     "shape of no budget": ([*MODELS, *DATA, "--shape", "8=2x4"], "shapes: 8"),
     "temperature": ([*MODELS, *DATA, "--temperature", "-1"], "temperature=-1"),
+    "engine": ([*MODELS, *DATA, "--engine", "trt"], "--engine 'trt'"),
     "system": ([*MODELS, *DATA, "--system", "x"], "--chat"),
     "no such file": ([*MODELS, "--data", "none.jsonl"], "none.jsonl"),
     "prompt too long": ([*MODELS, "--data", "long.jsonl"], "long.jsonl, line 2: "),

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ class Models:
     beta: float | None
     device: str
     dtype: str
+    engine: str = "hf"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(set(self.pairs)) < len(self.pairs):
@@ -52,15 +54,20 @@ class Models:
 
     def card(self) -> dict[str, Any]:
         """Which models, as reports say it."""
-        return {"policy": self.policy, "pairs": self.names, "reference": self.reference, "beta": self.beta}
+        found = {"policy": self.policy, "pairs": self.names, "reference": self.reference, "beta": self.beta}
+        return found if self.engine == "hf" else {**found, "engine": self.engine, "engine options": self.arguments}
 
     def load(self) -> tuple[Any, list[Any]]:
         """The policy, or None without one, and the pairs."""
-        from .loading import load_pair, load_policy, quiet
+        from .loading import load_pair, load_policy, load_vllm_policy, quiet
 
         quiet()
         where = {"device": self.device, "dtype": self.dtype}
-        policy = None if self.policy is None else load_policy(self.policy, **where)
+        policy: Any = None
+        if self.policy is not None and self.engine == "vllm":
+            policy = load_vllm_policy(self.policy, options=self.arguments, **where)
+        elif self.policy is not None:
+            policy = load_policy(self.policy, **where)
         if self.prm is not None:
             return policy, [load_pair(None, self.prm, self.reference, beta=self.beta, name=self.prm, **where)]
         return policy, [load_pair(name, None, None, beta=self.beta, name=name, **where) for name in self.pairs]

@@ -53,6 +53,8 @@ def evaluate(
     beta: options.Beta = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    engine: options.Engine = "hf",
+    engine_options: options.EngineOptions = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -157,7 +159,8 @@ def evaluate(
     if report_only:
         rebuild(folder)
         return
-    models = Models(policy, pair or (), prm, reference, beta, device, dtype)
+    arguments = options.engine_options(engine, engine_options)
+    models = Models(policy, pair or (), prm, reference, beta, device, dtype, engine, arguments)
     options.at_least("--batch", batch)
     if limit is not None:
         options.at_least("--limit", limit)
