@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from localise import Steps, localisation
-from protocol import Protocol
+from protocol import POLICY, WITHOUT, Protocol
 
 from prm_search.demo.chains import Problem, answer, check, problems, wrong_steps
 from prm_search.demo.measure import step_ends
@@ -21,9 +21,6 @@ from prm_search.evaluation.plan import Cell, Plan
 from prm_search.evaluation.samples import Cost, Sample, record_of
 from prm_search.evaluation.statistics import paired_bootstrap, pass_at_k, wilson
 from prm_search.training.data import Row, read_rollouts
-
-WITHOUT = "ce, no reference"
-POLICY = "log p of the policy"
 
 
 @dataclass
@@ -66,10 +63,10 @@ def measure(folder: Path, seed: int, protocol: Protocol) -> Measured:
     _votes(found, p, asked, rows, rewards)
     for run in runs:
         found.training[run.name] = _plain(stages[f"prm-{run.name}".replace(" ", "-")])
-        for value in run.beams:
-            note = stages[f"beam-{run.name}-{value}".replace(" ", "-")]
-            name = f"beam {value} ({run.name})"
-            found.right[name], found.tokens[name] = note["right"], fmean(note["policy_tokens"])
+    for scorer, value in [*((run.name, value) for run in runs for value in run.beams), (WITHOUT, "q")]:
+        note = stages[f"beam-{scorer}-{value}".replace(" ", "-")]
+        name = f"beam {value} ({scorer})"
+        found.right[name], found.tokens[name] = note["right"], fmean(note["policy_tokens"])
     for name in [run.name for run in runs if run.beams] + [POLICY]:
         found.steps[name] = _step_errors(asked, rows, rewards[name])
     return found

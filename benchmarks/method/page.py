@@ -35,7 +35,7 @@ def markdown(r: Mapping[str, Any], p: Protocol, plots: Sequence[str]) -> str:
     for place, name in ((1, "accuracy.png"), (2, "objectives.png"), (3, "sweep.png")):
         if name in plots:
             parts[place] += f"\n![{name.removesuffix('.png')}]({name})\n"
-    return "\n".join(parts)
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 def _seeds(p: Protocol) -> str:
@@ -107,9 +107,9 @@ def _objectives(r: Mapping[str, Any], p: Protocol) -> str:
     )
     return f"""## Objectives on the same rollouts
 
-{p.problems} problems x {p.responses} responses; the last line has one response to each of about as many problems as the
-others have responses. Beams are run on {p.beam_problems} problems a seed (ce: on all). The columns about steps are
-explained below.
+{p.problems} problems x {p.responses} responses. "With negatives": {p.negatives:g} responses to other problems for each
+response, as wrong ones (RRM). The last line has one response to each of as many problems as the others have responses.
+Beams are run on {p.beam_problems} problems a seed (ce: on all). The columns about steps are explained below.
 
 {table(head, lines)}
 One response a problem, with the same problems and with the same number of responses:
@@ -131,14 +131,17 @@ def _reference(r: Mapping[str, Any], p: Protocol) -> str:
             "the policy's own log p" if each["train"] == "untrained" else f"with / {each['infer']}",
             share(each),
             by_seed(each["by_seed"]),
+            "not run" if each["beam"] is None else share(each["beam"]),
         ]
         for each in r["reference"]
     ]
-    return f"""## Without the reference (CE, best of {p.samples})
+    return f"""## Without the reference (CE)
 
-{table(["training / scoring", "right", f"seeds {_seeds(p)}"], lines)}
-The layout is that of the paper's ablation (arXiv 2412.01981, table 5). All test responses have the same length, so it
-does not matter which constant stands in for the reference. Training without a reference was not run."""
+{table(["training / scoring", f"best of {p.samples}", f"seeds {_seeds(p)}", "beam by q"], lines)}
+The layout is that of the paper's ablation (arXiv 2412.01981, table 5). All test responses have the same length, so for
+best-of-n it does not matter which constant stands in for the reference; the beam's is fitted on rollouts
+(`ConstantReference.fit`), and it is run on {p.beam_problems} problems a seed.
+Training without a reference was not run."""
 
 
 def _steps(r: Mapping[str, Any]) -> str:

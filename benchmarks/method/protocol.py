@@ -8,6 +8,10 @@ from typing import Any
 from prm_search.demo.learn import PolicyRecipe
 from prm_search.training.recipe import OBJECTIVES, Recipe
 
+NEGATIVES = "ce with negatives"
+WITHOUT = "ce, no reference"
+POLICY = "log p of the policy"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -38,6 +42,7 @@ class Protocol:
         single: the same for the file of one response to each of many problems.
         sweep_problems, sweep_responses: numbers of problems, and of responses to each, of the sweep.
         rate, epochs: of every objective: learning rate, and passes over its items.
+        negatives: responses to other problems for each response, of the run that has them.
         least_steps: of a run on few responses: it makes more passes.
         test_problems, test_length, samples: held-out problems, their steps, and the samples of each.
         beam_problems: so many of them for the beams of objectives other than CE.
@@ -53,6 +58,7 @@ class Protocol:
     sweep_problems: tuple[int, ...] = (100, 400, 1600)
     sweep_responses: tuple[int, ...] = (1, 4, 16)
     rate: float = 1e-3
+    negatives: float = 0.5
     epochs: float = 3.0
     least_steps: int = 100
     batch: int = 64
@@ -93,6 +99,7 @@ class Protocol:
         found = [
             Run(name, "rollouts", recipe(name, every), ("q", "min") if name == "ce" else ("q",)) for name in OBJECTIVES
         ]
+        found.append(Run(NEGATIVES, "rollouts", recipe("ce", every, negatives=self.negatives), ("q",)))
         many = sum(count for _, count in self.single)
         found.append(Run(f"ce {many} x 1", "single", recipe("ce", many), ("q",)))
         for problems in self.sweep_problems:

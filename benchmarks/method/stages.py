@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from protocol import Protocol, Run
+from protocol import WITHOUT, Protocol, Run
 from transformers import AutoModelForCausalLM
 
-from prm_search import Beam, Budget, StepRule, search
+from prm_search import Beam, Budget, ConstantReference, ImplicitPRM, StepRule, search
 from prm_search.cli import main as command
 from prm_search.commands.loading import load_pair, load_policy
 from prm_search.demo import tokenizer
 from prm_search.demo.chains import DELIMITER, Problem, answer, problems
 from prm_search.demo.learn import PolicyRecipe, train_policy
+from prm_search.pair_card import CARD
 from prm_search.training.data import read_rollouts
 from prm_search.training.logprobs import response_forward, row_logprobs
 from prm_search.training.run import train
@@ -59,7 +60,8 @@ class Seed:
             self.log_probs(each.name, self.path(each))
         for each in self.protocol.runs(self.seed):
             for value in each.beams:
-                self.beams(each, value)
+                self.beams(each.name, self.path(each), value)
+        self.beams(WITHOUT, self.path(self.protocol.runs(self.seed)[0]), "q")
 
     def path(self, run: Run) -> Path:
         """A PRM's folder."""
@@ -128,16 +130,19 @@ class Seed:
         with self._stage(f"prm {run.name}", asdict(run.recipe)) as note:
             if note is None:
                 return
-            card = train(
-                str(self.folder / "policy"),
-                self.folder / f"{run.rollouts}.jsonl",
-                self.path(run),
-                run.recipe,
-                resume=True,
-                delimiter=DELIMITER,
-                arguments=self.protocol.arguments,
-            )
-            note |= {"data": card["data"], "metrics": card["metrics"]}
+            card = self.path(run) / CARD
+            if not card.is_file():  # it is there where the run was stopped before it had filed its note
+                train(
+                    str(self.folder / "policy"),
+                    self.folder / f"{run.rollouts}.jsonl",
+                    self.path(run),
+                    run.recipe,
+                    resume=True,
+                    delimiter=DELIMITER,
+                    arguments=self.protocol.arguments,
+                )
+            made = json.loads(card.read_text(encoding="utf-8"))
+            note |= {"data": made["data"], "metrics": made["metrics"]}
 
     def log_probs(self, name: str, model: Path) -> None:
         """Log-probabilities of all samples' tokens under a model: everything about samples is read off these."""
@@ -153,15 +158,24 @@ class Seed:
             np.savez(part, logprobs=np.concatenate(values))
             os.replace(part, path)
 
-    def beams(self, run: Run, value: str) -> None:
+    def beams(self, name: str, model: Path, value: str) -> None:
         """Step beams with a PRM, within the policy tokens of the samples."""
         p = self.protocol
-        with self._stage(f"beam {run.name} {value}", None) as note:
+        with self._stage(f"beam {name} {value}", None) as note:
             if note is None:
                 return
             policy = load_policy(str(self.folder / "policy"), device="cpu")
-            pair = load_pair(str(self.path(run)), None, None, device="cpu")
-            asked = self.asked if run.name == "ce" else self.asked[: p.beam_problems]
+            pair: ImplicitPRM = load_pair(str(model), None, None, device="cpu")
+            if name == WITHOUT:
+                few = read_rollouts(self.folder / "rollouts.jsonl")[:256]
+                responses = [row.response_ids.tolist() for row in few]
+                lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+                constant = ConstantReference.fit(
+                    lm, [row.prompt_ids for row in few], responses, tokenizer=tokenizer.build()
+                )
+                pair = ImplicitPRM.from_pretrained(model, constant)
+                note["constant"] = constant.logprob
+            asked = self.asked if name == "ce" else self.asked[: p.beam_problems]
             right: list[bool] = []
             tokens: list[int] = []
             for place in range(0, len(asked), CHUNK):

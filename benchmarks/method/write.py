@@ -10,10 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from figures import POLICY, WITHOUT, compared, located, measure, pooled
+from figures import compared, located, measure, pooled
 from page import markdown
 from plots import plot
-from protocol import Protocol
+from protocol import NEGATIVES, POLICY, WITHOUT, Protocol
 
 from prm_search.demo.chains import CONSTRUCTED
 from prm_search.training.recipe import OBJECTIVES
@@ -57,7 +57,7 @@ def write_report(work: Path, out: Path, protocol: Protocol) -> dict[str, Any]:
              "steps": located(seeds, name),
              "against_majority": compared(seeds, f"best_of_n {n} q ({name})", majority),
              "beam_against_best": compared(seeds, f"beam q ({name})", f"best_of_n {n} q ({name})")}
-            for name in [*OBJECTIVES, ones[1]]
+            for name in [*OBJECTIVES, NEGATIVES, ones[1]]
         ],
         "one_response": [pooled(seeds, f"best_of_n {n} q ({name})") for name in ["ce", *ones]],
         "sweep": [
@@ -68,9 +68,10 @@ def write_report(work: Path, out: Path, protocol: Protocol) -> dict[str, Any]:
             in seeds[0].training
         ],
         "reference": [
-            {"train": "with", "infer": "with", **pooled(seeds, best)},
-            {"train": "with", "infer": "without", **pooled(seeds, f"best_of_n {n} q ({WITHOUT})")},
-            {"train": "untrained", "infer": "without", **pooled(seeds, f"best_of_n {n} q ({POLICY})")},
+            {"train": "with", "infer": "with", **pooled(seeds, best), "beam": pooled(seeds, "beam q (ce)")},
+            {"train": "with", "infer": "without", **pooled(seeds, f"best_of_n {n} q ({WITHOUT})"),
+             "beam": pooled(seeds, f"beam q ({WITHOUT})")},
+            {"train": "untrained", "infer": "without", **pooled(seeds, f"best_of_n {n} q ({POLICY})"), "beam": None},
         ],
         "steps": [located(seeds, name) for name in ("ce", POLICY)],
         "versions": {name: version(name) for name in ("prm-search", "torch", "transformers", "accelerate")}
