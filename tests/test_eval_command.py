@@ -248,13 +248,24 @@ def test_help_loads_no_model_library(tmp_path):
 # -- killed and resumed ------------------------------------------------------------------------------------------------
 
 
+# A tenth of a second after each record, so that the kill comes in the middle however busy the machine is.
+SLOWED = """
+import sys, time
+from prm_search.cli import main
+from prm_search.commands.records import RecordFile
+write = RecordFile.write
+RecordFile.write = lambda file, record: (write(file, record), time.sleep(0.1))
+sys.exit(main())
+"""
+
+
 def test_killed_and_resumed_is_as_if_never_killed(folder):
     """SIGKILL among the samples: nothing that was finished is lost, nothing is drawn twice, the whole is the same."""
     write("many.jsonl", [{"prompt": p.prompt, "answer": p.answer} for p in problems(12, length=3)])
     args = ["eval", *MODELS, "--data", "many.jsonl", "--strategies", "greedy,majority,best_of_n,beam"]
     args += ["--budgets", "4", "--batch", "4"]
     process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from prm_search.cli import main; sys.exit(main())", *args, "--out", "out"],
+        [sys.executable, "-c", SLOWED, *args, "--out", "out"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
