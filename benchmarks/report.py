@@ -104,7 +104,7 @@ def run_vllm_searching(machine: Machine, quick: bool) -> list[dict[str, Any]]:
 
     shape = "1.5b" if machine.device == "cuda" else "small"
     given = (
-        (shape, 512, 4, 4, 64, (5, 10, 20), 3) if machine.device == "cuda" else (shape, 150, 4, 4, 25, (5, 10, 20), 3)
+        (shape, 512, 4, 4, 64, (5, 10, 20), 3) if machine.device == "cuda" else (shape, 150, 2, 4, 16, (4, 8, 16), 2)
     )
     if quick:
         given = ("small", 60, 2, 2, 8, (2, 4), 1)

@@ -37,7 +37,7 @@ class Reencoding:
             Span((*node.tree.prompt_ids, *node.path_ids()), len(node.tree.prompt_ids) + node.start, cached=False)
             for node in nodes
         ]
-        for node, span, answer in zip(nodes, spans, self.engine.begin(spans)(), strict=True):
+        for node, span, answer in zip(nodes, spans, self.engine.begin(spans).result(), strict=True):
             node.tree.meter.add("encoded", self.engine.id, len(span.token_ids))
             node.set_rewards(self.name, self.beta * (answer.logprobs - node.logprobs))
 

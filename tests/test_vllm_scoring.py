@@ -226,13 +226,13 @@ def test_garbage_is_never_taken_for_a_row() -> None:
     scored = ScoredEngine.of(FakeLLM(engine))
     assert scored is not None
     sequence = ids("ab;bba;ab;")
-    scored.begin([Span(sequence, 4)])()
-    (again,) = scored.begin([Span(sequence, 4)])()
+    scored.begin([Span(sequence, 4)]).result()
+    (again,) = scored.begin([Span(sequence, 4)]).result()
     assert again.cached == 8
     assert np.isnan(again.logprobs[:5]).all()
     assert not np.isnan(again.logprobs[5:]).any()
     assert (again.logprobs[5:] < 0).all()
-    (head,) = scored.begin([Next(sequence[:4], ids("ab"))])()
+    (head,) = scored.begin([Next(sequence[:4], ids("ab"))]).result()
     np.testing.assert_allclose(head.logprobs, [np.log(PHI.probs(sequence[:4])[i]) for i in (0, 1)], atol=1e-6)
 
 
@@ -310,6 +310,14 @@ def test_another_vocabulary_is_refused_and_another_rendering_of_prompts_is_not()
         node_ids = [98, *ids("ab"), *node.path_ids()]
         at = len(node_ids) - len(node.token_ids)
         wanted = [log_ratio(node_ids, i) for i in range(at, len(node_ids))]
+        np.testing.assert_allclose(node.rewards["prm"], BETA * np.array(wanted), atol=1e-5)
+    # The policy's own engine as reference: what it drew, it drew after another prompt.
+    drawer = FakeLLM(ref)
+    scorer = VLLMImplicitPRM(FakeLLM(phi), drawer, tokenizer=BeginWords(), beta=BETA)
+    (again,) = search(["ba"], policy=VLLMPolicy(drawer), scorer=scorer, strategy=BestOfN(2), steps=RULE)
+    for node in again.tree.nodes[1:]:
+        path = [98, *ids("ba"), *node.path_ids()]
+        wanted = [log_ratio(path, i) for i in range(len(path) - len(node.token_ids), len(path))]
         np.testing.assert_allclose(node.rewards["prm"], BETA * np.array(wanted), atol=1e-5)
     with pytest.raises(ValueError, match="renders this prompt in another way"):
         search(["ab"], policy=policy, scorer=VLLMImplicitPRM(FakeLLM(phi), "policy", tokenizer=BeginWords()))

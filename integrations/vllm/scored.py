@@ -6,6 +6,8 @@ import asyncio
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ...tree import SearchTree
@@ -15,6 +17,19 @@ from .memo import Memo
 from .policy import AsyncVLLMPolicy, VLLMPolicy
 
 _engines: weakref.WeakKeyDictionary[Any, ScoredEngine] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Answers under way.
+
+    Attributes:
+        result: waits for them and returns them in the order of the asks.
+        cancel: gives them up; no error where they have come.
+    """
+
+    result: Callable[[], list[Answer]]
+    cancel: Callable[[], object]
 
 
 class ScoredEngine(ABC):
@@ -36,7 +51,7 @@ class ScoredEngine(ABC):
 
     def __init__(self, id: Hashable, ledger: Ledger) -> None:
         self.id = id
-        self._memos: weakref.WeakKeyDictionary[SearchTree, Memo] = weakref.WeakKeyDictionary()
+        self._memos: weakref.WeakKeyDictionary[SearchTree, dict[tuple[int, ...], Memo]] = weakref.WeakKeyDictionary()
         self.ledger = ledger
         self.forward_calls = 0
 
@@ -57,19 +72,19 @@ class ScoredEngine(ABC):
         return found
 
     @abstractmethod
-    def begin(self, asks: Sequence[Ask]) -> Callable[[], list[Answer]]:
-        """Send asks off. Returns what waits for the answers, in order. Raises TypeError where only ask_async serves."""
+    def begin(self, asks: Sequence[Ask]) -> Pending:
+        """Send asks off. Raises TypeError where only ask_async serves."""
 
     async def ask_async(self, asks: Sequence[Ask]) -> list[Answer]:
         """Answers to asks, in order, on the running event loop."""
-        return await asyncio.to_thread(lambda: self.begin(asks)())
+        return await asyncio.to_thread(lambda: self.begin(asks).result())
 
-    def memo(self, tree: SearchTree) -> Memo:
-        """What is known of a tree; freed by release."""
-        found = self._memos.get(tree)
-        if found is None:
-            found = self._memos[tree] = Memo(tree)
-        return found
+    def memo(self, tree: SearchTree, prompt: tuple[int, ...]) -> Memo:
+        """What is known of a tree behind a prompt in these tokens; freed by release."""
+        memos = self._memos.setdefault(tree, {})
+        if prompt not in memos:
+            memos[prompt] = Memo(tree)
+        return memos[prompt]
 
     def release(self, tree: SearchTree) -> None:
         """Forget a tree. Its KV stays in the engine's prefix cache until that needs the room."""
@@ -110,21 +125,17 @@ class _LocalEngine(ScoredEngine):
 class OfflineEngine(_LocalEngine):
     """An LLM's engine, stepped together with the policies over it."""
 
-    def begin(self, asks: Sequence[Ask]) -> Callable[[], list[Answer]]:
+    def begin(self, asks: Sequence[Ask]) -> Pending:
         """See ScoredEngine.begin; engines in processes of their own begin to work at once."""
         pump = Pump.of(self.engine)
         outputs: dict[int, Any] = {}
         names: list[str] = []
         self.forward_calls += len(asks)
-        try:
-            for place, ask in enumerate(asks):
-                take = lambda output, place=place: outputs.__setitem__(place, output)  # noqa: E731
-                names.append(pump.add(ask.token_ids, self._params(ask), take))
-        except BaseException:
-            pump.abort(names)
-            raise
 
-        def finish() -> list[Answer]:
+        def cancel() -> None:
+            pump.abort(names)
+
+        def result() -> list[Answer]:
             try:
                 while True:
                     with pump.lock:
@@ -132,17 +143,23 @@ class OfflineEngine(_LocalEngine):
                             break
                         pump.step()
             except BaseException:
-                pump.abort(names)
+                cancel()
                 raise
             return [self._read(ask, outputs[place]) for place, ask in enumerate(asks)]
 
-        return finish
+        try:
+            for place, ask in enumerate(asks):
+                names.append(pump.add(ask.token_ids, self._params(ask), partial(outputs.__setitem__, place)))
+        except BaseException:
+            cancel()
+            raise
+        return Pending(result, cancel)
 
 
 class AsyncEngine(_LocalEngine):
     """An AsyncLLM, or another EngineClient."""
 
-    def begin(self, asks: Sequence[Ask]) -> Callable[[], list[Answer]]:
+    def begin(self, asks: Sequence[Ask]) -> Pending:
         """Raises TypeError."""
         raise TypeError("a scorer over an AsyncLLM scores on its event loop: use asearch, or await ascore_nodes(nodes)")
 

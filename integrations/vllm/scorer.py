@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,9 +17,9 @@ from ...scores import Scores
 from ...steps import StepRule
 from ...tokens import TokenText
 from ...tree import Node, SearchTree
-from .asking import Answer, Ask, Span, fill, gaps, whole
-from .memo import Entry
-from .scored import ScoredEngine
+from .asking import Answer, Ask
+from .job import Job
+from .scored import Pending, ScoredEngine
 
 Round = list[tuple[ScoredEngine, list[Ask]]]
 
@@ -177,8 +177,15 @@ class VLLMImplicitPRM:
                 asked = flow.send(answers)
             except StopIteration:
                 return
-            waiting = [engine.begin(asks) for engine, asks in asked]
-            answers = [finish() for finish in waiting]
+            waiting: list[Pending] = []
+            try:
+                for engine, asks in asked:
+                    waiting.append(engine.begin(asks))
+                answers = [pending.result() for pending in waiting]
+            except BaseException:
+                for pending in waiting:
+                    pending.cancel()
+                raise
 
     async def ascore_nodes(self, nodes: Sequence[Node]) -> None:
         """score_nodes on the running event loop."""
@@ -234,7 +241,7 @@ class VLLMImplicitPRM:
         if not todo:
             return
         theirs = self._known(list(todo)) if self._reference is None else {}
-        jobs = [_Job(engine, list(todo), self._prompt) for engine in self._engines()]
+        jobs = [Job(engine, list(todo), self._prompt) for engine in self._engines()]
         jobs = [job for job in jobs if job.spans]
         if jobs:
             found = yield [(job.engine, list(job.spans)) for job in jobs]
@@ -250,8 +257,9 @@ class VLLMImplicitPRM:
         for job in jobs:
             job.remember()
         for node in todo:
-            mine = self.prm.memo(node.tree).logprobs(node)
-            other = theirs[node] if self._reference is None else self._reference.memo(node.tree).logprobs(node)
+            before = self._prompt(node.tree)
+            mine = self.prm.memo(node.tree, before).logprobs(node)
+            other = theirs[node] if self._reference is None else self._reference.memo(node.tree, before).logprobs(node)
             with np.errstate(invalid="ignore"):
                 ratio = mine - other
             if np.isnan(ratio).any():
@@ -285,72 +293,6 @@ class VLLMImplicitPRM:
                 tree.prompt = tree.prompt.with_ids(encode_prompt(self.need_tokenizer(), tree.prompt))
             self._prompts[tree] = tree.prompt_ids if own is None else own
         return self._prompts[tree]
-
-
-class _Job:
-    """What one engine is asked in a call of score_nodes.
-
-    Args:
-        engine: the engine.
-        todo: nodes to score, each after its parent.
-        prompt: the pair's token ids of a tree's prompt.
-    """
-
-    def __init__(
-        self, engine: ScoredEngine, todo: Sequence[Node], prompt: Callable[[SearchTree], tuple[int, ...]]
-    ) -> None:
-        self.engine = engine
-        self.spans: list[Span] = []
-        self._entries: list[list[Entry]] = []  # what each span asks for
-        self._nodes: list[Node] = []  # where it ends
-        self._answers: list[Answer] = []
-        self.again: list[tuple[Ask, list[int]]] = []
-        asked: set[Entry] = set()
-        for node in todo:
-            if node.sampler == engine.id and node.logprobs is not None:
-                engine.memo(node.tree).know(node, node.logprobs)  # the sampler's own: known from drawing it
-        inner = {node.parent for node in todo}
-        for leaf in todo:
-            if leaf in inner:
-                continue
-            memo = engine.memo(leaf.tree)
-            path = leaf.path()
-            while path and not any(entry.logprob is None and entry not in asked for entry in memo.entries(path[-1])):
-                path.pop()
-            if not path:
-                continue
-            entries = [entry for node in path for entry in memo.entries(node)]
-            start = next(i for i, entry in enumerate(entries) if entry.logprob is None and entry not in asked)
-            asked.update(entries[start:])
-            before = prompt(leaf.tree)
-            self.spans.append(Span((*before, *path[-1].path_ids()), len(before) + start))
-            self._entries.append(entries[start:])
-            self._nodes.append(path[-1])
-
-    def take(self, answers: list[Answer]) -> None:
-        """The first answers."""
-        self._answers = answers
-        for node, span, answer in zip(self._nodes, self.spans, answers, strict=True):
-            self.engine.ledger.encoded(node, len(span.token_ids), answer.cached)
-        self.again = gaps(self.spans, answers)
-
-    def retake(self, found: list[Answer]) -> None:
-        """Answers to what was asked again."""
-        for (ask, places), answer in zip(self.again, found, strict=True):
-            self.engine.ledger.repeated(self._nodes[places[0]].tree, len(ask.token_ids), answer.cached)
-        fill(self.spans, self._answers, self.again, found)
-        full = {place for ask, places in self.again if isinstance(ask, Span) and not ask.cached for place in places}
-        short = [place for place, answer in enumerate(self._answers) if np.isnan(answer.logprobs).any()]
-        if full.intersection(short):
-            raise RuntimeError("vLLM gave no log-probabilities of a prompt, though it was told not to read its cache")
-        self.again = [(whole(self.spans[place]), [place]) for place in short]
-
-    def remember(self) -> None:
-        """Put the log-probabilities into the engine's memo."""
-        for entries, answer in zip(self._entries, self._answers, strict=True):
-            for entry, value in zip(entries, answer.logprobs.tolist(), strict=True):
-                if entry.logprob is None:
-                    entry.logprob = value
 
 
 def _engine(name: str, given: Any) -> ScoredEngine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from ...checks import integer
 from .asking import Answer, Ask, Span, http_fields, read_json
 from .engines import Ledger
-from .scored import ScoredEngine
+from .scored import Pending, ScoredEngine
 
 
 class VLLMServer(ScoredEngine):
@@ -70,20 +70,23 @@ class VLLMServer(ScoredEngine):
         name = f"{self.url}#{model}"
         super().__init__(name, Ledger(name))
 
-    def begin(self, asks: Sequence[Ask]) -> Callable[[], list[Answer]]:
+    def begin(self, asks: Sequence[Ask]) -> Pending:
         """See ScoredEngine.begin."""
         self.forward_calls += len(asks)
         waiting = [self._pool.submit(self._one, ask) for ask in asks]
 
-        def finish() -> list[Answer]:
+        def cancel() -> None:
+            for future in waiting:
+                future.cancel()
+
+        def result() -> list[Answer]:
             try:
                 return [future.result() for future in waiting]
             except BaseException:
-                for future in waiting:
-                    future.cancel()
+                cancel()
                 raise
 
-        return finish
+        return Pending(result, cancel)
 
     def close(self) -> None:
         """Close its connections."""
