@@ -67,7 +67,7 @@ def load_pair(config: ServeConfig) -> Any:
         if config.reference is None:
             raise ValueError("reference is needed beside the URL of a prm: a URL, or 'policy'")
         reference = _server(config.reference) if _is_url(config.reference) else config.reference
-        beta = {} if config.beta is None else {"beta": config.beta}
+        beta: dict[str, Any] = {} if config.beta is None else {"beta": config.beta}
         return VLLMImplicitPRM(_server(config.prm), reference, **beta)
     from ...commands.loading import load_pair as load
 
