@@ -217,6 +217,10 @@ BAD = {
     "offline without a pair": (["--responses", "few.jsonl"], "a pair is needed"),
     "beam offline": (["--responses", "few.jsonl", "--pair", "demo", "--strategies", "beam"], "beam would sample"),
     "too few responses": (["--responses", "few.jsonl", "--pair", "demo", "--budgets", "4"], "few.jsonl, line 1: has 1"),
+    "template offline": (
+        ["--responses", "few.jsonl", "--pair", "demo", "--template", "{}"],
+        "--template is for --data",
+    ),
     "no label": (["--responses", "few.jsonl", "--pair", "demo"], "few.jsonl, line 1: a response has no label"),
     "empty response": (["--responses", "empty.jsonl", "--pair", "demo"], "empty.jsonl, line 1: a response must be"),
 }

@@ -168,6 +168,8 @@ def evaluate(
         raise BadInput("--system needs --chat")
     if (policy is None) != (responses is not None) or (data is None) != (responses is not None):
         raise BadInput("--policy and --data are needed, or else --responses")
+    if template is not None and responses is not None:
+        raise BadInput("--template is for --data; the prompts of --responses are taken as they are")
     judge, extract = make_judge(label, answer if ":" not in label else None), _extractor(answer)
     items: list[Item]
     answered: list[Answered] = []
