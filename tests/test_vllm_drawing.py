@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from fake_vllm import FakeAsyncLLM, FakeEngine, FakeLLM, install
 from fakes import RULE, Child, Clock, FakeScorer, ToyLM, finish, ids, sampling
 from hypothesis import HealthCheck, given, settings, strategies as st
 from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMPolicy
+from prm_search.integrations.vllm.drawing import Row
 
 from prm_search.budget import Budget
 from prm_search.loop import SearchLoop
@@ -98,6 +100,29 @@ def test_steps_are_those_of_the_matcher_whatever_the_engine_hands_over_at_once(
     assert steps_of(answered[0][1], first.node) == wanted
     assert steps_of(asyncio.run(asynchronous.run(second)), second.node) == wanted
     assert not engine.running
+
+
+def test_a_stop_condition_of_ones_own_ends_a_response() -> None:
+    asked: list[int] = []
+
+    def stop(rows: Sequence[Row]) -> list[bool]:
+        (row,) = rows
+        asked.append(row.drawn)
+        return [row.request.node.tree.prompt_ids == ids("abc") and row.drawn == 3]
+
+    lm = ToyLM("ab")
+    for policy in policies(FakeEngine(lm, burst=2), stop=stop):
+        request = Request.draw(plant("abc"), 2, sampling(max_new_tokens=20), merge=False)
+        if isinstance(policy, AsyncVLLMPolicy):
+            children = asyncio.run(policy.run(request))
+        else:
+            policy.submit([request])
+            answered: list[Any] = []
+            while not answered:
+                answered = policy.advance()
+            ((_, children),) = answered
+        assert [(child.finish, len(child.token_ids)) for child in children] == [("stop", 3), ("stop", 3)]
+    assert sorted(asked) == [1] * 4 + [2] * 4 + [3] * 4
 
 
 def test_they_are_policies() -> None:

@@ -8,6 +8,7 @@ end sees a token and tells the engine to abort.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp
 from typing import Any
@@ -27,7 +28,7 @@ class Row:
     """One child being drawn.
 
     Attributes:
-        index: its place in the request.
+        request, index: its place in what was asked for.
         matcher: where its steps end.
         left: tokens it may still draw.
         chain: the steps drawn, the last one under way; closed where `fresh`.
@@ -38,6 +39,7 @@ class Row:
         done: it draws no more.
     """
 
+    request: Request
     index: int
     matcher: StepMatcher
     left: int
@@ -57,6 +59,7 @@ class Drawing:
         facts: of the engine.
         text: bytes of the tokens.
         stop_ids: tokens that end a response.
+        stop: further stop condition: which of these rows, each with a new token, end with it.
         seeded: whether each child's draws have a seed of their own.
         ledger: counts what the engine encodes.
 
@@ -73,6 +76,7 @@ class Drawing:
         facts: EngineFacts,
         text: TokenText,
         stop_ids: frozenset[int],
+        stop: Callable[[Sequence[Row]], Sequence[bool]] | None = None,
         seeded: bool,
         ledger: Ledger,
     ) -> None:
@@ -81,12 +85,13 @@ class Drawing:
             raise ValueError(f"temperature={sampling.temperature}: vLLM samples at temperatures in [0, 2]")
         self.request = request
         self._facts, self._text, self._stop_ids, self._ledger = facts, text, stop_ids, ledger
+        self._stop = stop
         self._seeded = seeded and sampling.temperature > 0
         self._confidence = sampling.steps.confidence is not None
         node = request.node
         self.token_ids = [*node.tree.prompt_ids, *node.path_ids()]
         matcher = sampling.steps.matcher(text.piece, node)
-        self.rows = [Row(i, matcher.copy(), cap) for i, cap in enumerate(request.caps)]
+        self.rows = [Row(request, i, matcher.copy(), cap) for i, cap in enumerate(request.caps)]
         self.failed: str | None = None
 
     @property
@@ -167,7 +172,7 @@ class Drawing:
         row.drawn += 1
         row.left -= 1
         step = row.matcher.feed(token)
-        if token in self._stop_ids:
+        if token in self._stop_ids or (self._stop is not None and self._stop([row])[0]):
             segment.finish, row.done = "stop", True
         elif row.left == 0:
             segment.finish, row.done = self.request.cap_reasons[row.index], True

@@ -6,6 +6,7 @@ Everything else goes to vLLM's own routes as it came. vLLM loads the plugin wher
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 from typing import Any
@@ -18,6 +19,8 @@ from ...serving.engine import AsyncEngine
 from ...serving.metrics import Metrics
 from ...serving.routes import ROUTES, respond
 from ...serving.service import Service
+from ...serving.text import StopStrings
+from ...tokens import TokenText
 
 NAME = "prm_search"
 
@@ -43,15 +46,18 @@ class PRMSearchEndpoint:
         from .policy import AsyncVLLMPolicy
 
         config = ServeConfig.find(os.environ, getattr(args, "additional_config", None))
-        policy = AsyncVLLMPolicy(engine_client)
+        tokenizer = engine_client.get_tokenizer()
         if getattr(args, "chat_template", None) is not None:
             from vllm.entrypoints.chat_utils import load_chat_template
 
-            policy.tokenizer.chat_template = load_chat_template(args.chat_template)
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.chat_template = load_chat_template(args.chat_template)
+        stops = StopStrings(TokenText(tokenizer))
+        policy = AsyncVLLMPolicy(engine_client, tokenizer=tokenizer, stop=stops)
         pair = await asyncio.to_thread(load_pair, config)
         names = args.served_model_name or [args.model]
         state.prm_search = Service(
-            AsyncEngine(policy, pair, policy.token_text),
+            AsyncEngine(policy, pair, policy.token_text, stops),
             [names] if isinstance(names, str) else names,
             limits=config.limits,
             steps=config.steps,

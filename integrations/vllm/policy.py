@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Literal
@@ -16,11 +16,15 @@ from ...tree import Node, Prompt, SearchTree
 from .drawing import Drawing, Row
 from .engines import EngineFacts, Ledger, Pump, request_id, stop_ids as eos_of
 
+Stop = Callable[[Sequence[Row]], Sequence[bool]]
+
 
 class _Base:
     """What both policies have in common."""
 
-    def __init__(self, engine: Any, tokenizer: Any, stop_ids: Iterable[int] | None, seeds: bool | None) -> None:
+    def __init__(
+        self, engine: Any, tokenizer: Any, stop_ids: Iterable[int] | None, stop: Stop | None, seeds: bool | None
+    ) -> None:
         self.tokenizer = engine.get_tokenizer() if tokenizer is None else tokenizer
         if not hasattr(self.tokenizer, "convert_ids_to_tokens"):
             raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(self.tokenizer).__name__}")
@@ -35,6 +39,7 @@ class _Base:
         self.token_text = TokenText(self.tokenizer)
         found = eos_of(engine, self.tokenizer) if stop_ids is None else stop_ids
         self.stop_ids = frozenset(int(i) for i in found if 0 <= i < self.facts.vocab)  # vLLM refuses others
+        self._stop = stop
         self._ledger = Ledger.of(engine)
 
     @property
@@ -72,6 +77,7 @@ class _Base:
             facts=self.facts,
             text=self.token_text,
             stop_ids=self.stop_ids,
+            stop=self._stop,
             seeded=self.seeds,
             ledger=self._ledger,
         )
@@ -87,6 +93,7 @@ class VLLMPolicy(_Base):
         llm: a vllm.LLM for a causal LM, with its prefix cache on. Keep a reference to it.
         tokenizer: a transformers tokenizer; None for the engine's.
         stop_ids: tokens that end a response; None: the eos ids of the generation config, else the tokenizer's.
+        stop: further stop condition: which of these rows, each with a new token, end with it.
         seeds: give each child a seed made of the search's seed, its prompt and its place, so that draws do not depend
             on what else the engine does. None: where that is safe, which on a CPU needs enable_chunked_prefill=False.
             Without it draws come from the engine's own random state.
@@ -106,12 +113,13 @@ class VLLMPolicy(_Base):
         *,
         tokenizer: Any = None,
         stop_ids: Iterable[int] | None = None,
+        stop: Stop | None = None,
         seeds: bool | None = None,
     ) -> None:
         engine = getattr(llm, "llm_engine", None)
         if engine is None:
             raise TypeError(f"llm must be a vllm.LLM, got {type(llm).__name__} (AsyncVLLMPolicy takes an AsyncLLM)")
-        super().__init__(engine, tokenizer, stop_ids, seeds)
+        super().__init__(engine, tokenizer, stop_ids, stop, seeds)
         self.llm = llm
         self._pump = Pump.of(engine)
         self._jobs: dict[Request, tuple[Drawing, list[str]]] = {}
@@ -201,7 +209,7 @@ class AsyncVLLMPolicy(_Base):
 
     Args:
         engine: an AsyncLLM (an EngineClient) for a causal LM, with its prefix cache on.
-        tokenizer, stop_ids, seeds: see VLLMPolicy.
+        tokenizer, stop_ids, stop, seeds: see VLLMPolicy.
 
     Attributes:
         engine: as given.
@@ -217,11 +225,12 @@ class AsyncVLLMPolicy(_Base):
         *,
         tokenizer: Any = None,
         stop_ids: Iterable[int] | None = None,
+        stop: Stop | None = None,
         seeds: bool | None = None,
     ) -> None:
         if hasattr(engine, "llm_engine") or not hasattr(engine, "generate"):
             raise TypeError(f"engine must be a vLLM AsyncLLM, got {type(engine).__name__} (VLLMPolicy takes an LLM)")
-        super().__init__(engine, tokenizer, stop_ids, seeds)
+        super().__init__(engine, tokenizer, stop_ids, stop, seeds)
         self.engine = engine
         self._running: dict[Request, list[asyncio.Task[None]]] = {}
         self._interrupted: set[Request] = set()

@@ -119,8 +119,10 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> Ask:
         raise invalid("temperature", "at 0 every child of a step is the same: a search needs a temperature above 0")
     stream = bool(body.stream)
     rule = PLAIN_STEP if guide is None else _rule(guide.steps, steps, limits)
-    if stream and n == 1 and _children(strategy) == 1:
-        strategy = Beam(1, 1, value=getattr(strategy, "value", None))  # the same draws, told step by step
+    if n == 1 and _children(strategy) == 1 and (stream or guide is not None):
+        # The same search step by step, so that it can be told so. Where a step's draws depend on where it begins, as
+        # vLLM's do, that is another sample: so it is done whether they are told or not.
+        strategy = Beam(1, 1, value=getattr(strategy, "value", None))
     settings = _within(
         None,
         lambda: Settings.make(

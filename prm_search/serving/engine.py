@@ -140,10 +140,11 @@ class AsyncEngine(Engine):
         policy: samples steps.
         scorer: rewards them; in a thread, unless it has ascore_nodes.
         words: bytes of the policy's tokens.
+        stops: the stop condition that the policy was made with; None where it has none.
     """
 
-    def __init__(self, policy: AsyncPolicy, scorer: Scorer, words: TokenText) -> None:
-        super().__init__(words, getattr(policy, "context", None))
+    def __init__(self, policy: AsyncPolicy, scorer: Scorer, words: TokenText, stops: StopStrings | None = None) -> None:
+        super().__init__(words, getattr(policy, "context", None), stops)
         self._loop = AsyncSearchLoop(policy, scorer, on_event=self._tell)
 
     def loop(self, *, guided: bool, alpha: float | None) -> AsyncSearchLoop:
