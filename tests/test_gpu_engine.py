@@ -251,11 +251,11 @@ def test_nothing_is_waited_for_between_the_call_and_its_numbers(mode):
     grown(lm, 40, 0, 15)  # compiles, captures
     root = lm.tree.root(list(range(3, 60)))
     lm.extend([root], [[]], want=None)
-    tips = [lm.tree.fork(root) for _ in range(5)]
+    tips = [[lm.tree.fork(root) for _ in range(5)] for _ in range(6)]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        begun = [lm.begin_extend(tips, [[i]] * 5, want="log_softmax") for i in range(3, 9)]
-        scored = lm.begin_score([lm.tree.fork(tip, [3, 4, 5]) for tip in tips])
+        begun = [lm.begin_extend(rows, [[i]] * 5, want="log_softmax") for i, rows in enumerate(tips, 3)]
+        scored = lm.begin_score([lm.tree.fork(root, [3, 4, 5]) for _ in range(5)])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for pending in begun:

@@ -352,6 +352,23 @@ def test_dropping_everything_frees_the_pools() -> None:
     assert [ref() for ref in seen] == [None] * 4
 
 
+def test_pools_go_with_the_last_user() -> None:
+    """Not with the next garbage collection: on a GPU they are half of its memory."""
+    lm = LanguageModel(tiny("llama"), None, capacity=100)
+    lm.steps.set_mode("static")
+    root = lm.tree.root(ids(5))
+    lm.extend([root], [[]])
+    lm.extend([root], [[5]])
+    seen = weakref.ref(lm.pool), weakref.ref(lm.pool.layers[0][0])
+    lm.tree.release(root)
+    gc.disable()
+    try:
+        del lm, root
+        assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_a_language_model_that_is_dropped_is_made_anew() -> None:
     model = tiny("llama")
     first = LanguageModel.of(model, capacity=64)

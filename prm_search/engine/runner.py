@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class Runner:
         self.pool = pool
         self.backend = backend
         self.configs = _configs_of(module)
-        self.steps = Stepping(self)
+        self.steps = Stepping(cast(Runner, weakref.proxy(self)))  # no cycle: pools go with the last user
 
     @property
     def on_gpu(self) -> bool:

@@ -116,8 +116,8 @@ class StaticStep:
         shape = Shape.of(len(wave), int(lengths.max()), longest >= tiles.PREFIX_LEAST)
         lines, dirty = self.lines.assign(branches, shape.rows, together=shape.families)
         kin = families(branches, lines, shape.rows // 2) if shape.families else None
-        if kin is None:
-            shape = Shape(shape.rows, shape.path, False)
+        if kin is None or kin[1].max() < tiles.PREFIX_LEAST:
+            kin, shape = None, Shape(shape.rows, shape.path, False)
 
         begin = len(_FIELDS) * _SPAN
         size = begin + len(dirty) * (1 + shape.path)
