@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,7 @@ from .kv_tree import Branch
 from .plan import stem_of
 
 
-@dataclass(frozen=True)
-class _Held:
+class _Held(NamedTuple):
     """What a line of the table holds: a branch's path of `length` slots, as it was at that epoch."""
 
     branch: weakref.ref[Branch]
