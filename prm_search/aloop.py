@@ -51,6 +51,14 @@ class AsyncSearchLoop:
         self._under_way = 0
         self._since = 0.0
 
+    def beside(self, policy: AsyncPolicy) -> AsyncSearchLoop:
+        """A loop over another policy and the same scorers: the two take turns at them, and their costs are one sum."""
+        models = self.models
+        loop = AsyncSearchLoop(policy, *models.scorers, on_event=models.on_event, clock=self.clock)
+        loop.quiet = self.quiet
+        loop.models.seconds, loop.models.forward_calls = models.seconds, models.forward_calls
+        return loop
+
     def begin(self, prompt: Prompt, settings: Settings, *, occurrence: int = 0) -> AsyncSearch:
         """A search of one prompt, to be awaited by its run(). Arguments and errors as in SearchLoop.add."""
         return AsyncSearch(self, prompt, settings, occurrence)

@@ -60,7 +60,7 @@ class Models(Generic[P]):
                 bind(policy)
         session = getattr(policy, "session", None)
         self.policy: P = policy if session is None else session()
-        self._on_event = on_event
+        self.on_event = on_event
         self._numbers: dict[SearchTree, int] = {}
         self._added = 0
         self.forward_calls: Counter[str] = Counter()
@@ -146,13 +146,13 @@ class Models(Generic[P]):
         self, kind: Literal["steps", "done"], tree: SearchTree, nodes: Sequence[Node] = (), result: Result | None = None
     ) -> None:
         """Tell the caller."""
-        if self._on_event is not None and tree in self._numbers:
-            self._on_event(Event(kind, self._numbers[tree], tree, tuple(nodes), result))
+        if self.on_event is not None and tree in self._numbers:
+            self.on_event(Event(kind, self._numbers[tree], tree, tuple(nodes), result))
 
     def report(self, answered: Sequence[tuple[Request, Sequence[Node]]]) -> None:
         """Tell the caller of the nodes that these answers brought."""
         nodes: dict[SearchTree, list[Node]] = {}
-        for node in new_nodes(answered) if self._on_event is not None else ():
+        for node in new_nodes(answered) if self.on_event is not None else ():
             nodes.setdefault(node.tree, []).append(node)
         for tree, fresh in nodes.items():
             self.event("steps", tree, fresh)

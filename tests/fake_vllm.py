@@ -61,6 +61,7 @@ class SamplingParams:
     detokenize: bool = True
     flat_logprobs: bool = False
     output_kind: str = "CUMULATIVE"
+    extra_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         assert 0 <= self.temperature <= 2
@@ -102,7 +103,7 @@ class FakeEngine:
         block: tokens of a cache block.
         burst: tokens that are drawn before the front end hears of them; more than one overshoots.
         v2: answer as Model Runner V2 does.
-        name, context, device, chunked, logprobs_mode, prefix_caching: what its vllm_config says.
+        name, context, device, chunked, logprobs_mode, prefix_caching, logits_processors: what its vllm_config says.
         fail_at: the request that it gives up ("abort"), by its number.
 
     Attributes:
@@ -124,6 +125,7 @@ class FakeEngine:
         chunked: bool = False,
         logprobs_mode: str = "raw_logprobs",
         prefix_caching: bool = True,
+        logits_processors: list[Any] | None = None,
         fail_at: int | None = None,
     ) -> None:
         self.lm, self.burst, self.v2 = lm or ToyLM(), burst, v2
@@ -135,6 +137,7 @@ class FakeEngine:
                 get_vocab_size=lambda: 128,
                 logprobs_mode=logprobs_mode,
                 max_logprobs=20,
+                logits_processors=logits_processors,
                 try_get_generation_config=lambda: {},
             ),
             cache_config=SimpleNamespace(block_size=block, enable_prefix_caching=prefix_caching),

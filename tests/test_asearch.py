@@ -143,6 +143,27 @@ def test_cancelling_leaves_nothing(after: int) -> None:
     assert not scorer.trees
 
 
+def test_loops_beside_each_other_take_turns_at_the_scorer_and_count_together() -> None:
+    scorer = Slow()
+    scorer.go.set()
+    first, second = FakeAsyncPolicy(), FakeAsyncPolicy(ToyLM(seed=1))
+
+    async def main() -> tuple[list[Result], AsyncSearchLoop]:
+        loop = AsyncSearchLoop(first, scorer)
+        other = loop.beside(second)
+        settings = Settings.make(strategy=Beam(2, 2), **LONG)
+        runs = [each.begin(Prompt(token_ids=(i,)), settings).run() for each in (loop, other) for i in (1, 2)]
+        return list(await asyncio.gather(*runs)), loop
+
+    results, loop = asyncio.run(main())
+    for lm, mine in ((ToyLM(), results[:2]), (ToyLM(seed=1), results[2:])):
+        expected = search([[1], [2]], policy=FakePolicy(lm), scorer=FakeScorer(), strategy=Beam(2, 2), **LONG)
+        assert list(map(facts, mine)) == list(map(facts, expected))
+    assert not scorer.released_inside
+    assert not scorer.trees
+    assert loop.models.forward_calls == {"policy": first.calls + second.calls, "scorer": scorer.calls}
+
+
 class Broken(FakeAsyncScorer):
     """Fails on the second steps of a prompt (every prompt's where none is named)."""
 

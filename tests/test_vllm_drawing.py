@@ -125,6 +125,27 @@ def test_a_stop_condition_of_ones_own_ends_a_response() -> None:
     assert sorted(asked) == [1] * 4 + [2] * 4 + [3] * 4
 
 
+def test_steering_is_the_processors_and_every_child_asks_for_it() -> None:
+    class ImplicitPRMLogitsProcessor:
+        pass
+
+    with pytest.raises(ValueError, match="without ImplicitPRMLogitsProcessor"):
+        AsyncVLLMPolicy(FakeAsyncLLM(FakeEngine(logits_processors=["some.module:Other"])), alpha=1.0)
+    for processor in (
+        "prm_search.integrations.vllm.logits_processor:ImplicitPRMLogitsProcessor",
+        ImplicitPRMLogitsProcessor,
+    ):
+        engine = FakeEngine(logits_processors=[processor])
+        with pytest.raises(ValueError, match="alpha=nan"):
+            AsyncVLLMPolicy(FakeAsyncLLM(engine), alpha=float("nan"))
+        policy = AsyncVLLMPolicy(FakeAsyncLLM(engine), alpha=0.5)
+        asyncio.run(policy.run(Request.draw(plant("abc"), 3, sampling())))
+        assert [params.extra_args for _, _, params in engine.log] == [{"prm_alpha": 0.5}] * 3
+    engine = FakeEngine()
+    asyncio.run(AsyncVLLMPolicy(FakeAsyncLLM(engine)).run(Request.draw(plant("abc"), 2, sampling())))
+    assert [params.extra_args for _, _, params in engine.log] == [None, None]
+
+
 def test_they_are_policies() -> None:
     sync, asynchronous = policies(FakeEngine())
     assert isinstance(sync, Policy)

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import openai
+import torch
 from pairs import byte_tokenizer, llama, naive_rewards
 from servers import Served, until
 
@@ -46,7 +47,9 @@ def server(folder: Path) -> Iterator[Served]:
     words = ["--engine", "vllm", "--policy", str(folder / "policy"), "--prm", str(folder / "prm")]
     words += ["--reference", str(folder / "policy"), "--port", str(port), "--served-model-name", "tiny"]
     words += ["--dtype", "float32", "--max-searches", "8", "--step-tokens", "4"]
-    own = ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "64", "--block-size", "32"]
+    own = ["--logits-processors", "prm_search.integrations.vllm.logits_processor:ImplicitPRMLogitsProcessor"]
+    own += ["--additional-config", json.dumps({"prm_search": {"model": str(folder / "prm"), "reference": "policy"}})]
+    own += ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "64", "--block-size", "32"]
     code = "import sys; from prm_search.cli import main; sys.exit(main())"
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PRM_SEARCH_API_KEY": "key"}
     log = folder / "log"
@@ -109,7 +112,7 @@ def test_guided_plain_and_bad_requests(server: Served, folder: Path) -> None:
 
     for body, status, param in (
         ({"prm_guidance": {"widht": 1}}, 400, "prm_guidance.widht"),
-        ({"prm_guidance": {"alpha": 1.0}}, 400, "prm_guidance.alpha"),
+        ({"prm_guidance": {"alpha": "x"}}, 400, "prm_guidance.alpha"),
         ({"prm_guidance": {}, "temperature": 2.5}, 400, "temperature"),
         ({"prm_guidance": {"width": 100, "expansions": 100}}, 413, "prm_guidance"),
         ({"prm_guidance": {}, "model": "other"}, 404, "model"),
@@ -120,24 +123,24 @@ def test_guided_plain_and_bad_requests(server: Served, folder: Path) -> None:
     assert server.send("/v1/chat/completions", b"{", _headers())[0] == 400  # vLLM's own
 
 
-def test_rewards_are_those_of_the_tokens_that_were_drawn(server: Served, folder: Path) -> None:
-    tokenizer = byte_tokenizer()
+def test_rewards_are_those_of_the_tokens_that_were_drawn(server: Served) -> None:
     client = server.client(api_key="key", timeout=120)
-    prompt = tokenizer("Count to three.")["input_ids"]
-    answer = client.completions.create(
-        model="tiny", prompt=prompt, max_tokens=6, temperature=0,
-        extra_body={"prm_guidance": {"strategy": "best_of_n", "n": 1, "return_candidates": True}},
-    )  # fmt: skip
+    prompt = byte_tokenizer()("Count to three.")["input_ids"]
     model, reference = llama(2, **SHAPE), llama(1, **SHAPE)
-    ids = list(prompt)
-    for _ in range(6):
-        import torch
-
-        with torch.no_grad():
-            ids.append(int(reference(torch.tensor([ids])).logits[0, -1].argmax()))
-    expected = naive_rewards(model, reference, prompt, ids[len(prompt) :], 0.05)
-    (facts,) = answer.prm_search
-    assert facts["value"] == pytest.approx(float(expected.sum()), abs=1e-3)
+    # Steered with strength 1 from the reference, which the policy is, the most probable tokens are the PRM's.
+    for greedy, guidance in (
+        (reference, {"strategy": "best_of_n", "n": 1}),
+        (model, {"strategy": "steer", "alpha": 1.0}),
+    ):
+        answer = client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=6, temperature=0, extra_body={"prm_guidance": guidance}
+        )
+        ids = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(greedy(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected = naive_rewards(model, reference, prompt, ids[len(prompt) :], 0.05)
+        assert answer.prm_search[0]["value"] == pytest.approx(float(expected.sum()), abs=1e-3)
 
 
 def test_streams(server: Served) -> None:

@@ -60,6 +60,7 @@ class Drawing:
         text: bytes of the tokens.
         stop_ids: tokens that end a response.
         stop: further stop condition: which of these rows, each with a new token, end with it.
+        alpha: strength of steering by the engine's logits processor; None for none.
         seeded: whether each child's draws have a seed of their own.
         ledger: counts what the engine encodes.
 
@@ -77,6 +78,7 @@ class Drawing:
         text: TokenText,
         stop_ids: frozenset[int],
         stop: Callable[[Sequence[Row]], Sequence[bool]] | None = None,
+        alpha: float | None = None,
         seeded: bool,
         ledger: Ledger,
     ) -> None:
@@ -85,7 +87,7 @@ class Drawing:
             raise ValueError(f"temperature={sampling.temperature}: vLLM samples at temperatures in [0, 2]")
         self.request = request
         self._facts, self._text, self._stop_ids, self._ledger = facts, text, stop_ids, ledger
-        self._stop = stop
+        self._stop, self._alpha = stop, alpha
         self._seeded = seeded and sampling.temperature > 0
         self._confidence = sampling.steps.confidence is not None
         node = request.node
@@ -118,6 +120,7 @@ class Drawing:
             logprobs=1 if self._confidence else 0,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
+            extra_args=None if self._alpha is None else {"prm_alpha": self._alpha},
         )
 
     def _seed(self, row: Row) -> int:

@@ -43,6 +43,7 @@ class PRMSearchEndpoint:
         """
         from prometheus_client import REGISTRY
 
+        from .engines import can_steer
         from .policy import AsyncVLLMPolicy
 
         config = ServeConfig.find(os.environ, getattr(args, "additional_config", None))
@@ -54,10 +55,14 @@ class PRMSearchEndpoint:
             tokenizer.chat_template = load_chat_template(args.chat_template)
         stops = StopStrings(TokenText(tokenizer))
         policy = AsyncVLLMPolicy(engine_client, tokenizer=tokenizer, stop=stops)
+
+        def steered(alpha: float) -> AsyncVLLMPolicy:
+            return AsyncVLLMPolicy(engine_client, tokenizer=tokenizer, stop=stops, alpha=alpha)
+
         pair = await asyncio.to_thread(load_pair, config)
         names = args.served_model_name or [args.model]
         state.prm_search = Service(
-            AsyncEngine(policy, pair, policy.token_text, stops),
+            AsyncEngine(policy, pair, policy.token_text, stops, steered if can_steer(engine_client) else None),
             [names] if isinstance(names, str) else names,
             limits=config.limits,
             steps=config.steps,

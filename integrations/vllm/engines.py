@@ -73,6 +73,16 @@ class EngineFacts:
             )
 
 
+PROCESSOR = "ImplicitPRMLogitsProcessor"
+
+
+def can_steer(engine: Any) -> bool:
+    """Whether an engine was given our logits processor, by name or as a class."""
+    given = getattr(engine.vllm_config.model_config, "logits_processors", None) or ()
+    names = [each if isinstance(each, str) else each.__name__ for each in given]
+    return any(name.rpartition(":")[2] == PROCESSOR for name in names)
+
+
 def stop_ids(engine: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end a response: the eos ids of the model's generation config, else the tokenizer's."""
     found = engine.vllm_config.model_config.try_get_generation_config().get("eos_token_id")

@@ -7,14 +7,16 @@ import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
+from math import isfinite
 from typing import Any, Literal
 
+from ...checks import number
 from ...policy import encode_prompt
 from ...protocols import Request, Sampling
 from ...tokens import TokenText
 from ...tree import Node, Prompt, SearchTree
 from .drawing import Drawing, Row
-from .engines import EngineFacts, Ledger, Pump, request_id, stop_ids as eos_of
+from .engines import PROCESSOR, EngineFacts, Ledger, Pump, can_steer, request_id, stop_ids as eos_of
 
 Stop = Callable[[Sequence[Row]], Sequence[bool]]
 
@@ -40,6 +42,7 @@ class _Base:
         found = eos_of(engine, self.tokenizer) if stop_ids is None else stop_ids
         self.stop_ids = frozenset(int(i) for i in found if 0 <= i < self.facts.vocab)  # vLLM refuses others
         self._stop = stop
+        self.alpha: float | None = None
         self._ledger = Ledger.of(engine)
 
     @property
@@ -78,6 +81,7 @@ class _Base:
             text=self.token_text,
             stop_ids=self.stop_ids,
             stop=self._stop,
+            alpha=self.alpha,
             seeded=self.seeds,
             ledger=self._ledger,
         )
@@ -210,13 +214,14 @@ class AsyncVLLMPolicy(_Base):
     Args:
         engine: an AsyncLLM (an EngineClient) for a causal LM, with its prefix cache on.
         tokenizer, stop_ids, stop, seeds: see VLLMPolicy.
+        alpha: have the engine's own logits processor steer every token, with this strength.
 
     Attributes:
         engine: as given.
         facts, tokenizer, stop_ids, seeds: see VLLMPolicy.
 
     Raises:
-        TypeError, ValueError: as VLLMPolicy.
+        TypeError, ValueError: as VLLMPolicy; or alpha is no finite number, or the engine runs without the processor.
     """
 
     def __init__(
@@ -227,10 +232,16 @@ class AsyncVLLMPolicy(_Base):
         stop_ids: Iterable[int] | None = None,
         stop: Stop | None = None,
         seeds: bool | None = None,
+        alpha: float | None = None,
     ) -> None:
         if hasattr(engine, "llm_engine") or not hasattr(engine, "generate"):
             raise TypeError(f"engine must be a vLLM AsyncLLM, got {type(engine).__name__} (VLLMPolicy takes an LLM)")
         super().__init__(engine, tokenizer, stop_ids, stop, seeds)
+        if alpha is not None:
+            number("alpha", alpha, "a finite number", isfinite)
+            if not can_steer(engine):
+                raise ValueError(f"alpha={alpha!r}: the engine runs without {PROCESSOR} (logits_processors=)")
+            self.alpha = float(alpha)
         self.engine = engine
         self._running: dict[Request, list[asyncio.Task[None]]] = {}
         self._interrupted: set[Request] = set()

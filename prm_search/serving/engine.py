@@ -141,24 +141,36 @@ class AsyncEngine(Engine):
         scorer: rewards them; in a thread, unless it has ascore_nodes.
         words: bytes of the policy's tokens.
         stops: the stop condition that the policy was made with; None where it has none.
+        steered: makes the same policy steered with a strength; None where that cannot be.
     """
 
-    def __init__(self, policy: AsyncPolicy, scorer: Scorer, words: TokenText, stops: StopStrings | None = None) -> None:
+    def __init__(
+        self,
+        policy: AsyncPolicy,
+        scorer: Scorer,
+        words: TokenText,
+        stops: StopStrings | None = None,
+        steered: Callable[[float], AsyncPolicy] | None = None,
+    ) -> None:
         super().__init__(words, getattr(policy, "context", None), stops)
         self._loop = AsyncSearchLoop(policy, scorer, on_event=self._tell)
+        self._steered = steered
+        self._loops: WeakValueDictionary[float, AsyncSearchLoop] = WeakValueDictionary()
 
     def loop(self, *, guided: bool, alpha: float | None) -> AsyncSearchLoop:
         """See Engine.loop."""
-        if alpha is not None:
-            raise RequestError(
-                400,
-                "prm_guidance.alpha: this engine cannot steer a search token by token",
-                param="prm_guidance.alpha",
-                code="unsupported_parameter",
-            )
         if not guided:
             raise RequestError(400, "prm_guidance is needed", param="prm_guidance", code="missing_required_parameter")
-        return self._loop
+        if alpha is None:
+            return self._loop
+        if self._steered is None:
+            param = "prm_guidance.alpha"
+            said = f"{param}: this server cannot steer: it runs without the logits processor"
+            raise RequestError(400, said, param=param, code="unsupported_parameter")
+        found = self._loops.get(alpha)  # lives as long as a search in it
+        if found is None:
+            found = self._loops[alpha] = self._loop.beside(self._steered(alpha))
+        return found
 
     def costs(self) -> tuple[Mapping[str, float], Mapping[str, int]]:
         """See Engine.costs."""
