@@ -320,6 +320,8 @@ BAD: list[tuple[dict[str, Any], int, str | None]] = [
     ({"prm_guidance": {"width": 0}}, 400, "prm_guidance.width"),
     ({"prm_guidance": {"width": 2.0}}, 400, "prm_guidance.width"),
     ({"prm_guidance": {"width": "2"}}, 400, "prm_guidance.width"),
+    ({"prm_guidance": {"merge": "no"}}, 400, "prm_guidance.merge"),
+    ({"prm_guidance": {"strategy": "lookahead", "reduce": "sum"}}, 400, "prm_guidance.reduce"),
     ({"prm_guidance": {"width": 65}}, 413, "prm_guidance.width"),
     ({"prm_guidance": {"width": 9, "expansions": 9}}, 413, "prm_guidance"),
     ({"prm_guidance": {"strategy": "dvts", "subtrees": 10**12}}, 413, "prm_guidance.subtrees"),

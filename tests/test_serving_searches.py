@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
@@ -73,7 +74,7 @@ def guidance(strategy: Strategy) -> dict[str, Any]:
 
 
 def body(**given: Any) -> bytes:
-    return json.dumps({"prompt": [65], "max_tokens": 12, "temperature": 1.0} | given).encode()
+    return json.dumps({"prompt": [65], "max_tokens": 12, "temperature": 1.0, "seed": 0} | given).encode()
 
 
 def with_service(
@@ -164,7 +165,7 @@ def test_searches_share_forwards_and_draw_as_if_alone() -> None:
 
 @pytest.mark.parametrize("what", ["policy", "scorer"])
 def test_an_error_in_a_model_is_told_and_the_server_goes_on(what: str) -> None:
-    policy = FakePolicy(fail_at=5 if what == "policy" else None)
+    policy = FakePolicy(ToyLM("ab;"), fail_at=5 if what == "policy" else None)
     scorer = FakeScorer(fail_at=1 if what == "scorer" else None)
 
     async def work(service: Service) -> None:
@@ -211,6 +212,20 @@ def test_time_runs_out() -> None:
 
     with_service(partial, FakePolicy(ToyLM("ab;")))
     with_service(nothing, Held(), limits=Limits(seconds=0.05))
+
+
+def test_what_is_not_finite_is_null() -> None:
+    scorer = FakeScorer(lambda prompt, path: -math.inf if path[-1] == EOS else 1.0)
+    asked = body(prm_guidance={"strategy": "best_of_n", "n": 2, "return_candidates": True, "progress": True})
+
+    async def work(service: Service) -> None:
+        said = await answer(service, asked)
+        ended = [each for each in said["prm_search"][0]["candidates"] if each["finish_reason"] == "stop"]
+        assert ended
+        assert all(each["value"] is each["q"] is each["steps"][-1]["reward"] is None for each in ended)
+        assert "Infinity" not in json.dumps(await stream(service, asked[:-1] + b', "stream": true}'))
+
+    with_service(work, scorer=scorer)
 
 
 def test_limits_and_the_end() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -77,10 +78,15 @@ def usage(job: Job, results: Sequence[Result]) -> dict[str, Any]:
 
 def search_facts(job: Job, result: Result) -> dict[str, Any]:
     """What the search for one prompt says beside its text."""
-    facts: dict[str, Any] = {"stopped": result.stopped, "value": result.value, "answer": result.answer}
+    facts: dict[str, Any] = {"stopped": result.stopped, "value": finite(result.value), "answer": result.answer}
     if job.ask.candidates:
         facts["candidates"] = [_candidate(job, node) for node in result.candidates]
     return facts
+
+
+def finite(number: float | None) -> float | None:
+    """The number; None for infinities and NaN, which JSON has no words for."""
+    return None if number is None or not math.isfinite(number) else float(number)
 
 
 def _candidate(job: Job, node: Node) -> dict[str, Any]:
@@ -91,13 +97,19 @@ def _candidate(job: Job, node: Node) -> dict[str, Any]:
     rewards = step_rewards(node)
     return {
         "text": "".join(texts),
-        "value": node.value,
-        "q": node.q,
+        "value": finite(node.value),
+        "q": finite(node.q),
         "finish_reason": finish_reason(node),
         "count": node.count,
         "answer": None if ask.settings.answer is None else ask.settings.answer("".join(texts)),
         "steps": [
-            {"text": text, "tokens": len(step.token_ids), "reward": float(reward), "q": step.q, "value": step.value}
+            {
+                "text": text,
+                "tokens": len(step.token_ids),
+                "reward": finite(reward),
+                "q": finite(step.q),
+                "value": finite(step.value),
+            }
             for text, step, reward in zip(texts, path, rewards, strict=True)
         ],
     }
@@ -178,7 +190,13 @@ class _Chunks:
 
     def _progress(self, number: int, event: Event) -> dict[str, Any]:
         steps = [
-            {"text": node.text, "depth": node.depth, "reward": node.reward, "q": node.q, "finish": node.finish}
+            {
+                "text": node.text,
+                "depth": node.depth,
+                "reward": finite(node.reward),
+                "q": finite(node.q),
+                "finish": node.finish,
+            }
             for node in event.nodes
         ]
         return self._chunk(None) | {"prm_search": [{"prompt": number, "steps": steps}]}

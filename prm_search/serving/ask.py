@@ -176,7 +176,7 @@ def _strategy(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | No
     if name not in STRATEGIES:
         raise invalid("prm_guidance.strategy", f"{name!r} is unknown; it is one of {', '.join(STRATEGIES)}")
     made = STRATEGIES[name]
-    fields = [each.name for each in dataclasses.fields(made)]  # type: ignore[arg-type]
+    fields = {each.name: each for each in dataclasses.fields(made)}  # type: ignore[arg-type]
     names = {"lookahead_steps" if each == "steps" else each: each for each in fields if each not in ("value", "alpha")}
     options = {}
     for option, given in (guide.model_extra or {}).items():
@@ -184,6 +184,8 @@ def _strategy(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | No
         if option not in names:
             said = f"strategy {name!r} has no such option; it takes {', '.join(names)}"
             raise RequestError(400, f"{param}: {said}", param=param, code="unknown_parameter")
+        if isinstance(fields[names[option]].default, bool) and not isinstance(given, bool):
+            raise invalid(param, f"true or false is needed, got {given!r:.80}")
         if isinstance(given, int) and given > limits.children:
             raise too_large(param, f"{given}: at most {limits.children} here")
         if given is not None:
