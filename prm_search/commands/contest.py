@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -193,7 +194,14 @@ class Contest:
 
     def _choose(self, candidates: Sequence[Node], how: Select) -> str | None:
         whole = [node for node in candidates if node.finish == "stop"] or candidates
-        return select(whole, how, answer=answer).answer
+        if how != "majority":
+            return select(whole, how, answer=answer).answer
+        votes: Counter[str] = Counter()  # blind: `select` would break ties by reward, here the first drawn wins
+        for node in sorted(whole, key=lambda node: node.index):
+            found = answer(node.path_text())
+            if found is not None:
+                votes[found] += node.count
+        return max(votes, key=votes.__getitem__, default=None)
 
     def _put(
         self, name: str, answers: Sequence[str | None], results: Sequence[Result], seconds: float, blind: bool = False
