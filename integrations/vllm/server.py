@@ -17,7 +17,7 @@ from .scored import Pending, ScoredEngine
 
 
 class VLLMServer(ScoredEngine):
-    """One model of a vLLM server, for VLLMImplicitPRM. Needs the package httpx.
+    """One model of a vLLM server, for VLLMImplicitPRM. Needs the package httpx (extra `serve`).
 
     The server has to be started with `--enable-scale-out --enable-prompt-tokens-details`: the first opens the route
     /inference/v1/generate, the second makes it say how many tokens it had cached, which decides what can be trusted.
