@@ -98,7 +98,8 @@ def test_a_guided_request_is_a_search(demo: Demo, guidance: dict[str, Any], stra
     assert usage.completion_tokens == sum(expected.usage.sampled_tokens.values())
     assert detail["sampled_tokens"] == expected.usage.sampled_tokens
     assert detail["encoded_tokens"] == expected.usage.encoded_tokens
-    assert detail["cached_tokens"] == expected.usage.cached_tokens
+    # How many are found cached depends on what happens to be scored together.
+    assert set(detail["cached_tokens"]) == set(expected.usage.cached_tokens)
     assert detail["forward_calls"]["policy"] > 0
 
 
