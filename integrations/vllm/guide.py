@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ class Guide:
         self._silent = self.config.report is None  # say once that prm_report leads nowhere
         self._open: dict[int, Guided] = {}
         # What ends in the last step of an engine that is then left idle is written when the process ends.
-        weakref.finalize(self, _end_all, self._open, self.report, self._room)
+        weakref.finalize(self, _end_all, self._open, self.steering, self.report, self._room)
 
     def _load(
         self, vllm_config: VllmConfig, device: torch.device
@@ -125,6 +125,14 @@ class Guide:
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
+    def options(self, params: SamplingParams) -> RequestOptions | None:
+        """What a request asks for; None for nothing."""
+        try:
+            return RequestOptions.of(params.extra_args)
+        except ValueError as error:  # the front end refuses these, if it is asked
+            self._log.warning("prm_search: a request goes on unguided: %s", error)
+            return None
+
     def begin(
         self, options: RequestOptions, params: SamplingParams, prompt: Sequence[int] | None, output: list[int]
     ) -> Guided:
@@ -155,17 +163,17 @@ class Guide:
         """Whether a request has ended, as far as its tokens tell."""
         return guided.gone(self._room)[1] is not None
 
-    def steer(self, logits: torch.Tensor, rows: Mapping[int, Guided]) -> None:
-        """See Steering.steer; never raises."""
+    def steer(self, logits: torch.Tensor, rows: Callable[[], Mapping[int, Guided]]) -> None:
+        """Steer the rows of these requests; see Steering.steer. Never raises: that would end the engine."""
         try:
-            self.steering.steer(logits, {row: guided.stream for row, guided in rows.items()})
+            self.steering.steer(logits, {row: guided.stream for row, guided in rows().items()})
         except Exception as error:
-            self.give_up(rows.values(), f"{type(error).__name__}: {error}")
+            for guided in self._open.values():
+                self.give_up(guided, f"{type(error).__name__}: {error}")
 
-    def give_up(self, requests: Any, reason: str) -> None:
-        """Let requests go on unguided."""
-        for guided in requests:
-            self.steering.give_up(guided.stream, reason)
+    def give_up(self, guided: Guided, reason: str) -> None:
+        """Let a request go on unguided."""
+        self.steering.give_up(guided.stream, reason)
 
 
 def refuse_features(vllm_config: VllmConfig, config: SteeringConfig) -> None:
@@ -234,8 +242,9 @@ def _write(guided: Guided, report: Report | None, room: int) -> None:
         report.write(guided.options.report, guided.stream, *guided.gone(room))
 
 
-def _end_all(requests: dict[int, Guided], report: Report | None, room: int) -> None:
-    """Write what was never told to be over. KV and models go with the process."""
+def _end_all(requests: dict[int, Guided], steering: Steering, report: Report | None, room: int) -> None:
+    """Write what was never told to be over."""
     for guided in list(requests.values()):
         with contextlib.suppress(Exception):
+            steering.close(guided.stream)
             _write(guided, report, room)

@@ -10,6 +10,7 @@ the workers only.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1Processor
@@ -88,7 +89,7 @@ class ImplicitPRMLogitsProcessor(V1Processor, V2Processor):
             ctx: V2: which slots the rows belong to.
         """
         if self._batch is not None and self._batch.requests:
-            self._batch.guide.steer(logits, self._batch.rows())
-        elif self._slots is not None and self._slots.slots and ctx is not None:
-            self._slots.guide.steer(logits, self._slots.rows(ctx))
+            self._batch.guide.steer(logits, self._batch.rows)
+        elif self._slots is not None and self._slots.slots:
+            self._slots.guide.steer(logits, partial(self._slots.rows, ctx))
         return logits

@@ -41,7 +41,7 @@ class BatchRows:
         rows, left = self.requests, [self.requests.pop(index, None) for index in change.removed]
         for index, params, prompt, output in change.added:
             left.append(rows.pop(index, None))
-            options = RequestOptions.of(params.extra_args)
+            options = self.guide.options(params)
             if options is not None:
                 rows[index] = self.guide.begin(options, params, prompt, output)
         for source, target, direction in change.moved:
@@ -63,7 +63,7 @@ class BatchRows:
             output = guided.stream.output
             if output and output[-1] == -1:
                 self.guide.give_up(
-                    [guided],
+                    guided,
                     "async scheduling has not told its last token, which it does only for processors that are given "
                     "by logits_processors= or --logits-processors",
                 )
@@ -95,7 +95,7 @@ class Slots:
 
     def add(self, slot: int, params: SamplingParams) -> bool:
         """A request takes a slot; whether it is to be steered or observed."""
-        options = RequestOptions.of(params.extra_args)
+        options = self.guide.options(params)
         before = self.slots.pop(slot, None)
         if options is not None:
             self.slots[slot] = _Slot(options, params, seen=self.steps)
