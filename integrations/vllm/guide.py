@@ -7,6 +7,7 @@ which knows no vLLM.
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,11 +69,17 @@ class Guide:
         self._biased = biased
         prm, reference, tokenizer, beta = self._load(vllm_config, device)
         self.steering = Steering(prm, reference, warn=self._log.warning)
-        lms = [lm for lm in (prm, reference) if lm is not None]
         words = _policy_tokenizer(vllm_config)
         check_vocabulary(vllm_config, words, tokenizer, self.steering.vocab)
-        for lm in lms:
+        served = os.path.realpath(vllm_config.model_config.model)
+        for part, lm in (("model", prm), ("reference", reference)):
+            if lm is None:
+                continue
             self._reserve(lm)
+            if os.path.realpath(lm.module.config._name_or_path) == served:
+                self._log.info(
+                    'prm_search: vLLM serves the %s itself: "%s": "policy" would run one model less', part, part
+                )
         self.report: Report | None = None
         if self.config.report is not None and _first_rank(vllm_config):
             if (tokenizer or words) is None:
