@@ -113,13 +113,14 @@ def compare(
 
 def _line(llm: Any, machine: Machine, shape: str, prompt: int, rows: int, tokens: int, repeats: int) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
-    heads = [{"prompt_token_ids": torch.randint(11, 8000, (prompt,), generator=draw).tolist()} for _ in range(rows)]
 
     def run(way: str, length: int) -> None:
         Switch.at_work = None if way == "unguided" else way
+        # New prompts each time: those of the run before are still held when this one begins, and would be free.
+        heads = torch.randint(11, 8000, (rows, prompt), generator=draw).tolist()
         extra = None if way == "unguided" else {"prm_alpha": 1.0}
         wants = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False, extra_args=extra)
-        llm.generate(heads, wants, use_tqdm=False)
+        llm.generate([{"prompt_token_ids": head} for head in heads], wants, use_tqdm=False)
 
     seconds = paired(
         {f"{way} {length}": partial(run, way, length) for way in WAYS for length in (1, tokens + 1)}, repeats

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,6 +300,17 @@ def test_the_policy_stands_for_the_reference(models, tmp_path, monkeypatch):
     got = ask(llm, heads, [params(a, 20, prm_report=i) for i, a in enumerate(alphas)])
     for answer, head, alpha in zip(got, heads, alphas, strict=True):
         same(answer, greedy(models, head, alpha or 0.0, 20))
+    # A bias would stand in both halves: such a request is not guided, and says so.
+    biased = ask(llm, heads[:1], [params(1.0, 5, prm_report="biased", logit_bias={7: 1.0}, ignore_eos=True)])
+    assert len(biased[0].token_ids) == 5
+    late = time.monotonic() + 60  # an engine with a process of its own needs no further request to see an end
+    while len(records(report)) < 9 and time.monotonic() < late:
+        time.sleep(0.1)
+    found = {record["key"]: record for record in records(report)}
+    assert "logit_bias" in found["biased"]["unguided"]
+    for i, (head, alpha) in enumerate(zip(heads, alphas, strict=True)):
+        expected = [BETA * r for r in greedy(models, head, alpha or 0.0, 20)[2]]
+        assert found[i]["token_rewards"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_token_that_is_not_told_ends_guidance():
