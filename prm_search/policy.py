@@ -231,11 +231,12 @@ class Steered(HFPolicy):
         prm, reference = self._parts
         lms = list(dict.fromkeys((self.lm, prm, reference)))
         at = [lms.index(prm), lms.index(reference)]
+        strength = self.alpha  # not self: the models would stay until a garbage collection
 
         def combine(tables: Sequence[torch.Tensor], rows: Sequence[Row]) -> torch.Tensor:
             from .triton_kernels import guide_logits
 
-            alpha = torch.full((len(rows),), self.alpha, device=tables[0].device)
+            alpha = torch.full((len(rows),), strength, device=tables[0].device)
             parts = [tables[i].to(tables[0].device) for i in at]
             return guide_logits(tables[0], parts[0], parts[1], alpha)
 

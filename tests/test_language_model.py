@@ -302,6 +302,29 @@ def test_a_failed_forward_leaves_things_as_they_were(model: Any, layer: int, for
         np.testing.assert_allclose(values, naive_logprobs(model, ids(10) + new)[10:], rtol=0, atol=NATS)
 
 
+@pytest.mark.parametrize("mode", ["packed", "static"])
+def test_numbers_that_are_found_wrong_later_are_taken_back(mode: str) -> None:
+    """Also below a child that stays, and where the parent's last row had been handed to a child."""
+    model = tiny("llama")
+    lm = LanguageModel(model, None, capacity=60)
+    lm.steps.set_mode(mode)  # type: ignore[arg-type]
+    root, above = lm.tree.root(), lm.tree.root([7, 3, 4])
+    lm.extend([root], [ids(10)])
+    child, under = lm.tree.fork(root), lm.tree.fork(above)
+    lm.extend([child], [[5]])
+    row = model.model.embed_tokens.weight.data[7]
+    good = row.clone()
+    row.fill_(torch.nan)
+    for branch, new in ((root, [7, 8]), (under, [5])):
+        with pytest.raises(ValueError, match="not numbers"):
+            lm.extend([branch], [new])
+    row.copy_(good)
+    assert (root.encoded, above.encoded, under.encoded, lm.tree.used) == (10, 0, 0, 11)
+    for branch, new in ((root, [8, 9]), (under, [5]), (child, [6])):
+        (said,) = lm.extend([branch], [new])  # type: ignore[misc]
+        np.testing.assert_allclose(said, naive_logprobs(model, branch.path_ids())[-len(new) :], rtol=0, atol=NATS)
+
+
 # --- interning and lifetimes ---------------------------------------------------------------------------------------
 
 
@@ -353,8 +376,9 @@ def test_dropping_everything_frees_the_pools() -> None:
 
 
 def test_pools_go_with_the_last_user() -> None:
-    """Not with the next garbage collection: on a GPU they are half of its memory."""
+    """Not with the next garbage collection: on a GPU they are half of its memory. Also where a tree was not released."""
     lm = LanguageModel(tiny("llama"), None, capacity=100)
+    node_logprobs(lm, grown(lm)[1])
     lm.steps.set_mode("static")
     root = lm.tree.root(ids(5))
     lm.extend([root], [[]])

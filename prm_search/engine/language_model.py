@@ -114,7 +114,7 @@ class LanguageModel(Encoder):
                     if self.module.get_output_embeddings() is not self.head.linear:  # resized or exchanged
                         self.head = Head(self.module, self.backend)
             self._layers = adapters.tuner_layers(self.module)  # adapters may have been injected since
-            memo = self._memos[tree] = Memo(self, tree)
+            memo = self._memos[tree] = Memo(self.tree, tree)
         return memo
 
     def release(self, tree: SearchTree) -> None:

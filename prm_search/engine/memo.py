@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .kv_tree import Branch
+from .kv_tree import Branch, KVTree
 
 if TYPE_CHECKING:
     from ..tree import Node, SearchTree
@@ -21,15 +21,18 @@ class Memo:
     A node's log-probs are computed once and never again, whatever happens to its KV; sampler and scorer that run
     the same weights share one memo.
 
+    It does not hold the LanguageModel that holds it: with its last user a model goes at once, and with it the KV of
+    trees that were never released.
+
     Args:
-        lm: whose branches these are.
+        kv: where the branches are made.
         tree: whose nodes.
     """
 
-    def __init__(self, lm: LanguageModel, tree: SearchTree) -> None:
-        self.lm = lm
+    def __init__(self, kv: KVTree, tree: SearchTree) -> None:
+        self._kv = kv
         self.logprobs: dict[Node, np.ndarray] = {}
-        self._branches: dict[Node, Branch] = {tree.root: lm.tree.root(tree.prompt_ids, tree.meter)}
+        self._branches: dict[Node, Branch] = {tree.root: kv.root(tree.prompt_ids, tree.meter)}
 
     def branch(self, node: Node) -> Branch:
         """The branch whose path ends with the node; made (unencoded) where there is none yet."""
@@ -40,14 +43,14 @@ class Memo:
             above = above.parent  # type: ignore[assignment]  # the root always has a branch
         branch = self._branches[above]
         for below in reversed(chain):
-            branch = self._branches[below] = self.lm.tree.fork(branch, below.token_ids)
+            branch = self._branches[below] = self._kv.fork(branch, below.token_ids)
         return branch
 
     def adopt(self, node: Node, branch: Branch, logprobs: np.ndarray | None = None) -> None:
         """Take over a branch that already holds the node's tokens (some encoded), and its log-probs if known."""
         if node in self._branches:
             if self._branches[node] is not branch:
-                self.lm.tree.release(branch)
+                self._kv.release(branch)
         else:
             self._branches[node] = branch
         if logprobs is not None and node not in self.logprobs:
@@ -60,7 +63,7 @@ class Memo:
     def free(self) -> None:
         """Release every branch."""
         for branch in self._branches.values():
-            self.lm.tree.release(branch)
+            self._kv.release(branch)
         self._branches.clear()
         self.logprobs.clear()
 

@@ -44,6 +44,7 @@ class _Before:
     encoded: int
     hidden: torch.Tensor | None
     hidden_at: int
+    boundary: torch.Tensor | None
     seen: int
 
 
@@ -60,7 +61,9 @@ class Undo:
 
     def note(self, branch: Branch) -> None:
         """Remember a branch as it is now."""
-        self._before.append(_Before(branch, branch.encoded, branch.hidden, branch.hidden_at, branch.seen))
+        self._before.append(
+            _Before(branch, branch.encoded, branch.hidden, branch.hidden_at, branch.boundary, branch.seen)
+        )
 
     def roll_back(self) -> None:
         """Back to what was noted, the newest first. What was evicted or released meanwhile stays so."""
@@ -69,9 +72,10 @@ class Undo:
                 branch = before.branch
                 if branch.released:
                     continue
-                if branch.encoded > before.encoded and not branch.resident_children:
+                if branch.encoded > before.encoded:  # what was put on top in this call has just been taken back
                     self._tree.give_back(branch, branch.encoded - before.encoded)
                 branch.hidden, branch.hidden_at, branch.seen = before.hidden, before.hidden_at, before.seen
+                branch.boundary = before.boundary
             self._before.clear()
 
 
