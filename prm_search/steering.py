@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .engine.kv_tree import Branch
 from .engine.language_model import LanguageModel
+from .engine.pending import Pending
 from .engine.prompts import SharedPrompts
 from .kl_bound import bounded_alpha
 from .usage import Meter
@@ -195,14 +197,13 @@ class Steering:
                 self._plant(stream)
                 del stream.log_ratios[max(0, len(stream.output) - stream.first) :]
         self._note(streams)
-        tables: dict[LanguageModel, Tensor] = {}
+        begun: list[Pending[Any]] = []  # every model's forward is launched before the first is waited for
         for i, lm in enumerate(self._lms):
             branches = [stream._branches[i] for stream in streams]
             # What an earlier attempt appended stays, so that a row is never encoded twice.
             new = [s.output[len(branch.token_ids) :] for s, branch in zip(streams, branches, strict=True)]
-            table = lm.extend(branches, new, want="log_softmax")
-            assert isinstance(table, Tensor)
-            tables[lm] = table.to(logits.device)
+            begun.append(lm.begin_extend(branches, new, want="log_softmax"))
+        tables = {lm: pending.result().to(logits.device) for lm, pending in zip(self._lms, begun, strict=True)}
         every = [row for row, _ in rows] == list(range(len(logits)))
         mine = logits if every else logits[torch.tensor([row for row, _ in rows], device=logits.device)]
         prm, reference = (mine if lm is None else tables[lm] for lm in self._halves)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -242,6 +243,22 @@ def test_a_module_that_waits_runs_without_graphs(monkeypatch):
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().mean() < TOLERANCE[torch.bfloat16]
     assert lm.steps.choice(5, 60).way == "packed"
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.isfinite(torch.rand(4, device="cuda")).all()
+    other = served(build("llama", 1, torch.bfloat16, "cuda"), "graph")
+    grown(other, 40, 0, 15)
+    assert other.steps.graphs.replays > 0
+
+
+@pytest.mark.gpu
+def test_two_threads_capture_one_after_the_other():
+    lms = [served(build("llama", seed, torch.bfloat16, "cuda"), "graph") for seed in (1, 2)]
+    with ThreadPoolExecutor(2) as threads:
+        ours = list(threads.map(lambda lm: grown(lm, 40, 0, 30), lms))
+    for lm, tables in zip(lms, ours, strict=True):
+        theirs = grown(served(lm.module, "static"), 40, 0, 30)
+        assert lm.steps.graphs.replays > 0
+        assert all(torch.equal(a, b) for a, b in zip(tables, theirs, strict=True))
 
 
 @pytest.mark.gpu

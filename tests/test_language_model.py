@@ -376,7 +376,7 @@ def test_dropping_everything_frees_the_pools() -> None:
 
 
 def test_pools_go_with_the_last_user() -> None:
-    """Not with the next garbage collection: on a GPU they are half of its memory. Also where a tree was not released."""
+    """Not with the next garbage collection, whether trees were released or not: they are half of a GPU's memory."""
     lm = LanguageModel(tiny("llama"), None, capacity=100)
     node_logprobs(lm, grown(lm)[1])
     lm.steps.set_mode("static")

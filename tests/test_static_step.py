@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prm_search.engine import graphs, static_step
-from prm_search.engine.graphs import Graphs
+from prm_search.engine.graphs import CudaCapture, Graphs
 from prm_search.engine.language_model import LanguageModel
 from prm_search.engine.lines import Lines, families
 
@@ -278,6 +283,107 @@ def test_a_replay_that_differs_is_not_used(
     theirs = decode(plain, begin(plain, 3), 5)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() < NATS
+
+
+def test_a_step_of_nan_is_the_same_nan_again(model: Any, taped: Callable[..., LanguageModel]) -> None:
+    """One bad request at the time of a capture costs the others no graphs."""
+    lm = taped(model)
+    branches = begin(lm, 3)
+    weight = model.model.embed_tokens.weight
+    kept = weight.data[7].clone()
+    weight.data[7] = torch.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not numbers"):
+            lm.extend(branches, [[5], [7], [6]], want="log_softmax")
+    weight.data[7] = kept
+    assert lm.steps.graphs.refused is None
+    before = lm.steps.graphs.replays
+    ours, theirs = decode(lm, branches, 3), decode(plain := served(model, "packed"), begin(plain, 3), 3)
+    assert lm.steps.graphs.replays == before + 3
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < NATS
+
+
+class FakeCuda:
+    """What a capture asks torch for, with what torch does where the end of a capture raises."""
+
+    def __init__(self) -> None:
+        self.current: Any = "the caller's"
+        self.capturing = self.pools = 0
+        self.seen: list[tuple[str, Any]] = []
+        self.default_generators = {0: self}
+
+    def clone_state(self) -> str:
+        return "a state"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.seen.append(("random numbers", state))
+
+    def Stream(self, device: Any) -> Any:
+        return SimpleNamespace(device=device, wait_stream=lambda _: None)
+
+    def CUDAGraph(self) -> Any:
+        return type("CUDAGraph", (), {})()
+
+    def current_stream(self) -> Any:
+        return SimpleNamespace(name=self.current, wait_stream=lambda _: None)
+
+    def set_stream(self, stream: Any) -> None:
+        self.current = stream.name
+
+    def device(self, device: Any) -> Any:
+        return nullcontext()
+
+    stream = device
+
+    def graph_pool_handle(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    @contextmanager
+    def graph(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert not self.capturing, "one capture at a time in a process"
+        self.capturing += 1
+        self.seen.append(("pool", pool))
+        before, self.current = self.current, "the capture's"
+        try:
+            yield
+            self.current = before
+        finally:
+            self.capturing -= 1
+
+
+def test_captures_take_turns_and_leave_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(graphs.torch, "cuda", cuda)
+    one, other, device = CudaCapture(), CudaCapture(), torch.device("cuda", 0)
+    kept: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda c=c: kept.append(c(lambda: time.sleep(0.02), device))) for c in (one, other)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(kept) == 2
+    pools = cuda.pools
+    kept.append(one(lambda: None, device))
+    assert cuda.pools == pools == 2  # the one it had
+    kept.clear()
+    gc.collect()
+    kept.append(one(lambda: None, device))
+    assert cuda.seen.pop() == ("pool", pools + 1)  # the old one went with its last graph
+
+    def fail() -> None:
+        if cuda.capturing:
+            raise RuntimeError("operation not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        one(fail, device)
+    assert cuda.current == "the caller's"
+    assert cuda.seen.pop() == ("random numbers", "a state")
+    kept.append(one(lambda: None, device))
+    assert cuda.seen.pop() == ("pool", pools + 2)
 
 
 def test_what_is_known_to_be_impossible_is_refused_by_rule(model: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import hf_models as hf
 import numpy as np
 import pytest
@@ -227,3 +230,16 @@ def test_refused_by_name(case, inputs, tokenizer):
             **inputs, max_new_tokens=4, do_sample=True, custom_generate=ps.generate, prm_tokenizer=tokenizer,
             prm_guidance=ps.PRMGuidance(other, strategy=ps.Steer(1.0), prompts=["a", "b", "c"]),
         )  # fmt: skip
+
+
+def test_a_steered_policy_goes_with_its_last_user(case):
+    """Not with the next garbage collection: each search makes one, over models whose memory may be wanted."""
+    policy, pair, _, _ = case
+    gc.disable()
+    try:
+        steered = ps.Steered(ps.HFPolicy(policy, pair.tokenizer), pair, ALPHA)
+        seen = weakref.ref(steered), weakref.ref(steered.session()), weakref.ref(steered._decoder)
+        del steered
+        assert [ref() for ref in seen] == [None] * 3
+    finally:
+        gc.enable()

@@ -12,6 +12,7 @@ import torch
 from models import VOCABULARY, naive_rows, tiny
 
 from prm_search.engine.language_model import LanguageModel
+from prm_search.engine.pending import Pending
 from prm_search.engine.prompts import SHARED_AT_LEAST, SharedPrompts
 from prm_search.kl_bound import bounded_alpha
 from prm_search.steering import Steering, Stream
@@ -288,8 +289,10 @@ def test_a_request_that_grows_out_of_the_context_goes_on_unguided(modules, warne
     assert "unguided after 3 tokens: 9 tokens exceed" in warned[0]
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("when", ["launched", "read"])
 @pytest.mark.parametrize("guilty", [0, 3, 6])
-def test_a_fault_in_one_row_leaves_the_others(modules, warned, monkeypatch, guilty):
+def test_a_fault_in_one_row_leaves_the_others(modules, warned, monkeypatch, guilty, when, which):
     """Whatever raises, only the row that it raises for is given up; the rest are steered in the same call."""
     steering, lms = steering_of(modules, warn=warned.append)
     source = prompts(1)
@@ -299,15 +302,17 @@ def test_a_fault_in_one_row_leaves_the_others(modules, warned, monkeypatch, guil
     steering.steer(logits_of(7), streams)
     for out in outputs:
         out.append(4)
-    reference, plain = lms[1], LanguageModel.extend
-    culprit = streams[guilty]
+    plain, culprit = LanguageModel.begin_extend, streams[guilty]
 
-    def extend(self, branches, ids, want="target"):
-        if self is reference and any(branch in culprit._branches for branch in branches):
-            raise torch.OutOfMemoryError("no memory for this row")
+    def fail():
+        raise torch.OutOfMemoryError("no memory for this row")
+
+    def begin(self, branches, ids, want="target"):
+        if self is lms[which] and any(branch in culprit._branches for branch in branches):
+            return fail() if when == "launched" else Pending(fail)
         return plain(self, branches, ids, want)
 
-    monkeypatch.setattr(LanguageModel, "extend", extend)
+    monkeypatch.setattr(LanguageModel, "begin_extend", begin)
     logits = logits_of(7, 1)
     before = logits.clone()
     steering.steer(logits, streams)
@@ -322,7 +327,7 @@ def test_a_fault_in_one_row_leaves_the_others(modules, warned, monkeypatch, guil
         out.append(4)
     steering.steer(logits_of(7), streams)
     assert len(warned) == 1
-    assert steering.meter.counts["encoded", lms[0].id] == sum(map(len, heads)) + 7 + 6
+    assert steering.meter.counts["encoded", lms[0].id] == sum(map(len, heads)) + (7 if which else 6) + 6
 
 
 def test_nan_weights_end_guidance_not_the_engine(warned):

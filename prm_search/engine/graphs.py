@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
@@ -16,6 +18,9 @@ USES = 3  # steps of a shape before it is captured: a shape that comes once is n
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _STATIC_EXPERTS = ("grouped_mm", "batched_mm")  # transformers' implementations whose launches no routing changes
+
+_capturing = threading.Lock()  # torch allows one capture at a time in a process
+_spoilt: list[Any] = []  # graphs whose capture failed: torch's allocator asks them in later captures, so they stay
 
 
 class Replayable(Protocol):
@@ -81,7 +86,7 @@ class Graphs:
             graph = self._capture(work, eager.device)
             result().zero_()
             graph.replay()
-            if not torch.equal(result(), eager):
+            if not torch.equal(result().view(torch.uint8), eager.view(torch.uint8)):  # bits: NaN is a result too
                 self.refused = "a replay gave other numbers than the eager step"
         except Exception as problem:  # whatever a module may do that a graph cannot: wait for the device, allocate, ...
             first = next(iter(str(problem).strip().splitlines()), "")
@@ -97,25 +102,44 @@ class Graphs:
 
 
 class CudaCapture:
-    """Captures work as a CUDA graph. All graphs of one share a memory pool, since no two are replayed at once."""
+    """Captures work as a CUDA graph. Graphs of one share a stream and a memory pool: no two are replayed at once."""
 
     def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, work: Callable[[], None], device: torch.device) -> Replayable:
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # what is made on first use (workspaces, compiled kernels) is made here
+        with _capturing, torch.cuda.device(device):
+            caller, stream = torch.cuda.current_stream(), self._stream
+            if stream is None or stream.device != device:  # torch's own stream for captures is on one device for good
+                stream, self._pool = torch.cuda.Stream(device), None
+                self._stream = stream
+            stream.wait_stream(caller)
+            with torch.cuda.stream(stream):  # what is made on first use (workspaces, compiled kernels) is made here
                 for _ in range(2):
                     work()
-            torch.cuda.current_stream().wait_stream(side)
-            if self._pool is None:
+            caller.wait_stream(stream)
+            if self._pool is None or not self._graphs:  # a pool goes with the last graph that uses it
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                work()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    work()
+            except BaseException:
+                self._recover(graph, caller, device)
+                raise
+            self._graphs.add(graph)
         return graph
+
+    def _recover(self, graph: torch.cuda.CUDAGraph, caller: torch.cuda.Stream, device: torch.device) -> None:
+        """Put right what torch leaves behind where the end of a capture raises: the stream of the capture is current,
+        the device's random numbers are marked as being captured, and the allocator still knows the graph."""
+        torch.cuda.set_stream(caller)
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        _spoilt.append(graph)
+        self._pool = None
 
 
 def obstacle(module: Any) -> str | None:

@@ -108,9 +108,9 @@ class LanguageModel(Encoder):
         memo = self._memos.get(tree)
         if memo is None:
             with self.tree.lock:  # no forward of another thread is under way
+                self.steps.refresh(adapters.tuner_layers(self.module))  # whoever else is searching
                 if not self.tree.used:
                     self.pool.follow(self.module.get_input_embeddings().weight)
-                    self.steps.refresh(adapters.tuner_layers(self.module))
                     if self.module.get_output_embeddings() is not self.head.linear:  # resized or exchanged
                         self.head = Head(self.module, self.backend)
             self._layers = adapters.tuner_layers(self.module)  # adapters may have been injected since

@@ -92,7 +92,7 @@ class Stepping:
         return StaticForward(self._step, self._launch, wave, slots)
 
     def refresh(self, layers: list[Any]) -> None:
-        """Between searches: drop what was captured of weights, adapters or hooks that are others now.
+        """Before a tree is begun: drop what was captured of weights, adapters or hooks that are others now.
 
         Args:
             layers: the module's adapter layers.
