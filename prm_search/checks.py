@@ -26,6 +26,11 @@ def number(name: str, given: object, needed: str, fits: Callable[[float], bool])
         raise ValueError(f"{name}={given!r}: {needed} is needed")
 
 
+def strength(name: str, given: object) -> None:
+    """Check a strength of steering, whose product with any log-ratio has to be finite in fp32. Raises as `number`."""
+    number(name, given, "a number from -1e6 to 1e6", lambda value: abs(value) <= 1e6)
+
+
 def integer(name: str, given: object, least: int, needed: str) -> None:
     """Check an integer (numpy's too); a float is none, whole or not. Raises as `number`."""
     whole = isinstance(given, Real) and hasattr(given, "__index__")

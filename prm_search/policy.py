@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .checks import integer, number
+from .checks import integer, strength
 from .engine.adapters import AUTO
 from .engine.decoder import Decoder, Row
 from .engine.language_model import LanguageModel
@@ -207,13 +206,13 @@ class Steered(HFPolicy):
 
     Raises:
         TypeError: policy is not an HFPolicy, or alpha no number.
-        ValueError: alpha is not finite, or the pair has another tokenizer or no reference.
+        ValueError: alpha is not in [-1e6, 1e6], or the pair has another tokenizer or no reference.
     """
 
     def __init__(self, policy: HFPolicy, pair: ImplicitPRM, alpha: float) -> None:
         if not isinstance(policy, HFPolicy):
             raise TypeError(f"Steered wraps an HFPolicy, got {type(policy).__name__}")
-        number("alpha", alpha, "a finite number", math.isfinite)
+        strength("alpha", alpha)
         pair.bind(policy)
         self.pair = pair
         self.alpha = float(alpha)

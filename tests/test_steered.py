@@ -213,7 +213,7 @@ def test_refused_by_name(case, inputs, tokenizer):
     model = ps.HFPolicy(policy, tokenizer)
     with pytest.raises(TypeError, match="HFPolicy"):
         ps.Steered(policy, pair, 1.0)
-    for alpha in (float("nan"), float("inf")):
+    for alpha in (float("nan"), float("inf"), 1e39):
         with pytest.raises(ValueError, match="alpha"):
             ps.Steered(model, pair, alpha)
         with pytest.raises(ValueError, match="alpha"):

@@ -81,6 +81,7 @@ def test_requests_that_ask():
     [
         ({"prm_alpha": "1"}, "prm_alpha='1'"),
         ({"prm_alpha": math.inf}, "prm_alpha=inf"),
+        ({"prm_alpha": -1e39}, r"prm_alpha=-1e\+39"),
         ({"prm_alpha": None, "prm_max_kl": 1.0}, "prm_max_kl=1.0 bounds prm_alpha"),
         ({"prm_alpha": 1, "prm_max_kl": -1}, "prm_max_kl=-1"),
         ({"prm_alpha": 1, "prm_max_kl": [1]}, r"prm_max_kl=\[1\]"),

@@ -7,10 +7,9 @@ import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
-from math import isfinite
 from typing import Any, Literal
 
-from ...checks import number
+from ...checks import strength
 from ...policy import encode_prompt
 from ...protocols import Request, Sampling
 from ...tokens import TokenText
@@ -221,7 +220,7 @@ class AsyncVLLMPolicy(_Base):
         facts, tokenizer, stop_ids, seeds: see VLLMPolicy.
 
     Raises:
-        TypeError, ValueError: as VLLMPolicy; or alpha is no finite number, or the engine runs without the processor.
+        TypeError, ValueError: as VLLMPolicy; or alpha is not in [-1e6, 1e6], or the engine runs without the processor.
     """
 
     def __init__(
@@ -238,7 +237,7 @@ class AsyncVLLMPolicy(_Base):
             raise TypeError(f"engine must be a vLLM AsyncLLM, got {type(engine).__name__} (VLLMPolicy takes an LLM)")
         super().__init__(engine, tokenizer, stop_ids, stop, seeds)
         if alpha is not None:
-            number("alpha", alpha, "a finite number", isfinite)
+            strength("alpha", alpha)
             if not can_steer(engine):
                 raise ValueError(f"alpha={alpha!r}: the engine runs without {PROCESSOR} (logits_processors=)")
             self.alpha = float(alpha)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from prm_search.checks import integer, number
+from prm_search.checks import integer, number, strength
 from prm_search.steps import StepRule
 
 SECTION = "prm_search"
@@ -149,7 +149,7 @@ class RequestOptions:
         alpha, bound, report = (given.get(key) for key in REQUEST_KEYS)
         try:
             if alpha is not None:
-                number("prm_alpha", alpha, "a finite number", math.isfinite)
+                strength("prm_alpha", alpha)
             if bound is not None:
                 number("prm_max_kl", bound, "a finite number of nats > 0", lambda value: 0 < value < math.inf)
         except TypeError as error:  # vLLM answers a ValueError with HTTP 400

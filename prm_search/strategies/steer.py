@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..checks import number
+from ..checks import strength
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Run, at_least
@@ -27,7 +26,7 @@ class Steer:
         value: what to rank them by; None for q.
 
     Raises:
-        ValueError: alpha is not finite, or n < 1.
+        ValueError: alpha is not in [-1e6, 1e6], or n < 1.
         TypeError: alpha is no number.
     """
 
@@ -37,7 +36,7 @@ class Steer:
 
     def __post_init__(self) -> None:
         at_least("n", self.n)
-        number("alpha", self.alpha, "a finite number", math.isfinite)
+        strength("alpha", self.alpha)
         if self.value is not None:
             resolve_value(self.value)
 
