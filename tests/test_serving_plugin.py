@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fakes import EOS, RULE, FakeAsyncPolicy, FakePolicy, FakeScorer
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
-from prm_search.integrations.vllm.endpoint import PRMSearchEndpoint
+from pairs import byte_tokenizer
+from prm_search.integrations.vllm.endpoint import PRMSearchEndpoint, chat_tokenizer
 from servers import Served, serving
 
+from prm_search.policy import encode_prompt
 from prm_search.search import search
 from prm_search.serving.ask import Limits
 from prm_search.serving.engine import AsyncEngine
 from prm_search.serving.metrics import Metrics
 from prm_search.serving.service import Service
 from prm_search.strategies import Beam
+from prm_search.tree import Prompt
 
 
 class Words:
@@ -107,3 +111,14 @@ def test_bad_guidance_is_refused_by_name(core: Served) -> None:
     status, _, said = core.send("/v1/completions", {"prompt": [65], "stop": "x", "prm_guidance": {}})
     assert (status, json.loads(said)["error"]["param"]) == (400, "stop")
     assert core.send("/v1/completions", {"prompt": [65] * 2000, "prm_guidance": {}})[0] == 413
+
+
+def test_chats_are_rendered_with_the_servers_options() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if think %}!{% endif %}"
+    chat = Prompt(messages=({"role": "user", "content": "a"},))
+    plain, mark = encode_prompt(tokenizer, chat), tokenizer("!", add_special_tokens=False)["input_ids"]
+    assert chat_tokenizer(tokenizer, SimpleNamespace(chat_template=None)) is tokenizer
+    args = SimpleNamespace(chat_template=None, default_chat_template_kwargs={"think": True})
+    assert encode_prompt(chat_tokenizer(tokenizer, args), chat) == (*plain, *mark)
+    assert encode_prompt(tokenizer, chat) == plain

@@ -21,6 +21,10 @@ import openai
 import torch
 from pairs import byte_tokenizer, llama, naive_rewards
 from servers import Served, until
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+from prm_search.serving.schema import UNSERVED, ChatBody, CompletionBody
 
 pytestmark = pytest.mark.vllm
 
@@ -78,6 +82,24 @@ def _answers(served: Served) -> bool:
         return served.send("/health", method="GET")[0] == 200
     except OSError:
         return False
+
+
+# What asks for nothing that a search would not do, or only for what concerns media, tools or vLLM's own books.
+HARMLESS = {
+    "include_reasoning", "media_io_kwargs", "mm_payload", "mm_processor_kwargs", "parallel_tool_calls", "request_id",
+    "routed_experts_prompt_start", "session_id", "spaces_between_special_tokens", "stream_interval", "truncation_side",
+    "user",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(ChatCompletionRequest, ChatBody), (CompletionRequest, CompletionBody)])
+def test_every_field_of_vllms_requests_is_served_refused_or_harmless(theirs: Any, ours: Any) -> None:
+    for name, field in theirs.model_fields.items():
+        if name in UNSERVED:  # and what a client sends that spells all defaults out is let pass
+            default = field.get_default(call_default_factory=True)
+            assert default is None or default in UNSERVED[name], name
+        else:
+            assert name in HARMLESS | set(ours.model_fields) | {"add_special_tokens"}, name
 
 
 def test_guided_plain_and_bad_requests(server: Served, folder: Path) -> None:

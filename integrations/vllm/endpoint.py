@@ -9,6 +9,7 @@ import asyncio
 import copy
 import json
 import os
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -47,12 +48,7 @@ class PRMSearchEndpoint:
         from .policy import AsyncVLLMPolicy
 
         config = ServeConfig.find(os.environ, getattr(args, "additional_config", None))
-        tokenizer = engine_client.get_tokenizer()
-        if getattr(args, "chat_template", None) is not None:
-            from vllm.entrypoints.chat_utils import load_chat_template
-
-            tokenizer = copy.copy(tokenizer)
-            tokenizer.chat_template = load_chat_template(args.chat_template)
+        tokenizer = chat_tokenizer(engine_client.get_tokenizer(), args)
         stops = StopStrings(TokenText(tokenizer))
         policy = AsyncVLLMPolicy(engine_client, tokenizer=tokenizer, stop=stops)
 
@@ -68,6 +64,22 @@ class PRMSearchEndpoint:
             steps=config.steps,
             metrics=Metrics(REGISTRY),  # which vLLM's /metrics tells
         )
+
+
+def chat_tokenizer(tokenizer: Any, args: Any) -> Any:
+    """The server's tokenizer, rendering chats as its own routes do: with --chat-template and
+    --default-chat-template-kwargs."""
+    template, options = args.chat_template, getattr(args, "default_chat_template_kwargs", None)
+    if template is None and not options:
+        return tokenizer
+    own = copy.copy(tokenizer)
+    if template is not None:
+        from vllm.entrypoints.chat_utils import load_chat_template
+
+        own.chat_template = load_chat_template(template)
+    if options:
+        own.apply_chat_template = partial(own.apply_chat_template, **options)
+    return own
 
 
 def load_pair(config: ServeConfig) -> Any:

@@ -131,7 +131,7 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> Ask:
             max_new_tokens=tokens,
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
-            top_k=0 if body.top_k is None else max(body.top_k, 0),  # vLLM's -1 keeps all
+            top_k=max(body.top_k or 0, 0),  # vLLM's -1 keeps all
             min_p=body.min_p or 0.0,
             seed=secrets.randbits(63) if body.seed is None else body.seed,
             budget=Budget(tokens=limits.sampled_tokens, seconds=limits.seconds),

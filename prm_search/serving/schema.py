@@ -18,16 +18,19 @@ from .errors import RequestError, invalid
 UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "add_generation_prompt": (True,), "allowed_token_ids": ([],), "audio": (), "bad_words": ([],), "best_of": (1,),
-        "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,), "documents": ([],),
-        "echo": (False,), "frequency_penalty": (0,), "function_call": ("none",), "functions": ([],),
-        "guided_choice": (), "guided_grammar": (), "guided_json": (), "guided_regex": (), "ignore_eos": (False,),
-        "include_stop_str_in_output": (False,), "length_penalty": (1,), "logit_bias": ({},), "logprobs": (False,),
-        "min_tokens": (0,), "modalities": (["text"],), "prediction": (), "presence_penalty": (0,),
-        "prompt_embeds": (), "prompt_logprobs": (), "reasoning_effort": (), "repetition_penalty": (1,),
-        "response_format": ({"type": "text"},), "skip_special_tokens": (True,), "stop_token_ids": ([],),
-        "structured_outputs": (), "suffix": ("",), "tool_choice": ("none", "auto"), "tools": ([],),
-        "top_logprobs": (0,), "truncate_prompt_tokens": (), "use_beam_search": (False,), "vllm_xargs": ({},),
-        "web_search_options": (),
+        "cache_salt": (), "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,),
+        "documents": ([],), "ec_transfer_params": (), "echo": (False,), "frequency_penalty": (0,),
+        "function_call": ("none",), "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (),
+        "guided_regex": (), "ignore_eos": (False,), "include_stop_str_in_output": (False,), "kv_transfer_params": (),
+        "length_penalty": (1,), "logit_bias": ({},), "logits_processors": ([],), "logprob_token_ids": ([],),
+        "logprobs": (False,), "min_tokens": (0,), "modalities": (["text"],), "prediction": (), "presence_penalty": (0,),
+        "priority": (0,), "prompt_embeds": (), "prompt_logprobs": (), "reasoning_effort": (),
+        "repetition_detection": (), "repetition_penalty": (1,), "response_format": ({"type": "text"},),
+        "return_mm_kwargs": (False,), "return_prompt_text": (False,), "return_token_ids": (False,),
+        "return_token_offsets": (False,), "return_tokens_as_token_ids": (False,), "skip_special_tokens": (True,),
+        "stop_token_ids": ([],), "structured_outputs": (), "suffix": ("",), "thinking_token_budget": (),
+        "tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,), "truncate_prompt_tokens": (),
+        "use_beam_search": (False,), "vllm_xargs": ({},), "watermarking": (), "web_search_options": (),
     }
 )  # fmt: skip
 
@@ -90,7 +93,7 @@ class Body(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = None
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
@@ -146,8 +149,9 @@ def parse(kind: Literal["chat", "text"], given: bytes) -> Body:
         body = (ChatBody if kind == "chat" else CompletionBody).model_validate_json(given)
     except ValidationError as error:
         raise _named(error) from error
+    refused = UNSERVED | {"add_special_tokens": (kind == "text",)}  # as each route does without being asked
     for name, value in (body.model_extra or {}).items():
-        if value is not None and name in UNSERVED and not any(_same(value, each) for each in UNSERVED[name]):
+        if value is not None and name in refused and not any(_same(value, each) for each in refused[name]):
             raise RequestError(400, f"{name} is not served here", param=name, code="unsupported_parameter")
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "only with stream: true")
