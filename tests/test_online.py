@@ -84,11 +84,13 @@ def test_forgotten_weights_leave_no_trace(pair, outcomes):
     assert pair.prm.tree.used == 0
     assert pair.prm.id != before
     assert pair.models["prm"] == pair.prm.id
+    pair.release(tree)
     fresh = ps.SearchTree(tree.prompt)
     pair.score_nodes([end := fresh.add(fresh.root, token_ids=node.token_ids)])
     ids, at = [*tree.prompt_ids, *node.token_ids], len(tree.prompt_ids)
     plain = [naive_logprobs(lm.module, ids)[at:] for lm in (pair.prm, pair.reference)]
     assert np.abs(end.token_rewards - 0.05 * (plain[0] - plain[1])).max() < 1e-5
+    pair.release(fresh)  # its reference is shared by this file's tests
 
 
 def test_a_running_search_is_not_pulled_from_under(policy, outcomes):

@@ -49,7 +49,8 @@ class Encoder:
         id: says which weights these are; equal ids mean equal log-probabilities.
         tree: the branches.
         forwards: forward calls so far.
-        stream: the CUDA stream that its forwards run on, see `own_stream`; None for the caller's.
+        stream: the CUDA stream that its forwards run on, see `own_stream`; None for the caller's, which has to be the
+            same in every call.
         context: tokens of the longest path the model takes, or None where its config does not say.
     """
 

@@ -58,7 +58,7 @@ class LanguageModel(Encoder):
         name = getattr(module.config, "_name_or_path", "") or type(module).__name__
         name += f"{'' if state is None else '+' + '+'.join(state)}#{_process}.{next(_ids)}"
         super().__init__(module, state, name, capacity, forward_tokens, backend)
-        self._memos: weakref.WeakKeyDictionary[SearchTree, Memo] = weakref.WeakKeyDictionary()
+        self._memos: dict[SearchTree, Memo] = {}  # until `release`: a memo's nodes hold their tree
 
     @classmethod
     def of(
