@@ -122,7 +122,9 @@ def _sweep(r: Mapping[str, Any], p: Protocol) -> str:
     lines = [[str(n), *[cells.get((n, k), "not run") for k in p.sweep_responses]] for n in p.sweep_problems]
     return f"""## Problems x responses (CE, best of {p.samples})
 
-{table(["problems", *[f"{k} responses" for k in p.sweep_responses]], lines)}"""
+{table(["problems", *[f"{k} response" + "s" * (k > 1) for k in p.sweep_responses]], lines)}
+The diagonals have the same number of responses. Runs on few responses make more passes over them, {p.least_steps} steps at
+least (the protocol has the numbers)."""
 
 
 def _reference(r: Mapping[str, Any], p: Protocol) -> str:
@@ -191,6 +193,8 @@ def _protocol(r: Mapping[str, Any], p: Protocol) -> str:
 * Rollouts are of problems with 2 to 4 steps, tests of problems with {p.test_length}: too few long answers are right to
   learn from. Samples are drawn at temperature 1 by `prm-search rollout`, PRMs trained by `prm-search train` on outcome
   labels alone.
+* Everything was run once as it stands; two things were added to the report after the other figures of seed 11 had been
+  seen, and nothing was taken out: the run with negatives, and the beam without the reference.
 * The task was made for this: with random errors in the place of systematic ones, majority voting is hard to beat.
 
 Seed {p.seeds[0]}'s runs (dpo and nca have pairs of responses as items):
