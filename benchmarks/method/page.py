@@ -123,8 +123,8 @@ def _sweep(r: Mapping[str, Any], p: Protocol) -> str:
     return f"""## Problems x responses (CE, best of {p.samples})
 
 {table(["problems", *[f"{k} response" + "s" * (k > 1) for k in p.sweep_responses]], lines)}
-The diagonals have the same number of responses. Runs on few responses make more passes over them, {p.least_steps} steps at
-least (the protocol has the numbers)."""
+The diagonals have the same number of responses. Runs on few responses make more passes over them, {p.least_steps} steps
+at least (the protocol has the numbers)."""
 
 
 def _reference(r: Mapping[str, Any], p: Protocol) -> str:
