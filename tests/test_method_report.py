@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "method"
+RESULTS = FOLDER.parent / "results" / "method"
 
 
 @pytest.fixture
@@ -83,3 +84,16 @@ def test_step_errors_by_hand():
     assert same
     assert other
     assert (one["f1"], one["lowest_is_wrong"]) == (0, 0)  # nothing to find
+
+
+def test_the_report_that_is_committed_is_whole():
+    """The page is that of the figures beside it: it was not edited by hand."""
+    code = (
+        "import json, sys; from page import markdown; from protocol import Protocol; from pathlib import Path;"
+        "folder = Path(sys.argv[1]); r = json.loads((folder / 'report.json').read_text());"
+        "sys.stdout.write(markdown(r, Protocol(), sorted(path.name for path in folder.glob('*.png'))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(RESULTS)], capture_output=True, text=True, cwd=FOLDER, check=True
+    )
+    assert done.stdout == (RESULTS / "report.md").read_text()

@@ -34,7 +34,7 @@ def markdown(r: Mapping[str, Any], p: Protocol, plots: Sequence[str]) -> str:
     parts = [_head(r, p), _main(r, p), _objectives(r, p), _sweep(r, p), _reference(r, p), _steps(r), _protocol(r, p)]
     for place, name in ((1, "accuracy.png"), (2, "objectives.png"), (3, "sweep.png")):
         if name in plots:
-            parts[place] += f"\n![{name.removesuffix('.png')}]({name})\n"
+            parts[place] = parts[place].rstrip("\n") + f"\n\n![{name.removesuffix('.png')}]({name})\n"
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
@@ -142,8 +142,8 @@ def _reference(r: Mapping[str, Any], p: Protocol) -> str:
 {table(["training / scoring", f"best of {p.samples}", f"seeds {_seeds(p)}", "beam by q"], lines)}
 The layout is that of the paper's ablation (arXiv 2412.01981, table 5). All test responses have the same length, so for
 best-of-n it does not matter which constant stands in for the reference; the beam's is fitted on rollouts
-(`ConstantReference.fit`), and it is run on {p.beam_problems} problems a seed.
-Training without a reference was not run."""
+(`ConstantReference.fit`), and it is run on {p.beam_problems} problems a seed. All steps of this task are equally long
+too, which is what a constant asks for. Training without a reference was not run."""
 
 
 def _steps(r: Mapping[str, Any]) -> str:

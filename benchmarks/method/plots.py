@@ -45,7 +45,9 @@ def plot(report: Mapping[str, Any], protocol: Protocol, out: Path) -> list[str]:
         heights = [each["accuracy"] for each in points]
         axes.bar(places, heights, 0.23, yerr=_errors(points), capsize=2, label=label)
     axes.axhline(report["main"][0]["accuracy"], color="grey", linestyle="--", label="majority")
-    axes.set_xticks(range(len(report["objectives"])), [each["pair"] for each in report["objectives"]])
+    axes.set_xticks(
+        range(len(report["objectives"])), [each["pair"].replace(" ", "\n", 2) for each in report["objectives"]]
+    )
     _finish(axes, "objective")
     save(figure, "objectives.png")
 
@@ -83,4 +85,4 @@ def _finish(axes: Any, below: str) -> None:
     axes.set_ylabel("right answers")
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.figure.legend(loc="outside upper center", ncols=5, fontsize=8)
