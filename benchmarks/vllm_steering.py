@@ -93,7 +93,8 @@ def engine(shape: str, machine: Machine, length: int, rows: int) -> Iterator[Any
             model(shape, seed, machine).save_pretrained(f"{folder}/{seed}")
         llm = LLM(
             f"{folder}/1", skip_tokenizer_init=True, dtype=str(machine.dtype).removeprefix("torch."),
-            max_model_len=length, max_num_seqs=rows, max_num_batched_tokens=max(2048, rows * 64), enforce_eager=True,
+            max_model_len=length, max_num_seqs=rows, max_num_batched_tokens=max(2048, rows * 64),
+            enforce_eager=machine.device == "cpu",
             disable_log_stats=True, logits_processors=[Switch], enable_prefix_caching=False,
             additional_config={"prm_search": {"model": f"{folder}/2", "reference": f"{folder}/1"}},
         )  # fmt: skip

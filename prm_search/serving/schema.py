@@ -149,7 +149,7 @@ def parse(kind: Literal["chat", "text"], given: bytes) -> Body:
         body = (ChatBody if kind == "chat" else CompletionBody).model_validate_json(given)
     except ValidationError as error:
         raise _named(error) from error
-    refused = UNSERVED | {"add_special_tokens": (kind == "text",)}  # as each route does without being asked
+    refused = {**UNSERVED, "add_special_tokens": (kind == "text",)}  # as each route does without being asked
     for name, value in (body.model_extra or {}).items():
         if value is not None and name in refused and not any(_same(value, each) for each in refused[name]):
             raise RequestError(400, f"{name} is not served here", param=name, code="unsupported_parameter")
