@@ -206,21 +206,6 @@ def test_responses_are_scored_without_a_search(engines: Engines) -> None:
         np.testing.assert_allclose(mine.token_rewards, other.token_rewards, rtol=0, atol=engines.pair.beta * 1e-3)
 
 
-def test_rollouts_by_the_command_line(engines: Engines, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    problems = chains.problems(2, seed=7)
-    data, out = tmp_path / "problems.jsonl", tmp_path / "out.jsonl"
-    data.write_text("".join(json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in problems))
-    words = ["rollout", "--policy", "demo", "--data", str(data), "--out", str(out), "--n", "3", "--label", "exact"]
-    small = json.dumps({"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8, "block_size": 32})
-    assert main([*words, "--max-new-tokens", "48", "--engine", "vllm", "--engine-options", small]) == 0
-    assert "6 responses to 2 problems" in capsys.readouterr().err
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert sorted((record["problem"], record["sample"]) for record in records) == [
-        (p, n) for p in (0, 1) for n in range(3)
-    ]
-    assert all(record["response"] == engines.hf.token_text.text(record["response_ids"]) for record in records)
-
-
 def test_asearch_over_an_async_engine(engines: Engines) -> None:
     """AsyncLLM as a policy, several prompts at once, a budget that interrupts; and as a scorer's engine."""
     from vllm import AsyncEngineArgs
@@ -249,3 +234,19 @@ def test_asearch_over_an_async_engine(engines: Engines) -> None:
             llm.shutdown()
 
     asyncio.run(run())
+
+
+# The last one: with its engine end vLLM's process groups, which the engines of this process share.
+def test_rollouts_by_the_command_line(engines: Engines, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = chains.problems(2, seed=7)
+    data, out = tmp_path / "problems.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in problems))
+    words = ["rollout", "--policy", "demo", "--data", str(data), "--out", str(out), "--n", "3", "--label", "exact"]
+    small = json.dumps({"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 8, "block_size": 32})
+    assert main([*words, "--max-new-tokens", "48", "--engine", "vllm", "--engine-options", small]) == 0
+    assert "6 responses to 2 problems" in capsys.readouterr().err
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted((record["problem"], record["sample"]) for record in records) == [
+        (p, n) for p in (0, 1) for n in range(3)
+    ]
+    assert all(record["response"] == engines.hf.token_text.text(record["response_ids"]) for record in records)
