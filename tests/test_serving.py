@@ -157,7 +157,7 @@ def test_seeds_samples_and_prompts(demo: Demo) -> None:
     assert texts[0] == texts[1]
     assert len(texts[0]) == 6
     assert len(set(texts[0])) > 1
-    free = {demo.ask(temperature=1.8, seed=openai.omit).choices[0].text for _ in range(8)}
+    free = {demo.ask(temperature=1.8, seed=openai.omit).choices[0].text for _ in range(4)}
     assert len(free) > 1
     greedy = demo.ask(temperature=0, n=3)
     assert len(greedy.choices) == 3
@@ -197,7 +197,7 @@ def test_stop_strings_end_a_response_and_are_no_part_of_it(demo: Demo, guidance:
     ],
 )  # fmt: skip
 def test_a_stream_says_what_a_whole_answer_says(demo: Demo, guidance: Any) -> None:
-    for seed in range(3):
+    for seed in range(2):
         whole = demo.ask(prm_guidance=guidance, seed=seed)
         stream = demo.ask(prm_guidance=guidance, seed=seed, stream=True, stream_options={"include_usage": True})
         text, reason, chunks = joined(stream)
@@ -261,7 +261,7 @@ def test_chat(chat: tuple[Served, HFPolicy]) -> None:
         {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
     ]
     plain = [{"role": "system", "content": "Count."}, {"role": "user", "content": "one two"}]
-    for seed in range(4):
+    for seed in range(2):
         given: dict[str, Any] = {"model": "tiny", "messages": messages, "max_completion_tokens": 24, "seed": seed}
         guided = given | {"extra_body": {"prm_guidance": {"width": 2, "expansions": 2, "return_candidates": True}}}
         for ask in (given, guided):

@@ -6,8 +6,10 @@ import asyncio
 import json
 import math
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from search_cases import ALL, SEEDS
 from prm_search.protocols import Request
 from prm_search.search import search
 from prm_search.serving.answer import events, whole
+from prm_search.serving.app import BearerKeys
 from prm_search.serving.ask import Limits
 from prm_search.serving.engine import ThreadEngine
 from prm_search.serving.errors import RequestError
@@ -149,6 +152,20 @@ def test_streamed_whole_and_searched_are_the_same(
     with_service(both)
 
 
+class Gathered(FakePolicy):
+    """Draws nothing before so many searches are there."""
+
+    def __init__(self, searches: int) -> None:
+        super().__init__()
+        self.searches = searches
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        if self.forward_calls or len(self.trees) == self.searches:
+            return super().advance()
+        time.sleep(0.001)
+        return []
+
+
 def test_searches_share_forwards_and_draw_as_if_alone() -> None:
     async def alone(service: Service) -> list[Any]:
         return [(await answer(service, body(seed=seed, prm_guidance={})))["choices"] for seed in range(6)]
@@ -158,9 +175,9 @@ def test_searches_share_forwards_and_draw_as_if_alone() -> None:
         said = await asyncio.gather(*(answer(service, kind) for kind in kinds))
         return [each["choices"] for each in said[:6]]
 
-    one, many = FakePolicy(), FakePolicy()
+    one, many = FakePolicy(), Gathered(9)
     assert with_service(alone, one) == with_service(together, many)
-    assert many.forward_calls < one.forward_calls / 3
+    assert many.forward_calls < one.forward_calls / 2  # of six, where these share them with three more
 
 
 @pytest.mark.parametrize("what", ["policy", "scorer"])
@@ -175,6 +192,18 @@ def test_an_error_in_a_model_is_told_and_the_server_goes_on(what: str) -> None:
         assert (await answer(service, body(prm_guidance={})))["choices"]
 
     with_service(work, policy, scorer)
+
+
+def test_a_value_that_a_model_refuses_is_no_fault_of_the_request() -> None:
+    def refuse(prompt: Any, path: Any) -> float:
+        raise ValueError("no reward")
+
+    async def work(service: Service) -> None:
+        with pytest.raises(RequestError, match="no reward") as caught:
+            await answer(service, body(prm_guidance={}))
+        assert caught.value.status == 500
+
+    with_service(work, scorer=FakeScorer(refuse))
 
 
 def test_an_error_in_a_stream_is_an_event() -> None:
@@ -270,3 +299,27 @@ def test_what_this_policy_cannot_do_is_refused() -> None:
         assert service.in_flight == 0
 
     with_service(work)
+
+
+@pytest.mark.parametrize(("path", "root", "guarded"), [
+    ("/v1/models", "", True), ("/v1", "", True), ("/v1/", "", True), ("/api/v1/completions", "/api", True),
+    ("/v1/models", "/v", True), ("/health", "", False), ("/api/health", "/api", False),
+])  # fmt: skip
+@pytest.mark.parametrize(("header", "allowed"), [(None, False), (b"Bearer wrong", False), (b"bearer key", True)])
+def test_keys_guard_the_api_wherever_it_is_mounted(
+    path: str, root: str, guarded: bool, header: bytes | None, allowed: bool
+) -> None:
+    reached, sent = [], []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["path"])
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [] if header is None else [(b"authorization", header)]
+    state = SimpleNamespace(state=SimpleNamespace(service=SimpleNamespace(metrics=Metrics())))
+    scope = {"type": "http", "method": "GET", "path": path, "root_path": root, "headers": headers, "app": state}
+    asyncio.run(BearerKeys(app, ["other", "key"])(scope, None, send))  # type: ignore[arg-type]
+    assert bool(reached) == (allowed or not guarded)
+    assert bool(reached) or sent[0]["status"] == 401

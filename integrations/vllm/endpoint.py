@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ...serving.config import ServeConfig
 from ...serving.engine import AsyncEngine
 from ...serving.metrics import Metrics
-from ...serving.routes import ROUTES, respond
+from ...serving.routes import ROUTES, path_of, respond
 from ...serving.service import Service
 from ...serving.text import StopStrings
 from ...tokens import TokenText
@@ -116,7 +116,7 @@ class GuidedRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass on."""
-        route = ROUTES.get(_path(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
+        route = ROUTES.get(path_of(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
         if route is None:
             await self._app(scope, receive, send)
             return
@@ -137,11 +137,6 @@ class GuidedRoutes:
             await response(scope, again, send)
         else:
             await self._app(scope, again, send)
-
-
-def _path(scope: Scope) -> str:
-    path, root = scope["path"], scope.get("root_path", "")
-    return path[len(root) :] if root and path.startswith(root) else path
 
 
 def _is_guided(body: bytes) -> bool:

@@ -16,7 +16,7 @@ from .ask import Limits
 from .engine import Engine
 from .errors import RequestError
 from .metrics import Metrics
-from .routes import ROUTES, outcome, refused, respond
+from .routes import ROUTES, outcome, path_of, refused, respond
 from .schema import ChatBody, CompletionBody
 from .service import Service
 
@@ -98,14 +98,14 @@ class BearerKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401."""
-        if scope["type"] != "http" or not scope["path"].startswith("/v1") or self._allowed(Request(scope)):
+        if scope["type"] != "http" or not path_of(scope).startswith("/v1") or self._allowed(Request(scope)):
             await self._app(scope, receive, send)
             return
         error = RequestError(
             401, "an API key is needed: Authorization: Bearer KEY", code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )  # fmt: skip
-        route = ROUTES.get(scope["path"])
+        route = ROUTES.get(path_of(scope))
         if route is not None:
             scope["app"].state.service.metrics.requests.labels(route, outcome(error)).inc()
         await refused(error)(scope, receive, send)

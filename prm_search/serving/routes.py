@@ -24,6 +24,12 @@ Route = Literal["chat", "text"]
 ROUTES: dict[str, Route] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 
 
+def path_of(scope: Scope) -> str:
+    """A request's path, without what a proxy or a mount puts before the app's own."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root + "/") else path  # as Starlette's router takes it
+
+
 async def respond(service: Service, route: Route, request: Request) -> Response:
     """The response to a request of /v1/chat/completions ("chat") or /v1/completions ("text").
 

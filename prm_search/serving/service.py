@@ -190,10 +190,8 @@ def answered(result: Result) -> Result:
 
 
 def failure(error: BaseException) -> RequestError:
-    """What to tell of an error in a search: bad input names itself, anything else is the server's."""
+    """What to tell of an error in a search: the server's, since a request is checked before its search begins."""
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, ValueError):
-        return RequestError(400, str(error), code="invalid_value")
     logger.error("a search failed", exc_info=error)
     return RequestError(500, f"the search failed: {type(error).__name__}: {error}", code="search_failed")
