@@ -22,7 +22,11 @@ def number(name: str, given: object, needed: str, fits: Callable[[float], bool])
     """
     if isinstance(given, bool) or not isinstance(given, Real):
         raise TypeError(f"{name}={given!r}: {needed} is needed, not {type(given).__name__}")
-    if math.isnan(given) or not fits(float(given)):
+    try:
+        value = float(given)
+    except OverflowError:  # an integer beyond all floats
+        value = math.inf if given > 0 else -math.inf
+    if math.isnan(value) or not fits(value):
         raise ValueError(f"{name}={given!r}: {needed} is needed")
 
 

@@ -81,6 +81,8 @@ def test_requests_that_ask():
     [
         ({"prm_alpha": "1"}, "prm_alpha='1'"),
         ({"prm_alpha": math.inf}, "prm_alpha=inf"),
+        ({"prm_alpha": 10**400}, "prm_alpha=1000"),
+        ({"prm_report": 2**63}, "prm_report=92"),
         ({"prm_alpha": -1e39}, r"prm_alpha=-1e\+39"),
         ({"prm_alpha": None, "prm_max_kl": 1.0}, "prm_max_kl=1.0 bounds prm_alpha"),
         ({"prm_alpha": 1, "prm_max_kl": -1}, "prm_max_kl=-1"),

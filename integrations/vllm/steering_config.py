@@ -156,8 +156,17 @@ class RequestOptions:
             raise ValueError(str(error)) from error
         if bound is not None and alpha is None:
             raise ValueError(f"prm_max_kl={bound!r} bounds prm_alpha, which is missing")
-        if report is not None and (isinstance(report, bool) or not isinstance(report, str | int) or report == ""):
-            raise ValueError(f"prm_report={report!r}: a non-empty string or an integer is needed, the record's key")
+        if report is not None and not _is_key(report):
+            raise ValueError(
+                f"prm_report={report!r}: a non-empty string or an integer of 64 bits is needed, the record's key"
+            )
         if not alpha and report is None:
             return None
         return cls(float(alpha or 0.0), math.inf if bound is None else float(bound), report)
+
+
+def _is_key(given: Any) -> bool:
+    """Whether it can be a record's key: larger integers do not reach vLLM's worker."""
+    if isinstance(given, int):
+        return not isinstance(given, bool) and -(2**63) <= given < 2**63
+    return isinstance(given, str) and given != ""
