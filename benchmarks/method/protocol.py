@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from prm_search.demo.learn import PolicyRecipe
 from prm_search.training.recipe import OBJECTIVES, Recipe
 
 NEGATIVES = "ce with negatives"
@@ -119,4 +118,3 @@ QUICK = Protocol(
     seeds=(1,), lengths=((2, 24), (3, 16)), responses=2, single=((2, 40), (3, 40)), sweep_problems=(8, 40),
     sweep_responses=(1, 2), least_steps=2, batch=16, test_problems=4, samples=4, beam_problems=2, width=2, expansions=2,
 )  # fmt: skip
-QUICK_POLICY = PolicyRecipe(max_curriculum_steps=3, anneal_steps=2, extra_rounds=0, gate_problems=8)

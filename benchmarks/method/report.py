@@ -37,7 +37,9 @@ def main() -> int:
 
     torch.set_num_threads(1)  # the models are tiny
     sizes = protocol.QUICK if args.quick else protocol.Protocol()
-    recipe = protocol.QUICK_POLICY if args.quick else PolicyRecipe()
+    recipe = PolicyRecipe()
+    if args.quick:
+        recipe = PolicyRecipe(max_curriculum_steps=3, anneal_steps=2, extra_rounds=0, gate_problems=8)
     try:
         seeds = sizes.seeds if args.seeds is None else tuple(int(seed) for seed in args.seeds.split(","))
         for seed in seeds:
