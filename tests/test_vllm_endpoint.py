@@ -1,4 +1,5 @@
-"""vLLM's own server with the plugin, started by `prm-search serve --engine vllm`, through the OpenAI client."""
+"""vLLM's own server with the plugin, started by `prm-search serve --engine vllm`, through the OpenAI client;
+and as a model of a pair, by its token-in/token-out route."""
 
 from __future__ import annotations
 
@@ -17,14 +18,21 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import numpy as np
 import openai
 import torch
 from pairs import byte_tokenizer, llama, naive_rewards
+from prm_search.integrations.vllm import VLLMImplicitPRM, VLLMServer
 from servers import Served, until
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
+from prm_search.implicit_prm import ImplicitPRM
+from prm_search.policy import HFPolicy
+from prm_search.search import search
 from prm_search.serving.schema import UNSERVED, ChatBody, CompletionBody
+from prm_search.steps import StepRule
+from prm_search.strategies import Beam
 
 pytestmark = pytest.mark.vllm
 
@@ -53,6 +61,7 @@ def server(folder: Path) -> Iterator[Served]:
     words += ["--dtype", "float32", "--max-searches", "8", "--step-tokens", "4"]
     own = ["--logits-processors", "prm_search.integrations.vllm.logits_processor:ImplicitPRMLogitsProcessor"]
     own += ["--additional-config", json.dumps({"prm_search": {"model": str(folder / "prm"), "reference": "policy"}})]
+    own += ["--enable-scale-out", "--enable-prompt-tokens-details"]  # what scoring for others needs
     own += ["--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "64", "--block-size", "32"]
     code = "import sys; from prm_search.cli import main; sys.exit(main())"
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PRM_SEARCH_API_KEY": "key"}
@@ -178,6 +187,33 @@ def test_streams(server: Served) -> None:
     assert "".join(deltas) == final.prm_search[0]["candidates"][0]["text"]
     assert any(not chunk.choices and "prm_search" in chunk.model_extra for chunk in chunks)
     assert chunks[-1].usage.completion_tokens > 24
+
+
+def test_it_scores_for_others_by_its_token_route(server: Served) -> None:
+    pytest.importorskip("httpx")
+    url, tokenizer = f"http://{server.host}:{server.port}", byte_tokenizer()
+    with pytest.raises(ValueError, match="401"):
+        VLLMServer(url)
+    with pytest.raises(ValueError, match="serves tiny"):
+        VLLMServer(url, model="another", api_key="key")
+    behind, policy = VLLMServer(url, api_key="key"), HFPolicy(llama(2, **SHAPE), tokenizer)
+    assert behind.context == 511
+    pair = VLLMImplicitPRM(behind, "policy", beta=0.05)
+    exact = ImplicitPRM(llama(1, **SHAPE), llama(2, **SHAPE), tokenizer=tokenizer, beta=0.05, name="exact")
+    ids = [5 + 7 * i % 300 for i in range(40)]
+    # As in test_vllm_search.py: a step that begins with a block, and one that reaches beyond its end and comes twice.
+    options: dict[str, Any] = {
+        "steps": StepRule(delimiter=None, max_tokens=6),
+        "max_new_tokens": 48,
+        "temperature": 1.0,
+        "strategy": Beam(width=4, expansions=2),
+    }
+    for _ in range(2):
+        for result in search([ids, ids[:38]], policy=policy, scorer=pair, prover=exact, value="q", **options):
+            for node in result.tree.nodes[1:]:
+                np.testing.assert_allclose(node.rewards["prm"], node.rewards["exact"], rtol=0, atol=exact.beta * 1e-3)
+            assert result.usage.cached_tokens["prm"] > 0
+    behind.close()
 
 
 def test_a_client_that_goes_away_ends_its_search(server: Served) -> None:
