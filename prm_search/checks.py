@@ -25,7 +25,7 @@ def number(name: str, given: object, needed: str, fits: Callable[[float], bool])
     try:
         value = float(given)
     except OverflowError:  # an integer beyond all floats
-        value = math.inf if given > 0 else -math.inf
+        value = -math.inf if given < 0 else math.inf
     if math.isnan(value) or not fits(value):
         raise ValueError(f"{name}={given!r}: {needed} is needed")
 
