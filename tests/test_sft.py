@@ -119,6 +119,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(folder, tuned, tmp_p
     else:
         whole = tmp_path / "whole"
         train(replace(given, out=str(whole)))
+    logs = [json.loads((Path(path) / "sft.json").read_text())["log"] for path in (tmp_path / "out", whole)]
+    assert logs[0] == logs[1]
+    assert {"loss", "step"} <= set(logs[0][-1])
     resumed, straight, start = (
         AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "out", whole, folder / "model")
     )

@@ -132,6 +132,7 @@ def train(recipe: SFTRecipe, *, resume: bool = False, log: Callable[[str], objec
     from prm_search.policy import HFPolicy
     from prm_search.source import Source
     from prm_search.training.logprobs import response_forward, without_dropout
+    from prm_search.training.run import steps_logged
 
     out = Path(recipe.out)
     if (out / NOTE).exists():
@@ -160,7 +161,7 @@ def train(recipe: SFTRecipe, *, resume: bool = False, log: Callable[[str], objec
         "responses": len(items),
         "tokens": sum(len(item.rows[0]) for item in items),
         "steps": trainer.state.global_step,
-        "log": trainer.state.log_history,
+        "log": steps_logged(trainer.state.log_history),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     if trainer.is_world_process_zero():

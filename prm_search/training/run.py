@@ -229,10 +229,9 @@ def _run(
         trainer = PRMTrainer(
             trained, args, data.items, objective=recipe.objective, beta=recipe.scale, margin=recipe.margin, log=log
         )
-        outcome = trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last)
         trained.eval()
         metrics: dict[str, Any] = {
-            "train_loss": round(outcome.training_loss, 6),
             "steps": trainer.state.global_step,
             "held_out_pair_accuracy": None,
         }
@@ -243,10 +242,16 @@ def _run(
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)  # the card has them
     if trainer.is_world_process_zero():
-        lines = (json.dumps(each) + "\n" for each in trainer.state.log_history)
+        lines = (json.dumps(each) + "\n" for each in steps_logged(trainer.state.log_history))
         (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
     metrics["process"] = args.process_index
     return metrics
+
+
+def steps_logged(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A Trainer's log without its summary, whose mean loss and runtime are wrong after a resume: they leave out, or
+    count as 0, what came before."""
+    return [each for each in history if "train_runtime" not in each]
 
 
 def _adapted(lm: Any, rank: int, source: Source) -> Any:
