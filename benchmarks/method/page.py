@@ -29,6 +29,11 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def versus(t: Mapping[str, Any]) -> str:
+    """A paired difference with its interval, and p."""
+    return f"{t['difference']:+.3f} [{t['low']:+.3f}, {t['high']:+.3f}], p {p_value(t['p'])}"
+
+
 def markdown(r: Mapping[str, Any], p: Protocol, plots: Sequence[str]) -> str:
     """The page."""
     parts = [_head(r, p), _main(r, p), _objectives(r, p), _sweep(r, p), _reference(r, p), _steps(r), _protocol(r, p)]
@@ -53,11 +58,17 @@ Made by `make report`; `report.json` has every figure. {r["task"]}
 
 Each of the seeds {_seeds(p)} has a policy, rollouts, PRMs and {p.test_problems} test problems of its own. Intervals are
 Wilson's, 95 %, over the problems of all seeds; p is of a paired bootstrap over problems (10 000 resamples, two-sided).
+Both take the models of the {len(p.seeds)} seeds as given: how much a figure moves when everything is trained anew, only
+the columns of seeds show. No p is corrected for how many there are.
 "Right" is a right final answer; a guess is right once in ten times. The protocol is at the end.
 
 Of single samples:
 
 {rates}"""
+
+
+def _differences(t: Mapping[str, Any]) -> str:
+    return " / ".join(f"{each['difference']:+.3f} (p {p_value(each['p'])})" for each in t["by_seed"])
 
 
 def _main(r: Mapping[str, Any], p: Protocol) -> str:
@@ -69,7 +80,7 @@ def _main(r: Mapping[str, Any], p: Protocol) -> str:
             f"{t['a']} against {t['b']}",
             f"{t['difference']:+.3f} [{t['low']:+.3f}, {t['high']:+.3f}]",
             p_value(t["p"]),
-            " / ".join(f"{each['difference']:+.3f} (p {p_value(each['p'])})" for each in t["by_seed"]),
+            _differences(t),
         ]
         for t in r["tests"]
     ]
@@ -114,7 +125,9 @@ Beams are run on {p.beam_problems} problems a seed (ce: on all). The columns abo
 {table(head, lines)}
 One response a problem, with the same problems and with the same number of responses:
 
-{one}"""
+{one}
+The beam by q of the last line against that of ce, on the {r["one_response_beam"]["problems"]} problems that both were
+run on: a difference of {versus(r["one_response_beam"])}; seeds {_seeds(p)}: {_differences(r["one_response_beam"])}."""
 
 
 def _sweep(r: Mapping[str, Any], p: Protocol) -> str:
@@ -137,13 +150,16 @@ def _reference(r: Mapping[str, Any], p: Protocol) -> str:
         ]
         for each in r["reference"]
     ]
+    lengths = r["main"][0]["policy_tokens"] / p.samples
     return f"""## Without the reference (CE)
 
 {table(["training / scoring", f"best of {p.samples}", f"seeds {_seeds(p)}", "beam by q"], lines)}
-The layout is that of the paper's ablation (arXiv 2412.01981, table 5). All test responses have the same length, so for
-best-of-n it does not matter which constant stands in for the reference; the beam's is fitted on rollouts
-(`ConstantReference.fit`), and it is run on {p.beam_problems} problems a seed. All steps of this task are equally long
-too, which is what a constant asks for. Training without a reference was not run."""
+The layout is that of the paper's ablation (arXiv 2412.01981, table 5). Nearly all test responses have the
+{p.test_length * p.tokens_per_step} tokens of a well-formed one ({lengths:.1f} on average), so for best-of-n it hardly
+matters which constant stands in for the reference, and 0 does; the beam's is fitted on rollouts
+(`ConstantReference.fit`), and it is run on {p.beam_problems} problems a seed; on those, it differs from the beam with
+the reference by {versus(r["reference_beam"])}. Steps are equally long too, which is what a
+constant asks for. Training without a reference was not run."""
 
 
 def _steps(r: Mapping[str, Any]) -> str:
@@ -181,6 +197,7 @@ def _protocol(r: Mapping[str, Any], p: Protocol) -> str:
         [name, str(note["data"]["responses"]), str(note["data"]["items"]), str(note["metrics"]["steps"])]
         for name, note in r["seeds"][str(p.seeds[0])]["training"].items()
     ]
+    many = sum(count for _, count in p.single)
     versions = ", ".join(f"{name} {number}" for name, number in r["versions"].items())
     return f"""## Protocol
 
@@ -194,7 +211,9 @@ def _protocol(r: Mapping[str, Any], p: Protocol) -> str:
   learn from. Samples are drawn at temperature 1 by `prm-search rollout`, PRMs trained by `prm-search train` on outcome
   labels alone.
 * Everything was run once as it stands; two things were added to the report after the other figures of seed 11 had been
-  seen, and nothing was taken out: the run with negatives, and the beam without the reference.
+  seen, and nothing was taken out: the run with negatives, and the beam without the reference. Two paired tests of runs
+  that were there were added when all figures were known: the beam of ce against that without the reference, and against
+  that of {many} x 1.
 * The task was made for this: with random errors in the place of systematic ones, majority voting is hard to beat.
 
 Seed {p.seeds[0]}'s runs (dpo and nca have pairs of responses as items):

@@ -60,6 +60,7 @@ def write_report(work: Path, out: Path, protocol: Protocol) -> dict[str, Any]:
             for name in [*OBJECTIVES, NEGATIVES, ones[1]]
         ],
         "one_response": [pooled(seeds, f"best_of_n {n} q ({name})") for name in ["ce", *ones]],
+        "one_response_beam": compared(seeds, f"beam q ({ones[1]})", "beam q (ce)"),
         "sweep": [
             {"problems": problems, "responses": responses, **pooled(seeds, f"best_of_n {n} q ({name})")}
             for problems in p.sweep_problems
@@ -73,6 +74,7 @@ def write_report(work: Path, out: Path, protocol: Protocol) -> dict[str, Any]:
              "beam": pooled(seeds, f"beam q ({WITHOUT})")},
             {"train": "untrained", "infer": "without", **pooled(seeds, f"best_of_n {n} q ({POLICY})"), "beam": None},
         ],
+        "reference_beam": compared(seeds, f"beam q ({WITHOUT})", "beam q (ce)"),
         "steps": [located(seeds, name) for name in ("ce", POLICY)],
         "versions": {name: version(name) for name in ("prm-search", "torch", "transformers", "accelerate")}
         | {"python": platform.python_version()},
