@@ -358,7 +358,7 @@ class Server(ThreadingHTTPServer):
     engine: FakeEngine
     details = True
     scale_out = True
-    nan = False  # garbage that JSON cannot hold
+    nan = 0  # the status that garbage which JSON cannot hold has; 0: there is none
     lock = threading.Lock()
 
 
@@ -390,7 +390,8 @@ class Handler(BaseHTTPRequestHandler):
             name = engine.add_request(f"http-{len(engine.log)}", {"prompt_token_ids": body["token_ids"]}, params)
             (output,) = [output for output in engine.step() if output.request_id == name]
         if self.server.nan and output.num_cached_tokens:
-            return self._send(500, {"error": "Out of range float values are not JSON compliant"})
+            said = {"message": "Out of range float values are not JSON compliant", "type": "BadRequestError"}
+            return self._send(self.server.nan, {"error": said})
         usage: dict[str, Any] = {"prompt_tokens": len(body["token_ids"])}
         if self.server.details:
             usage["prompt_tokens_details"] = {"cached_tokens": output.num_cached_tokens}
@@ -429,8 +430,8 @@ def model(server: Server, **options: Any) -> VLLMServer:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("nan", [False, True])
-def test_a_pair_over_http(server: Server, asynchronous: bool, nan: bool) -> None:
+@pytest.mark.parametrize("nan", [0, 400, 500])
+def test_a_pair_over_http(server: Server, asynchronous: bool, nan: int) -> None:
     server.nan = nan
     prm = model(server)
     options: dict[str, Any] = {
@@ -446,8 +447,8 @@ def test_a_pair_over_http(server: Server, asynchronous: bool, nan: bool) -> None
         found = search(prompts, policy=VLLMPolicy(FakeLLM(engine)), **options)
     for result in found:
         check(result.tree)
-    assert ("next" in asks(server.engine)) is not nan
-    assert ("all" in asks(server.engine)) is nan
+    assert ("next" in asks(server.engine)) is (nan == 0)
+    assert ("all" in asks(server.engine)) is (nan != 0)
     assert prm.context == server.engine.context - 1
     prm.close()
 

@@ -113,7 +113,8 @@ class VLLMServer(ScoredEngine):
             raise ConnectionError(f"{self.url}{path}: {error}") from error
         if answer.status_code in (403, 404, 405) and method == "POST":
             raise ValueError(f"{self.url} refuses {path}: start it with --enable-scale-out ({answer.text:.200})")
-        if answer.status_code >= 500:
+        status = answer.status_code
+        if status >= 500 or (status == 400 and "not JSON compliant" in answer.text):  # how vLLM 0.32 puts its own NaN
             raise _ServerFailed(f"{self.url}{path}: {answer.status_code} {answer.text:.200}")
         if answer.status_code != 200:
             raise ValueError(f"{self.url}{path}: {answer.status_code} {answer.text:.200}")
@@ -124,4 +125,4 @@ class VLLMServer(ScoredEngine):
 
 
 class _ServerFailed(ConnectionError):
-    """Status 5xx."""
+    """The request was good, and the server could not answer it."""
