@@ -19,7 +19,7 @@ from .options import listed
 from .problems import PROMPTS, read_rows
 from .records import Item, RecordFile, digests, finished, prompt_of, reason, report
 
-_DATA, _THRESHOLD = "Solutions", "Thresholds"
+_THRESHOLD = "Thresholds"
 RECORDS, FIT, RUN = "steps.jsonl", "fit.jsonl", "run.json"
 
 
@@ -42,29 +42,25 @@ def eval_steps(
         typer.Option(
             help='Solutions: JSON Lines or a name for the package datasets, with "problem" (or prompt, question, '
             'messages), "steps", and "label", the first wrong step or -1.',
-            rich_help_panel=_DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = None,
-    config: Annotated[str | None, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = None,
-    split: Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = "test",
-    limit: Annotated[int | None, typer.Option(help="Solutions at most.", rich_help_panel=_DATA)] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(help=r"Text around the problem, which stands for {}; \n is read as such.", rich_help_panel=_DATA),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Problems are user messages to a chat model.", rich_help_panel=_DATA)
-    ] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=_DATA)] = None,
+    config: options.Config = None,
+    split: options.Split = "test",
+    limit: Annotated[int | None, typer.Option(help="Solutions at most.", rich_help_panel=options.DATA)] = None,
+    template: options.Template = None,
+    chat: options.Chat = False,
+    system: options.System = None,
     delimiter: Annotated[
         str | None,
         typer.Option(
             help=r"Put between steps; \n and \t are read as such. Default: the pair card's, else \n\n.",
-            rich_help_panel=_DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = None,
     cut: Annotated[
-        bool, typer.Option("--cut", help="No end of sequence is scored after the last step.", rich_help_panel=_DATA)
+        bool,
+        typer.Option("--cut", help="No end of sequence is scored after the last step.", rich_help_panel=options.DATA),
     ] = False,
     values: Annotated[
         str, typer.Option(help=f"Scores of a step, of {','.join(VALUES)}.", rich_help_panel=_THRESHOLD)

@@ -22,7 +22,7 @@ from .rollout import make_judge
 if TYPE_CHECKING:
     from ..evaluation.responses import Answered
 
-_DATA, _LABELS, _PLAN, _SAMPLING = "Problems", "Labels", "What is compared", "Sampling"
+_PLAN, _SAMPLING = "What is compared", "Sampling"
 
 
 def evaluate(
@@ -59,7 +59,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Problems with answers: JSON Lines or a name for the package datasets, as for rollout.",
-            rich_help_panel=_DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = None,
     responses: Annotated[
@@ -67,32 +67,22 @@ def evaluate(
         typer.Option(
             help="In place of --policy and --data: responses that exist, as rollout writes them, or problems with "
             '"responses" and "labels" or "answer".',
-            rich_help_panel=_DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = None,
-    config: Annotated[str | None, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = None,
-    split: Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = "test",
-    limit: Annotated[int | None, typer.Option(help="Problems at most.", rich_help_panel=_DATA)] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(help=r"Text around the question, which stands for {}; \n is read as such.", rich_help_panel=_DATA),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are user messages to a chat model.", rich_help_panel=_DATA)
-    ] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=_DATA)] = None,
-    label: Annotated[
-        str,
-        typer.Option(
-            help="math (math-verify), exact, or module:function of response and answer.", rich_help_panel=_LABELS
-        ),
-    ] = "math",
+    config: options.Config = None,
+    split: options.Split = "test",
+    limit: Annotated[int | None, typer.Option(help="Problems at most.", rich_help_panel=options.DATA)] = None,
+    template: options.Template = None,
+    chat: options.Chat = False,
+    system: options.System = None,
+    label: options.Label = "math",
     answer: Annotated[
         str | None,
         typer.Option(
             help="The answer in a response, which is judged and votes: boxed, ####, number or module:function. "
             "Default: what there is, in the order ####, boxed, number.",
-            rich_help_panel=_LABELS,
+            rich_help_panel=options.LABELS,
         ),
     ] = None,
     strategies: Annotated[

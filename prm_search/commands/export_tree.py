@@ -18,8 +18,6 @@ from .problems import read_problems
 from .records import Item, dumps, json_lines, reason
 from .rollout import make_judge, summary
 
-_DATA, _LABELS = "Problems", "Labels"
-
 
 def export_tree(
     trees: Annotated[
@@ -31,29 +29,16 @@ def export_tree(
         str | None,
         typer.Option(
             help="The problems with their answers, as rollout reads them; found by their prompts. Without: no labels.",
-            rich_help_panel=_DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = None,
-    config: Annotated[str | None, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = None,
-    split: Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = "train",
-    template: Annotated[
-        str | None,
-        typer.Option(help=r"Text around the question, which stands for {}; \n is read as such.", rich_help_panel=_DATA),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are user messages to a chat model.", rich_help_panel=_DATA)
-    ] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=_DATA)] = None,
-    label: Annotated[
-        str,
-        typer.Option(
-            help="math (math-verify), exact, or module:function of response and answer.", rich_help_panel=_LABELS
-        ),
-    ] = "math",
-    answer: Annotated[
-        str | None,
-        typer.Option(help="The answer in a response, see rollout.", rich_help_panel=_LABELS),
-    ] = None,
+    config: options.Config = None,
+    split: options.Split = "train",
+    template: options.Template = None,
+    chat: options.Chat = False,
+    system: options.System = None,
+    label: options.Label = "math",
+    answer: options.Answer = None,
     nodes: Annotated[
         str,
         typer.Option(

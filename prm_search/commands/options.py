@@ -16,7 +16,7 @@ from ..steps import StepRule
 from ..strategies import STRATEGIES, Strategy, resolve_strategy
 from . import BadInput
 
-MODELS, STEPS, OUTPUT = "Models", "Steps", "Output"  # panels of --help
+MODELS, DATA, LABELS, STEPS, OUTPUT = "Models", "Data", "Labels", "Steps", "Output"  # panels of --help
 
 Pair = Annotated[
     str | None,
@@ -43,6 +43,26 @@ EngineOptions = Annotated[
     str | None,
     typer.Option(
         help="With --engine vllm: arguments of vllm.LLM, as a JSON object.", metavar="JSON", rich_help_panel=MODELS
+    ),
+]
+Config = Annotated[str | None, typer.Option(help="Of the data set.", rich_help_panel=DATA)]
+Split = Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=DATA)]
+Template = Annotated[
+    str | None,
+    typer.Option(help=r"Text around the question, which stands for {}; \n is read as such.", rich_help_panel=DATA),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Prompts are user messages to a chat model.", rich_help_panel=DATA)]
+System = Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=DATA)]
+Label = Annotated[
+    str,
+    typer.Option(help="math (math-verify), exact, or module:function of response and answer.", rich_help_panel=LABELS),
+]
+Answer = Annotated[
+    str | None,
+    typer.Option(
+        help="The answer in a response, which is judged: boxed, ####, number or module:function. Default: what there "
+        "is, in the order ####, boxed, number.",
+        rich_help_panel=LABELS,
     ),
 ]
 Delimiter = Annotated[

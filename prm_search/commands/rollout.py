@@ -19,7 +19,7 @@ from . import BadInput, options, render
 from .problems import encoded, function_of, read_problems
 from .records import RecordFile, digests, report
 
-_DATA, _LABELS, _SAMPLING = "Problems", "Labels", "Sampling"
+_SAMPLING = "Sampling"
 
 
 def rollout(
@@ -35,7 +35,7 @@ def rollout(
         typer.Option(
             help="JSON Lines or a name for the package datasets, with question/problem/prompt/messages and "
             "answer/solution, as GSM8K and MATH have them; - is stdin.",
-            rich_help_panel=_DATA,
+            rich_help_panel=options.DATA,
         ),
     ],
     out: Annotated[
@@ -46,31 +46,14 @@ def rollout(
     dtype: options.Dtype = "auto",
     engine: options.Engine = "hf",
     engine_options: options.EngineOptions = None,
-    config: Annotated[str | None, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = None,
-    split: Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=_DATA)] = "train",
-    limit: Annotated[int | None, typer.Option(help="Problems at most.", rich_help_panel=_DATA)] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(help=r"Text around the question, which stands for {}; \n is read as such.", rich_help_panel=_DATA),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are user messages to a chat model.", rich_help_panel=_DATA)
-    ] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=_DATA)] = None,
-    label: Annotated[
-        str,
-        typer.Option(
-            help="math (math-verify), exact, or module:function of response and answer.", rich_help_panel=_LABELS
-        ),
-    ] = "math",
-    answer: Annotated[
-        str | None,
-        typer.Option(
-            help="The answer in a response: boxed, ####, number or module:function. Default: what there is, in the "
-            "order ####, boxed, number.",
-            rich_help_panel=_LABELS,
-        ),
-    ] = None,
+    config: options.Config = None,
+    split: options.Split = "train",
+    limit: Annotated[int | None, typer.Option(help="Problems at most.", rich_help_panel=options.DATA)] = None,
+    template: options.Template = None,
+    chat: options.Chat = False,
+    system: options.System = None,
+    label: options.Label = "math",
+    answer: options.Answer = None,
     n: Annotated[int, typer.Option("--n", help="Responses a problem.", rich_help_panel=_SAMPLING)] = 8,
     temperature: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 1.0,
     top_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 1.0,
