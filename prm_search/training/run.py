@@ -135,7 +135,7 @@ def train(
     config = AutoConfig.from_pretrained(source.path, **where)
     data = load_data(rollouts, recipe, context_of(config.get_text_config()))
     settings = _settings(source, recipe, data, arguments)
-    last = _begin(folder, settings, resume)
+    last = begin(folder, settings, resume)
     set_seed(recipe.seed)
     metrics = _run(source, Path(rollouts).parent, folder, recipe, data, arguments or {}, last, log)
     return _finish(source, folder, recipe, data, metrics, delimiter)
@@ -152,8 +152,17 @@ def _settings(source: Source, recipe: Recipe, data: Data, arguments: Mapping[str
     return digest.hexdigest()
 
 
-def _begin(folder: Path, settings: str, resume: bool) -> str | None:
-    """Make the folder. Returns the checkpoint to go on from. Raises ValueError where another run is in it."""
+def begin(folder: Path, settings: str, resume: bool) -> str | None:
+    """Make the folder of a run. Returns the checkpoint to go on from, None for none.
+
+    Args:
+        folder: its checkpoints are in `CHECKPOINTS` below it.
+        settings: a digest of all that a checkpoint must agree in with the run that goes on from it.
+        resume: whether it may.
+
+    Raises:
+        ValueError: it holds a checkpoint that must not be gone on from, or not by this run.
+    """
     checkpoints = folder / CHECKPOINTS
     note = checkpoints / "settings"
     whole = [state.parent for state in checkpoints.glob("checkpoint-*/trainer_state.json")]  # it is written last
