@@ -162,6 +162,25 @@ def test_it_trains_every_so_many_batches_on_all_of_them(pair, outcomes):
     assert not updater.add(outcomes[:8]).updated
 
 
+def test_a_refused_batch_can_be_given_again(pair, policy, outcomes):
+    """While a search samples from the model, nothing is trained, and nothing of this batch or earlier ones is lost."""
+    updater = OnlineUpdater(pair, learning_rate=1e-3, every=2, band=None, micro_batch=256)
+    updater.add(outcomes[:80])
+    own = ps.HFPolicy(pair.prm.module, policy.tokenizer)
+    assert own.lm is pair.prm
+    with SearchLoop(own) as loop:
+        loop.add(Prompt(text="=5a*7b+3c*9?"), Settings.make(strategy=ps.BestOfN(2), steps=STEPS))
+        loop.step()
+        loop.step()
+        with pytest.raises(ValueError, match="under way"):
+            updater.add(outcomes[80:160])
+    update = updater.add(outcomes[80:160])
+    assert update.updated
+    whole = ps.ImplicitPRM(copy.deepcopy(pair.reference.module), pair.reference, tokenizer=pair.tokenizer)
+    other = OnlineUpdater(whole, learning_rate=1e-3, band=None, micro_batch=256).add(outcomes[:160])
+    assert (update.loss, update.accuracy_before) == pytest.approx((other.loss, other.accuracy_before), abs=1e-5)
+
+
 def test_an_adapter_is_trained_alone(policy, outcomes):
     module = get_peft_model(
         copy.deepcopy(policy.lm.module), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -55,7 +55,8 @@ class OnlineUpdater:
     """Trains a pair's PRM on outcomes as they come in, by cross entropy, and turns its rewards into advantages.
 
     The reference stays what it is. A PRM that is an adapter is trained in the adapter alone. What the PRM's model
-    has computed for searches is forgotten after every update (LanguageModel.forget), so call it between searches.
+    has computed for searches is forgotten after every update (LanguageModel.forget), so call it between searches: one
+    that the pair is scoring would go on with rewards of the new weights beside those of the old.
 
     Args:
         pair: its PRM and reference are models here, and not the same weights.
@@ -113,7 +114,8 @@ class OnlineUpdater:
         Advantages are those of the PRM as it was before.
 
         Raises:
-            ValueError: an outcome has no prompt or no response; or a search by the PRM's model is under way.
+            ValueError: an outcome has no prompt or no response; or the PRM is to be trained and a search that samples
+                from its model is under way, in which case the batch was not taken: give it again.
         """
         rows = []
         for place, each in enumerate(outcomes):
@@ -134,14 +136,16 @@ class OnlineUpdater:
                 labels = [row.label for row in group]
                 found = leave_one_out([rewards[id(row)] for row in group], labels, self.discount)
                 advantages.update(zip(map(id, group), found, strict=True))
+        due = self._batches + 1 >= self.every and bool(self._rows or kept)
+        if due:
+            self.pair.prm.forget()  # refuses while a search is under way: nothing has changed yet
         self._rows += kept
         self._batches += 1
         given = tuple(advantages.get(id(row)) for row in rows)
         inclusion = tuple(row.prompt_ids in inside for row in rows)
-        if self._batches < self.every or not self._rows:
+        if not due:
             return Update(inclusion, given, False)
         taught, self._rows, self._batches = self._rows, [], 0
-        self.pair.prm.forget()  # refuses while a search is under way: nothing has changed yet
         before = pair_accuracy(taught, self._sums(taught))
         loss = self._train(taught)
         self.pair.prm.forget()
