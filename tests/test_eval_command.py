@@ -221,6 +221,7 @@ BAD = {
         ["--responses", "few.jsonl", "--pair", "demo", "--template", "{}"],
         "--template is for --data",
     ),
+    "seeds offline": (["--responses", "few.jsonl", "--pair", "demo", "--seeds", "0,1"], "--seeds is for --data"),
     "no label": (["--responses", "few.jsonl", "--pair", "demo"], "few.jsonl, line 1: a response has no label"),
     "empty response": (["--responses", "empty.jsonl", "--pair", "demo"], "empty.jsonl, line 1: a response must be"),
 }

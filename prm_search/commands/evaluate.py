@@ -99,7 +99,7 @@ def evaluate(
             rich_help_panel=_PLAN,
         ),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Of the draws.", rich_help_panel=_PLAN)] = "0",
+    seeds: Annotated[str | None, typer.Option(help="Of the draws. Default: 0.", rich_help_panel=_PLAN)] = None,
     values: Annotated[
         str, typer.Option(help=f"What best_of_n, weighted rank by, of {','.join(VALUES)}.", rich_help_panel=_PLAN)
     ] = "q",
@@ -158,8 +158,10 @@ def evaluate(
         raise BadInput("--system needs --chat")
     if (policy is None) != (responses is not None) or (data is None) != (responses is not None):
         raise BadInput("--policy and --data are needed, or else --responses")
-    if template is not None and responses is not None:
-        raise BadInput("--template is for --data; the prompts of --responses are taken as they are")
+    of_data = {"config": config, "template": template, "seeds": seeds, "search-values": search_values, "shape": shape}
+    named = next((name for name, given in of_data.items() if given), None)
+    if responses is not None and named is not None:
+        raise BadInput(f"--{named} is for --data; --responses are taken as they are, and nothing is sampled")
     judge, extract = make_judge(label, answer if ":" not in label else None), _extractor(answer)
     items: list[Item]
     answered: list[Answered] = []
@@ -182,7 +184,7 @@ def evaluate(
     plan = Plan(
         strategies=default if strategies is None else listed(strategies),
         budgets=numbers("--budgets", budgets) if budgets else _powers(most) if responses is not None else (1, 4, 16),
-        seeds=numbers("--seeds", seeds),
+        seeds=(0,) if seeds is None else numbers("--seeds", seeds),
         values=listed(values),
         search_values=None if search_values is None else listed(search_values),
         weights=listed(weights),
