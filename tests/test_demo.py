@@ -171,13 +171,18 @@ def test_tree_view_marks_the_path_and_hides_nothing(capsys):
     ]
 
 
-def test_readmes_example_runs(capsys):
+def test_readmes_examples_run(capsys):
     readme = Path(__file__).parents[1] / "README.md"
-    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
-    exec(compile(code, "README.md", "exec"), {})
+    searching, generating = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
+    names = {}
+    exec(compile(searching, "README.md", "exec"), names)
     text, rewards = capsys.readouterr().out.split(" [")[:2]
     assert check(make_problem(5, ("*7", "+3", "*9", "+8")), text).correct
     assert len(rewards.split("]")[0].split(",")) == 4
+    exec(compile(generating, "README.md", "exec"), names)
+    made = names["out"][0, names["inputs"]["input_ids"].shape[1] :]
+    said = names["tokenizer"].decode(made, skip_special_tokens=True)
+    assert check(make_problem(5, ("*7", "+3", "*9", "+8")), said.replace(" ", "")).correct
 
 
 # -- a real language model ---------------------------------------------------------------------------------------------
