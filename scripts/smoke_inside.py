@@ -13,7 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # Modules that exist to drive an optional package may import it at their top; nothing else may.
-OPTIONAL = {"triton": "prm_search.triton_kernels.", "vllm": "prm_search.integrations.vllm."}
+SERVING = ("prm_search.serving.", "prm_search.integrations.vllm.endpoint")
+OPTIONAL = {
+    "triton": "prm_search.triton_kernels.",
+    "vllm": "prm_search.integrations.vllm.",
+    "matplotlib": "prm_search.evaluation.plots",
+    **dict.fromkeys(("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"), SERVING),
+}
 
 
 def require(condition: bool, message: str) -> None:
