@@ -210,7 +210,8 @@ def _protocol(r: Mapping[str, Any], p: Protocol) -> str:
 * Rollouts are of problems with 2 to 4 steps, tests of problems with {p.test_length}: too few long answers are right to
   learn from. Samples are drawn at temperature 1 by `prm-search rollout`, PRMs trained by `prm-search train` on outcome
   labels alone.
-* Everything was run once as it stands; two things were added to the report after the other figures of seed 11 had been
+* Every run was made once, stage by stage, from copies of these scripts, while code around them was still being changed;
+  the tables are the final code's. Two things were added to the report after the other figures of seed 11 had been
   seen, and nothing was taken out: the run with negatives, and the beam without the reference. Two paired tests of runs
   that were there were added when all figures were known: the beam of ce against that without the reference, and against
   that of {many} x 1.
