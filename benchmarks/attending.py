@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from cases import Case, Way
 from common import Machine
-from prm_search.triton_kernels import SharedPrefix, choice, tree_attention, write_kv
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+
+from prm_search.triton_kernels import SharedPrefix, choice, tree_attention, write_kv
 
 CHECKED = 2  # rows compared with float64
 

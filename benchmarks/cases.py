@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from common import Ceilings, Machine, memory, on_device, ratio
-from prm_search.triton_kernels import Choice
 from torch import Tensor
+
+from prm_search.triton_kernels import Choice
 
 Way = Callable[[], Tensor]
 

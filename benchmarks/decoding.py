@@ -9,8 +9,8 @@ import torch
 from common import Ceilings, Machine, model, paired, ratio, weighed, weight_bytes
 from transformers import DynamicCache
 
+from prm_search.engine.graph_step.choice import Mode
 from prm_search.engine.language_model import LanguageModel
-from prm_search.engine.stepping import Mode
 
 
 class Ours:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from cases import Absent, Case, Way, bound, compiled
 from common import Machine
-from prm_search.triton_kernels import choice, guide_logits, linear_log_ratio, linear_logprob, step_rewards
 from torch import Tensor
 from torch.nn import functional
+
+from prm_search.triton_kernels import choice, guide_logits, linear_log_ratio, linear_logprob, step_rewards
 
 CHECKED = 64  # rows compared with float64
 CHUNK = 1024  # rows of the two-kernel path at once, as vLLM does

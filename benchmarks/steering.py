@@ -11,8 +11,8 @@ from common import Ceilings, Machine, model, paired, ratio, weight_bytes
 from searching import tokenizer_of
 
 import prm_search as ps
+from prm_search.engine.graph_step.choice import Mode
 from prm_search.engine.language_model import LanguageModel
-from prm_search.engine.stepping import Mode
 
 
 def compare(machine: Machine, shape: str, prompt: int, rows: int, tokens: int, repeats: int) -> dict[str, Any]:

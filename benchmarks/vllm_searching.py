@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from common import Machine, model, paired
-from prm_search.integrations.vllm import VLLMImplicitPRM, VLLMPolicy
-from prm_search.integrations.vllm.asking import Span
-from prm_search.integrations.vllm.scored import ScoredEngine
 from searching import tokenizer_of
 
 import prm_search as ps
+from prm_search.integrations.vllm import VLLMImplicitPRM, VLLMPolicy
+from prm_search.integrations.vllm.logprob_requests import SpanRequest
+from prm_search.integrations.vllm.scoring_engine import ScoredEngine
 
 
 class Reencoding:
@@ -34,7 +34,7 @@ class Reencoding:
     def score_nodes(self, nodes: Sequence[ps.Node]) -> None:
         """As Scorer.score_nodes; a search scores each node after its parent."""
         spans = [
-            Span((*node.tree.prompt_ids, *node.path_ids()), len(node.tree.prompt_ids) + node.start, cached=False)
+            SpanRequest((*node.tree.prompt_ids, *node.path_ids()), len(node.tree.prompt_ids) + node.start, cached=False)
             for node in nodes
         ]
         for node, span, answer in zip(nodes, spans, self.engine.begin(spans).result(), strict=True):

@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 from common import Machine, model, paired, ratio
-from prm_search.integrations.vllm.logits_processor import ImplicitPRMLogitsProcessor
 from transformers import AutoModelForCausalLM, DynamicCache
 from vllm import LLM, SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, BatchUpdate, LogitsProcessor
+
+from prm_search.integrations.vllm.logits_processor import ImplicitPRMLogitsProcessor
 
 
 class Unbatched(AdapterLogitsProcessor):

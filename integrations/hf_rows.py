@@ -20,7 +20,7 @@ import torch
 from prm_search.engine.sampler import Sampler
 
 if TYPE_CHECKING:
-    from prm_search.engine.decoder import Row
+    from prm_search.engine.decoder import DecodingRow
     from prm_search.engine.language_model import LanguageModel
     from prm_search.tree import SearchTree
 
@@ -69,28 +69,28 @@ class RowIds:
         self.device = input_ids.device
         self._prompts = input_ids.cpu().numpy()
         self._numbers: WeakKeyDictionary[SearchTree, int] = WeakKeyDictionary()
-        self._buffers: WeakKeyDictionary[Row, _Buffer] = WeakKeyDictionary()
+        self._buffers: WeakKeyDictionary[DecodingRow, _Buffer] = WeakKeyDictionary()
 
     def add(self, tree: SearchTree, number: int) -> None:
         """Say which prompt a tree belongs to."""
         self._numbers[tree] = number
 
-    def number(self, row: Row) -> int:
+    def number(self, row: DecodingRow) -> int:
         """The row's prompt."""
         return self._numbers[row.request.node.tree]
 
-    def groups(self, rows: Sequence[Row]) -> list[list[int]]:
+    def groups(self, rows: Sequence[DecodingRow]) -> list[list[int]]:
         """Places of rows of equal length."""
         found: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
             found.setdefault(row.position, []).append(place)
         return list(found.values())
 
-    def __call__(self, rows: Sequence[Row]) -> torch.Tensor:
+    def __call__(self, rows: Sequence[DecodingRow]) -> torch.Tensor:
         """[R, width + L] int64: the ids of rows that have drawn L response tokens each."""
         return torch.from_numpy(np.concatenate([self._ids(row) for row in rows])).to(self.device)
 
-    def _ids(self, row: Row) -> np.ndarray:
+    def _ids(self, row: DecodingRow) -> np.ndarray:
         width, position = self._prompts.shape[1], row.position
         buffer = self._buffers.get(row)
         if buffer is None:
@@ -130,7 +130,7 @@ class ProcessorSampler(Sampler):
         self._expanded = expanded
         self._lm = lm
 
-    def draw(self, logprobs: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+    def draw(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> list[int]:
         """See Sampler.draw.
 
         Raises:
@@ -143,7 +143,7 @@ class ProcessorSampler(Sampler):
             )
         return super().draw(logprobs, rows)
 
-    def scores(self, logprobs: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def scores(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> torch.Tensor:
         """See Sampler.scores."""
         if not self._processors:
             return logprobs
@@ -166,7 +166,7 @@ class ProcessorSampler(Sampler):
             raise ValueError("the logits processors of this call forbid every token: one at least must be allowed")
         return scores
 
-    def _processed(self, ids: torch.Tensor, scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def _processed(self, ids: torch.Tensor, scores: torch.Tensor, rows: Sequence[DecodingRow]) -> torch.Tensor:
         ids = ids.to(scores.device)
         for processor in self._processors:
             skipped = getattr(processor, "prompt_ignore_length", None)
@@ -177,7 +177,7 @@ class ProcessorSampler(Sampler):
             scores = processor(ids, scores)
         return scores
 
-    def _normalizers(self, rows: Sequence[Row]) -> torch.Tensor:
+    def _normalizers(self, rows: Sequence[DecodingRow]) -> torch.Tensor:
         """[R, 1] what the logits were lessened by to become log-probabilities, nats."""
         hidden = []
         for row in rows:
@@ -200,7 +200,7 @@ class CriteriaStop:
         self._criteria = list(criteria)
         self._ids = ids
 
-    def __call__(self, rows: Sequence[Row]) -> list[bool]:
+    def __call__(self, rows: Sequence[DecodingRow]) -> list[bool]:
         """Which of the rows end with their newest token.
 
         Raises:

@@ -8,16 +8,16 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from prm_search.integrations.hf_call import Call
-from prm_search.integrations.hf_rows import RowIds
 
+from prm_search.driver.result import Event, Result
+from prm_search.driver.search_settings import SearchSettings
 from prm_search.engine.adapters import tuner_layers, unwrap
 from prm_search.engine.language_model import LanguageModel
 from prm_search.guidance import PRMGuidance
-from prm_search.policy import HFPolicy
-from prm_search.result import Event, Result
+from prm_search.integrations.hf_call import Call
+from prm_search.integrations.hf_rows import RowIds
+from prm_search.policies.hf import HFPolicy
 from prm_search.search import SearchLoop, encode_all
-from prm_search.settings import Settings
 from prm_search.tree import Node, Prompt, SearchTree
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def search(
     prompts: Sequence[Prompt],
     policy: HFPolicy,
     guidance: PRMGuidance,
-    settings: Settings,
+    settings: SearchSettings,
     ids: RowIds,
     streamer: Any,
 ) -> list[Result]:

@@ -14,16 +14,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from prm_search.integrations.hf_call import Call, check_model
-from prm_search.integrations.hf_rows import CriteriaStop, ProcessorSampler, RowIds
-from prm_search.integrations.hf_search import laid_out, language_model, search
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList, StopStringCriteria
 
+from prm_search.driver.result import Result
 from prm_search.engine.adapters import unwrap
 from prm_search.engine.language_model import LanguageModel
 from prm_search.guidance import PRMGuidance
-from prm_search.policy import HFPolicy
-from prm_search.result import Result
+from prm_search.integrations.hf_call import Call, check_model
+from prm_search.integrations.hf_rows import CriteriaStop, ProcessorSampler, RowIds
+from prm_search.integrations.hf_search import laid_out, language_model, search
+from prm_search.policies.hf import HFPolicy
 from prm_search.strategies import Steer
 from prm_search.tree import Prompt
 

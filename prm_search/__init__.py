@@ -24,20 +24,20 @@ _PUBLIC = {
     "Expand": ".strategies",
     "Parallel": ".strategies",
     "Strategy": ".strategies",
-    "Budget": ".budget",
-    "ConstantReference": ".implicit_prm",
-    "Driver": ".driver",
-    "HFPolicy": ".policy",
-    "ImplicitPRM": ".implicit_prm",
+    "Budget": ".driver.budget",
+    "ConstantReference": ".scorers.implicit.implicit_prm",
+    "Driver": ".driver.driver",
+    "HFPolicy": ".policies.hf",
+    "ImplicitPRM": ".scorers.implicit.implicit_prm",
     "Node": ".tree",
     "PRMGuidance": ".guidance",
     "Policy": ".protocols",
     "Prompt": ".tree",
     "Sampling": ".protocols",
     "Scorer": ".protocols",
-    "Scores": ".implicit_prm",
+    "Scores": ".scorers.implicit.implicit_prm",
     "SearchTree": ".tree",
-    "Steered": ".policy",
+    "Steered": ".policies.hf",
     "StepRule": ".steps",
     "Usage": ".usage",
     "disable": ".integrations.huggingface",
@@ -66,17 +66,17 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     # "as": re-exported for type checkers
-    from .budget import Budget as Budget
-    from .driver import Driver as Driver
+    from .driver.budget import Budget as Budget
+    from .driver.driver import Driver as Driver
     from .guidance import PRMGuidance as PRMGuidance
-    from .implicit_prm import (
+    from .integrations.huggingface import disable as disable, enable as enable, generate as generate
+    from .policies.hf import HFPolicy as HFPolicy, Steered as Steered
+    from .protocols import Policy as Policy, Sampling as Sampling, Scorer as Scorer
+    from .scorers.implicit.implicit_prm import (
         ConstantReference as ConstantReference,
         ImplicitPRM as ImplicitPRM,
         Scores as Scores,
     )
-    from .integrations.huggingface import disable as disable, enable as enable, generate as generate
-    from .policy import HFPolicy as HFPolicy, Steered as Steered
-    from .protocols import Policy as Policy, Sampling as Sampling, Scorer as Scorer
     from .steps import StepRule as StepRule
     from .strategies import (
         DVTS as DVTS,

@@ -7,10 +7,10 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 from .answers import Answer, Select
-from .budget import Budget
-from .models import require
+from .driver.budget import Budget
+from .driver.participants import require
+from .driver.search_settings import SearchSettings
 from .protocols import Scorer
-from .settings import Settings
 from .steps import StepRule
 from .strategies import Strategy
 from .tree import Prompt
@@ -77,7 +77,7 @@ class PRMGuidance:
         top_k: int = 0,
         min_p: float = 0.0,
         seconds: float | None = None,
-    ) -> Settings:
+    ) -> SearchSettings:
         """What the search loops take: these fields and what the caller decides.
 
         Args:
@@ -92,7 +92,7 @@ class PRMGuidance:
         budget = Budget.of(self.budget)
         if seconds is not None and seconds < (budget.seconds or float("inf")):
             budget = replace(budget, seconds=seconds)
-        return Settings.make(
+        return SearchSettings.make(
             strategy=self.strategy,
             steps=self.steps,
             max_new_tokens=max_new_tokens,

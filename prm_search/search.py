@@ -7,20 +7,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from .aloop import AsyncSearchLoop
 from .answers import Answer, Select
-from .budget import Budget
-from .loop import SearchLoop
-from .models import Models, require
+from .driver.async_loop import AsyncSearchLoop
+from .driver.budget import Budget
+from .driver.loop import SearchLoop
+from .driver.participants import Participants, require
+from .driver.result import Event, Result
+from .driver.search_settings import SearchSettings
 from .protocols import AsyncPolicy, Policy, Scorer
-from .result import Event, Result
-from .settings import Settings
 from .steps import StepRule
 from .strategies import Steer, Strategy
 from .tree import Prompt, SearchTree
 from .values import Value
 
-__all__ = ["AsyncSearchLoop", "Event", "Result", "SearchLoop", "Settings", "asearch", "search"]
+__all__ = ["AsyncSearchLoop", "Event", "Result", "SearchLoop", "SearchSettings", "Settings", "asearch", "search"]
+
+Settings = SearchSettings  # its name before 0.1.0
 
 PromptLike = Prompt | str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -79,7 +81,7 @@ def search(
             been sampled then.
         TypeError: an argument is of the wrong kind; also a single string instead of a list.
     """
-    settings = Settings.make(
+    settings = SearchSettings.make(
         strategy=strategy,
         steps=steps,
         max_new_tokens=max_new_tokens,
@@ -129,7 +131,7 @@ async def asearch(
 
     Returns, Raises: as `search`. Cancelling it cancels every prompt's search.
     """
-    settings = Settings.make(**options)
+    settings = SearchSettings.make(**options)
     given = _listed(prompts)
     require("policy", policy, AsyncPolicy)
     if isinstance(settings.strategy, Steer):
@@ -149,7 +151,7 @@ async def asearch(
     return results
 
 
-def encode_all(prompts: Iterable[PromptLike], models: Models[Any]) -> list[tuple[Prompt, int]]:
+def encode_all(prompts: Iterable[PromptLike], models: Participants[Any]) -> list[tuple[Prompt, int]]:
     """Prompts with their token ids, and how many equal ones came before each.
 
     Raises:

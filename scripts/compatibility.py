@@ -33,7 +33,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from prm_search.engine import admission, miniature
+from prm_search.engine.admission import check as admission, miniature
 from prm_search.engine.kv_tree import Branch
 from prm_search.engine.language_model import LanguageModel
 
@@ -227,8 +227,8 @@ log-probability compared with a plain forward of the same model, in fp32. The er
 over three forests; it may exceed 1e-4 only where rounding the embeddings differently, by one unit in the last place,
 already changes a plain forward by a tenth of it.
 
-The engine asks the same kind of question whenever a model is handed to it (`prm_search/engine/admission.py`), so a type
-or a setting that is not listed, remote code too, is either served exactly or refused with a ValueError that says why.
+The engine asks the same kind of question whenever a model is handed to it (`prm_search/engine/admission/check.py`), so a
+type or a setting that is not listed, remote code too, is either served exactly or refused with a ValueError that says why.
 Lengths are told by the names of config fields (`*window*`, `*chunk_size`, `original_max_position_embeddings` ...): what
 it cannot see is a limit under a name of its own that no short text crosses.
 Asking took {slowest:.1f} s at most here and {median:.2f} s in the median, once for each family and process.

@@ -9,12 +9,12 @@ from typing import Any
 from fakes import RULE, FakeBlockingPolicy, FakePolicy, FakeScorer, ToyLM
 from hypothesis import strategies as st
 
-from prm_search.driver import Driver
+from prm_search.driver.driver import Driver
+from prm_search.driver.records import Outcome, chain
+from prm_search.driver.result import Result
 from prm_search.protocols import Request
-from prm_search.result import Result
 from prm_search.search import search
 from prm_search.strategies import DVTS, Beam, BestOfN, Lookahead
-from prm_search.tasks import Outcome, chain
 from prm_search.tree import Node, Prompt, SearchTree
 
 small = st.integers(1, 3)

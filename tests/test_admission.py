@@ -16,10 +16,11 @@ from models import FAMILIES, VOCABULARY, draw_weights, naive_logprobs, tiny
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prm_search.engine import admission, attention, miniature
+from prm_search.engine.admission import check as admission, miniature
+from prm_search.engine.attention import hook as attention
+from prm_search.engine.attention.layout import ScoreModifiers
 from prm_search.engine.head import Head
 from prm_search.engine.language_model import LanguageModel
-from prm_search.engine.layout import Scores
 
 NATS = 1e-4
 SIZES = {
@@ -143,12 +144,12 @@ def test_frequencies_that_depend_on_the_length(model: Callable[[], Any], longest
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, **lost: Any) -> None:
-    def scores(scale: float, softcap: Any, window: Any, sinks: Any, *more: Any) -> Scores:
+    def scores(scale: float, softcap: Any, window: Any, sinks: Any, *more: Any) -> ScoreModifiers:
         given = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
         change = {name: value(given[name]) if callable(value) else value for name, value in lost.items()}
-        return Scores(*{**given, **change}.values(), *more)
+        return ScoreModifiers(*{**given, **change}.values(), *more)
 
-    monkeypatch.setattr(attention, "Scores", scores)
+    monkeypatch.setattr(attention, "ScoreModifiers", scores)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from prm_search import equivalence
-from prm_search.answers import boxed, equivalent, hashes, last_number, normalize, resolve_answer, select
+from prm_search.answers import boxed, equivalence, equivalent, hashes, last_number, normalize, resolve_answer, select
 from prm_search.tree import Node, SearchTree
 
 

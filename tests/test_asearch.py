@@ -12,11 +12,11 @@ from fakes import RULE, Clock, FakeAsyncPolicy, FakeAsyncScorer, FakePolicy, Fak
 from hypothesis import given, strategies as st
 from search_cases import ALL, SEEDS, drawn_paths
 
-from prm_search.budget import Budget
+from prm_search.driver.budget import Budget
+from prm_search.driver.result import Event, Result
+from prm_search.driver.search_settings import SearchSettings
 from prm_search.protocols import AsyncPolicy, Request
-from prm_search.result import Event, Result
 from prm_search.search import AsyncSearchLoop, asearch, search
-from prm_search.settings import Settings
 from prm_search.strategies import Beam, BestOfN, Lookahead, Steer, Strategy
 from prm_search.tree import Node, Prompt, SearchTree
 
@@ -151,7 +151,7 @@ def test_loops_beside_each_other_take_turns_at_the_scorer_and_count_together() -
     async def main() -> tuple[list[Result], AsyncSearchLoop]:
         loop = AsyncSearchLoop(first, scorer)
         other = loop.beside(second)
-        settings = Settings.make(strategy=Beam(2, 2), **LONG)
+        settings = SearchSettings.make(strategy=Beam(2, 2), **LONG)
         runs = [each.begin(Prompt(token_ids=(i,)), settings).run() for each in (loop, other) for i in (1, 2)]
         return list(await asyncio.gather(*runs)), loop
 
@@ -180,7 +180,7 @@ class Broken(FakeAsyncScorer):
 
 def test_a_scorer_that_fails_on_one_search_leaves_the_others_alone() -> None:
     policy, scorer = FakeAsyncPolicy(ToyLM("ab;")), Broken(2)
-    settings = Settings.make(strategy=Beam(2, 2), **LONG)
+    settings = SearchSettings.make(strategy=Beam(2, 2), **LONG)
 
     async def main() -> list[Any]:
         loop = AsyncSearchLoop(policy, scorer)
@@ -227,7 +227,7 @@ def test_time_budget(can_interrupt: bool) -> None:
         loop = AsyncSearchLoop(policy, scorer, clock=clock)
         one = loop.begin(
             Prompt(token_ids=(1,)),
-            Settings.make(strategy=BestOfN(2), steps=RULE, budget=Budget(seconds=0.05), max_new_tokens=100_000),
+            SearchSettings.make(strategy=BestOfN(2), steps=RULE, budget=Budget(seconds=0.05), max_new_tokens=100_000),
         )
         task = asyncio.create_task(one.run())
         await asyncio.sleep(0.01)
@@ -247,7 +247,7 @@ def test_a_search_can_be_followed_and_cancelled_for_what_it_has() -> None:
 
     async def main() -> tuple[list[Result], list[int]]:
         loop = AsyncSearchLoop(policy, scorer)
-        settings = Settings.make(**options)
+        settings = SearchSettings.make(**options)
         first, second = (loop.begin(Prompt(token_ids=(i,)), settings) for i in (1, 2))
         tasks = [asyncio.create_task(each.run()) for each in (first, second)]
         while not first.committed():

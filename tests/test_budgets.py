@@ -9,8 +9,8 @@ from fakes import Clock, FakePolicy, FakeScorer, ScriptedPolicy, ToyLM, ids, sam
 from hypothesis import given, strategies as st
 from search_cases import ALL, SEEDS, answer, drawn_paths, drive, plant
 
-from prm_search.budget import Budget, Purse, share
-from prm_search.driver import Driver
+from prm_search.driver.budget import Budget, Purse, share
+from prm_search.driver.driver import Driver
 from prm_search.protocols import Request, Segment, commit
 from prm_search.strategies import DVTS, Beam, BestOfN, Expand, Lookahead, Parallel, Strategy
 from prm_search.strategies.base import Run

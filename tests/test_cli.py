@@ -18,7 +18,7 @@ import pytest
 import prm_search as ps
 from prm_search.cli import main
 from prm_search.commands import BadInput, html, options, records, render
-from prm_search.commands.loading import load_pair, load_policy
+from prm_search.commands.models import load_pair, load_policy
 from prm_search.demo import pair_dir
 from prm_search.demo.chains import problems
 from prm_search.steps import StepRule
@@ -92,7 +92,7 @@ def test_errors_of_the_program_are_not_dressed_up_as_bad_input(run, monkeypatch)
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("prm_search.commands.loading.load_policy", broken)
+    monkeypatch.setattr("prm_search.commands.models.load_policy", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("generate", *DEMO, "--prompt", PROMPTS[0])
 

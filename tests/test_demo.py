@@ -14,7 +14,7 @@ import pytest
 from prm_search.cli import main
 from prm_search.commands import smollm2
 from prm_search.commands.contest import BUDGET, LENGTH, SAMPLES, STEP_TOKENS, TITLES, Board, Contest, Row
-from prm_search.commands.loading import load_pair, load_policy
+from prm_search.commands.models import load_pair, load_policy
 from prm_search.commands.render import console, tree_view
 from prm_search.commands.savings import Savings
 from prm_search.demo import learn, recipe

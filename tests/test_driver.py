@@ -12,9 +12,9 @@ from fakes import FakeBlockingPolicy, FakeScorer, ScriptedPolicy, ToyLM, samplin
 from hypothesis import given, strategies as st
 from search_cases import ALL, SEEDS, answer, drive, plant, summary
 
-from prm_search.driver import Driver
+from prm_search.driver.driver import Driver
+from prm_search.driver.search_settings import SearchSettings
 from prm_search.protocols import Request
-from prm_search.settings import Settings
 from prm_search.strategies import Beam, BestOfN, Expand, Parallel, Strategy
 from prm_search.strategies.base import Run
 from prm_search.tree import Node
@@ -118,7 +118,7 @@ def test_committed_steps_grow_and_begin_the_answer(
     strategy: Strategy, seed: int, select: str, tokens: int | None
 ) -> None:
     driver, tree = Driver(), plant(4)
-    settings = Settings.make(strategy=strategy, select=select)
+    settings = SearchSettings.make(strategy=strategy, select=select)
     driver.add(tree, strategy, sampling=sampling(seed=seed), budget=tokens)
     said: list[list[int]] = []
 

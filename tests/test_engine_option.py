@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import prm_search.integrations.vllm.loading as vllm_loading
 import pytest
 
+import prm_search.integrations.vllm.load as vllm_loading
 from prm_search.cli import main
-from prm_search.commands.loading import load_policy
+from prm_search.commands.models import load_policy
 
 PROMPT = "=5a*7b+3?"
 GENERATE = ["generate", "--policy", "demo", "--pair", "demo", "--prompt", PROMPT, "--max-new-tokens", "30", "--json"]

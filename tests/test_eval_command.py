@@ -126,7 +126,7 @@ def test_majority_needs_no_pair(folder):
 
 def test_the_engine_and_its_options_are_passed_on(folder, monkeypatch, models):
     """The run under vLLM itself is in test_vllm_search.py; here the HF engine stands in for it."""
-    import prm_search.integrations.vllm.loading as vllm_loading
+    import prm_search.integrations.vllm.load as vllm_loading
 
     asked = []
     monkeypatch.setattr(vllm_loading, "load_policy", lambda name, **given: asked.append(given) or models[0])

@@ -389,7 +389,7 @@ def test_the_shipped_pair_beats_majority_and_its_reference_costs_nothing(pair):
     """On 16 held-out problems, as the demo's test has it: a fixed seed, differences far beyond chance."""
     from prm_search.demo import pair_dir
     from prm_search.demo.chains import answer as chain_answer, problems
-    from prm_search.training.labels import Judge
+    from prm_search.problems import Judge
 
     policy = ps.HFPolicy.from_pretrained(pair_dir() / "policy")
     asked = [Problem(Prompt(text=p.prompt), p.answer) for p in problems(16)]

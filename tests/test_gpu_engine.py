@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig
 
 import prm_search as ps
-from prm_search.engine.kernel_layout import KernelLayout
+from prm_search.engine.attention.kernel_layout import KernelLayout
+from prm_search.engine.attention.layout import QueryRun
 from prm_search.engine.language_model import LanguageModel
-from prm_search.engine.layout import Unit
 
 SHAPE = {
     "vocab_size": 997,
@@ -125,7 +125,7 @@ def test_a_search_on_a_gpu_scores_what_a_plain_pass_does(dtype):
 @pytest.mark.gpu
 def test_a_gpu_takes_the_triton_path():
     lm = LanguageModel.of(build("llama", 3, torch.bfloat16, "cuda"))
-    layout = lm.runner.layout([Unit(np.arange(3), 1)])
+    layout = lm.runner.layout([QueryRun(np.arange(3), 1)])
     assert isinstance(layout, KernelLayout)
     root = lm.tree.root([1, 2, 3])
     before = torch.cuda.memory_allocated()

@@ -9,7 +9,7 @@ import pytest
 from fakes import FakeScorer
 
 import prm_search as ps
-from prm_search.settings import Settings
+from prm_search.driver.search_settings import SearchSettings
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_settings(pair):
         weight="sigmoid", weight_temperature=0.5,
     )  # fmt: skip
     mine = guidance.settings(max_new_tokens=7, seed=1, temperature=0.3, top_p=0.9, top_k=4, min_p=0.1)
-    assert mine == Settings.make(
+    assert mine == SearchSettings.make(
         strategy=ps.DVTS(2), steps=rule, max_new_tokens=7, temperature=0.3, top_p=0.9, top_k=4, min_p=0.1, seed=5,
         select="weighted", answer="boxed", budget=99, value="min", weight="sigmoid", weight_temperature=0.5,
     )  # fmt: skip

@@ -6,10 +6,10 @@ import hf_models as hf
 import numpy as np
 import pytest
 import torch
-from prm_search.integrations import hf_rows
 from transformers.generation import MaxLengthCriteria, StoppingCriteria, logits_process
 
 import prm_search as ps
+from prm_search.integrations import hf_rows
 
 tokenizer, pair_of, model, pair, guided, inputs = hf.FIXTURES
 ONE = ps.BestOfN(1)

@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 
 from prm_search import Beam, BestOfN, HFPolicy, ImplicitPRM, Prompt, Sampling, SearchTree, StepRule, search
 from prm_search.engine.language_model import LanguageModel
-from prm_search.implicit_prm import ConstantReference, Scores
-from prm_search.policy import Steered
+from prm_search.policies.hf import Steered
+from prm_search.scorers.implicit.implicit_prm import ConstantReference, Scores
 from prm_search.usage import Meter
 
 BETA = 0.25

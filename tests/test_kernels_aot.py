@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from prm_search.triton_kernels import tiles
 
 # Bytes of shared memory one program may take: A100 and H100. The tiles for sm_80 must also fit sm_86 and sm_89.
@@ -143,9 +144,10 @@ def argument_type(name: str, half: bool) -> str:
 
 def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     import triton
-    from prm_search.triton_kernels import _jit_attention, _jit_linear, _jit_rows
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from prm_search.triton_kernels import _jit_attention, _jit_linear, _jit_rows
 
     name, tile = case["kernel"], case.get("tile", {})
     kernels = {**vars(_jit_rows), **vars(_jit_attention), **vars(_jit_linear)}

@@ -13,6 +13,8 @@ import os
 
 import pytest
 import torch
+from torch import Tensor
+
 from prm_search.triton_kernels import (
     SharedPrefix,
     choice,
@@ -24,7 +26,6 @@ from prm_search.triton_kernels import (
     tree_attention,
     write_kv,
 )
-from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from prm_search.triton_kernels import (
     Choice,
     _linear_autograd,
@@ -19,8 +22,6 @@ from prm_search.triton_kernels import (
     tree_attention,
     write_kv,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

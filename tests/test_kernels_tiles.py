@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 from hypothesis import given, strategies as st
+
 from prm_search.triton_kernels import tiles
 
 TILES = [tiles.HOPPER_FEW, tiles.HOPPER_PLAIN, tiles.POINTER_FEW, tiles.FULL]

@@ -8,7 +8,7 @@ from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from prm_search.engine.kv_tree import Branch, KVTree
-from prm_search.engine.plan import missing, next_batch
+from prm_search.engine.waves import missing, next_batch
 
 
 class Trees(RuleBasedStateMachine):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from prm_search.engine import torch_layout
-from prm_search.engine.kernel_layout import KernelLayout
-from prm_search.engine.layout import Scores, Unit, buckets
-from prm_search.engine.torch_layout import TorchLayout
+from prm_search.engine.attention import torch_layout
+from prm_search.engine.attention.kernel_layout import KernelLayout
+from prm_search.engine.attention.layout import QueryRun, ScoreModifiers, buckets
+from prm_search.engine.attention.torch_layout import TorchLayout
 
 HEADS, KV_HEADS, K_DIM = 4, 2, 8
 
@@ -24,7 +24,9 @@ def make(draw: np.random.Generator, shapes: list[tuple[int, list[tuple[int, int]
         prefix = slots[at : at + shared]
         at += shared
         for own, new in members:
-            units.append(Unit(np.concatenate([prefix, slots[at : at + own + new]]).astype(np.int64), new, stem, shared))
+            units.append(
+                QueryRun(np.concatenate([prefix, slots[at : at + own + new]]).astype(np.int64), new, stem, shared)
+            )
             at += own + new
     generator = torch.Generator().manual_seed(int(draw.integers(1 << 30)))
     keys = torch.randn(total + 5, KV_HEADS, K_DIM, generator=generator, dtype=torch.float64)
@@ -33,7 +35,7 @@ def make(draw: np.random.Generator, shapes: list[tuple[int, list[tuple[int, int]
     return units, query, keys, values
 
 
-def oracle(units, order, query, keys, values, how: Scores) -> torch.Tensor:
+def oracle(units, order, query, keys, values, how: ScoreModifiers) -> torch.Tensor:
     """One softmax a query and head."""
     rows, at = [], 0
     for i in order:
@@ -57,7 +59,7 @@ def oracle(units, order, query, keys, values, how: Scores) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def run(layout, units, query, keys, values, how: Scores) -> torch.Tensor:
+def run(layout, units, query, keys, values, how: ScoreModifiers) -> torch.Tensor:
     new = torch.cat([torch.from_numpy(units[i].path[-units[i].new :]) for i in layout.order])
     return layout.attend(query, keys[new].transpose(0, 1), values[new].transpose(0, 1), keys, values, how)
 
@@ -78,7 +80,7 @@ families = st.lists(st.tuples(st.integers(0, 12), members), min_size=1, max_size
 )
 def test_every_layout_equals_one_softmax_a_query(shapes, seed, window, softcap, sinks, v_dim, shared_from):
     units, query, keys, values = make(np.random.default_rng(seed), shapes, v_dim)
-    how = Scores(0.4, softcap, window, torch.linspace(-1, 1, HEADS, dtype=torch.float64) if sinks else None)
+    how = ScoreModifiers(0.4, softcap, window, torch.linspace(-1, 1, HEADS, dtype=torch.float64) if sinks else None)
     before, torch_layout.SHARED_FROM = torch_layout.SHARED_FROM, shared_from
     try:
         layouts = [TorchLayout(units), KernelLayout(units, "auto")]
@@ -100,7 +102,7 @@ def test_a_shared_prefix_is_gathered_once_for_its_family(monkeypatch):
         return select(self, dim, index)
 
     monkeypatch.setattr(torch.Tensor, "index_select", counting)
-    run(TorchLayout(units), units, query, keys, values, Scores(0.4))
+    run(TorchLayout(units), units, query, keys, values, ScoreModifiers(0.4))
     assert sum(gathered) == 2 * (64 + 51)  # keys and values; the siblings' own token is fresh
 
 

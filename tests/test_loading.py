@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from prm_search import BestOfN, HFPolicy, ImplicitPRM, StepRule, search
 from prm_search.demo import pair_dir
 from prm_search.engine.language_model import LanguageModel
-from prm_search.loading import load
-from prm_search.pair_card import read_card
-from prm_search.reference_free import ConstantReference
+from prm_search.models.loading import load
+from prm_search.scorers.implicit.card import read_card
+from prm_search.scorers.implicit.reference_free import ConstantReference
 
 PROMPT, TEXT = "What is the sum of seven and eight?", "It is fifteen."
 RULE = StepRule(max_tokens=6)

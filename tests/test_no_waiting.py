@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from models import tiny
-from prm_search.triton_kernels import reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prm_search as ps
 from prm_search.engine import runner
-from prm_search.engine.kernel_layout import KernelLayout
+from prm_search.engine.attention.kernel_layout import KernelLayout
 from prm_search.engine.language_model import LanguageModel
 from prm_search.engine.pending import Pending
+from prm_search.triton_kernels import reference
 
 WAITING = {
     torch.ops.aten._local_scalar_dense.default,

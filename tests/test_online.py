@@ -11,12 +11,12 @@ from models import naive_logprobs
 from peft import LoraConfig, get_peft_model
 
 import prm_search as ps
-from prm_search.commands.loading import load_policy
+from prm_search.commands.models import load_policy
 from prm_search.demo.chains import answer as chain_answer, problems
-from prm_search.loop import SearchLoop
+from prm_search.driver.loop import SearchLoop
+from prm_search.driver.search_settings import SearchSettings
+from prm_search.problems import Judge
 from prm_search.protocols import Sampling
-from prm_search.settings import Settings
-from prm_search.training.labels import Judge
 from prm_search.training.online import OnlineUpdater, Outcome, leave_one_out
 from prm_search.training.rollouts import Problem, sample_rollouts
 from prm_search.tree import Prompt
@@ -96,7 +96,7 @@ def test_forgotten_weights_leave_no_trace(pair, outcomes):
 def test_a_running_search_is_not_pulled_from_under(policy, outcomes):
     own = ps.HFPolicy(copy.deepcopy(policy.lm.module), policy.tokenizer)
     with SearchLoop(own) as loop:
-        loop.add(Prompt(text="=5a*7b+3c*9?"), Settings.make(strategy=ps.BestOfN(2), steps=STEPS))
+        loop.add(Prompt(text="=5a*7b+3c*9?"), SearchSettings.make(strategy=ps.BestOfN(2), steps=STEPS))
         loop.step()
         loop.step()
         with pytest.raises(ValueError, match="under way"):
@@ -169,7 +169,7 @@ def test_a_refused_batch_can_be_given_again(pair, policy, outcomes):
     own = ps.HFPolicy(pair.prm.module, policy.tokenizer)
     assert own.lm is pair.prm
     with SearchLoop(own) as loop:
-        loop.add(Prompt(text="=5a*7b+3c*9?"), Settings.make(strategy=ps.BestOfN(2), steps=STEPS))
+        loop.add(Prompt(text="=5a*7b+3c*9?"), SearchSettings.make(strategy=ps.BestOfN(2), steps=STEPS))
         loop.step()
         loop.step()
         with pytest.raises(ValueError, match="under way"):

@@ -9,8 +9,8 @@ import pytest
 from pairs import OTHER_CORPUS, PLAIN_CHAT, byte_tokenizer, llama, metaspace_tokenizer, naive_rewards
 
 from prm_search import Beam, BestOfN, HFPolicy, ImplicitPRM, Prompt, SearchTree, StepRule, search
-from prm_search.implicit_prm import ConstantReference
-from prm_search.retokenise import Fit, encode_text
+from prm_search.scorers.implicit.implicit_prm import ConstantReference
+from prm_search.scorers.retokenise import TokenizerMatch, encode_text
 from prm_search.tokens import TokenText
 
 BETA = 0.25
@@ -212,12 +212,12 @@ def test_failing_leaves_nothing_behind(policy):
 
 def test_fit():
     words = byte_tokenizer()
-    assert Fit.of(words, words) == Fit(True, True)
-    assert Fit.of(words, byte_tokenizer()) == Fit(True, True)
-    assert Fit.of(words, byte_tokenizer(template=PLAIN_CHAT)) == Fit(True, False)
-    assert Fit.of(byte_tokenizer(template=None), words) == Fit(True, True)
-    assert Fit.of(words, byte_tokenizer(size=300)) == Fit(False, False)
-    assert Fit.of(words, metaspace_tokenizer()) == Fit(False, False)
+    assert TokenizerMatch.of(words, words) == TokenizerMatch(True, True)
+    assert TokenizerMatch.of(words, byte_tokenizer()) == TokenizerMatch(True, True)
+    assert TokenizerMatch.of(words, byte_tokenizer(template=PLAIN_CHAT)) == TokenizerMatch(True, False)
+    assert TokenizerMatch.of(byte_tokenizer(template=None), words) == TokenizerMatch(True, True)
+    assert TokenizerMatch.of(words, byte_tokenizer(size=300)) == TokenizerMatch(False, False)
+    assert TokenizerMatch.of(words, metaspace_tokenizer()) == TokenizerMatch(False, False)
 
 
 @pytest.mark.parametrize("text", ["Step 1: add", " Step", "  two", "\n\nStep", "naïve", "", " ", "x"])

@@ -21,9 +21,9 @@ from prm_search.commands.problems import read_problems
 from prm_search.demo import pair_dir
 from prm_search.demo.chains import answer as chain_answer, problems
 from prm_search.demo.tokenizer import EOS_ID
-from prm_search.policy import HFPolicy
+from prm_search.policies.hf import HFPolicy
+from prm_search.problems import Judge, final_answer, stated_answer
 from prm_search.protocols import Sampling
-from prm_search.training.labels import Judge, final_answer, stated_answer
 from prm_search.training.rollouts import Problem, sample_rollouts
 from prm_search.tree import Prompt
 
@@ -179,7 +179,7 @@ def test_bad_judges(given, kind, word):
 
 
 def test_math_labels_need_math_verify(monkeypatch):
-    monkeypatch.setattr("prm_search.training.labels.find_spec", lambda name: None)
+    monkeypatch.setattr("prm_search.problems.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="math-verify"):
         Judge("math")
     assert Judge("exact")("7", "7") == ("7", True)

@@ -24,11 +24,11 @@ from fakes import (
 from hypothesis import given, strategies as st
 from search_cases import ALL, SEEDS, facts, look
 
-from prm_search.budget import Budget
+from prm_search.driver.budget import Budget
+from prm_search.driver.result import Event, Result
+from prm_search.driver.search_settings import SearchSettings
 from prm_search.protocols import BlockingPolicy, Policy, Request, Scorer
-from prm_search.result import Event, Result
 from prm_search.search import SearchLoop, search
-from prm_search.settings import Settings
 from prm_search.steps import StepRule
 from prm_search.strategies import DVTS, Beam, BestOfN, Lookahead, Strategy
 from prm_search.tree import Prompt, SearchTree
@@ -261,12 +261,12 @@ def test_events() -> None:
 
 def test_prompts_finish_and_join_independently() -> None:
     policy, scorer = FakePolicy(), FakeScorer()
-    settings = Settings.make(strategy=Beam(2, 2), steps=RULE, max_new_tokens=12)
+    settings = SearchSettings.make(strategy=Beam(2, 2), steps=RULE, max_new_tokens=12)
     ended: list[SearchTree] = []
     found: dict[SearchTree, Result] = {}
     joined = None
     with SearchLoop(policy, scorer) as loop:
-        short = loop.add(Prompt(token_ids=(1,)), Settings.make(strategy=BestOfN(1), steps=RULE, max_new_tokens=1))
+        short = loop.add(Prompt(token_ids=(1,)), SearchSettings.make(strategy=BestOfN(1), steps=RULE, max_new_tokens=1))
         long = loop.add(Prompt(token_ids=(2,)), settings)
         while loop.active:
             for result in loop.step():
@@ -284,7 +284,7 @@ def test_prompts_finish_and_join_independently() -> None:
 
 def test_cancel_one_of_two() -> None:
     policy, scorer = FakePolicy(ToyLM("ab;;.")), FakeScorer()
-    settings = Settings.make(strategy=Beam(2, 2), steps=RULE, max_new_tokens=30)
+    settings = SearchSettings.make(strategy=Beam(2, 2), steps=RULE, max_new_tokens=30)
     with SearchLoop(policy, scorer) as loop:
         trees = [loop.add(Prompt(token_ids=(i,)), settings) for i in (1, 2)]
         for _ in range(3):
@@ -306,7 +306,7 @@ def test_cancel_one_of_two() -> None:
 def test_closing_a_loop_drops_what_is_under_way() -> None:
     policy, scorer = FakePolicy(), FakeScorer()
     with SearchLoop(policy, scorer) as loop:
-        loop.add(Prompt(token_ids=(1,)), Settings.make(strategy=Beam(2, 2), steps=RULE))
+        loop.add(Prompt(token_ids=(1,)), SearchSettings.make(strategy=Beam(2, 2), steps=RULE))
         for _ in range(5):
             loop.step()
         assert policy.trees
@@ -319,7 +319,7 @@ def test_committed_steps_of_a_running_search() -> None:
     script = {"": ["d;", "d;"], "d;": ["b;", "b;"], "d;b;": ["a.", "c."]}
     policy = ScriptedPolicy(script)
     with SearchLoop(policy, FakeScorer(SCORES)) as loop:
-        tree = loop.add(Prompt(text="?"), Settings.make(strategy=Beam(1, 2), steps=RULE))
+        tree = loop.add(Prompt(text="?"), SearchSettings.make(strategy=Beam(1, 2), steps=RULE))
         said = []
         while not (results := loop.step()):
             said.append("".join(node.text for node in loop.committed(tree)))
@@ -330,7 +330,7 @@ def test_committed_steps_of_a_running_search() -> None:
 def test_time_budget() -> None:
     clock, policy = Clock(), FakePolicy(ToyLM("ab;"))
     with SearchLoop(policy, FakeScorer(), clock=clock) as loop:
-        timed = Settings.make(strategy=Beam(2, 2), steps=RULE, budget=Budget(seconds=1), max_new_tokens=500)
+        timed = SearchSettings.make(strategy=Beam(2, 2), steps=RULE, budget=Budget(seconds=1), max_new_tokens=500)
         loop.add(Prompt(token_ids=(1,)), timed)
         for _ in range(10):
             assert loop.step() == []
@@ -344,7 +344,7 @@ def test_time_budget() -> None:
 @pytest.mark.parametrize("strategy", [BestOfN(3), Beam(2, 2), DVTS(2), Lookahead(2, 2)])
 def test_time_budget_of_a_blocking_policy(strategy: Strategy) -> None:
     with SearchLoop(FakeBlockingPolicy(ToyLM("ab;")), FakeScorer(), clock=Clock(0.05)) as loop:
-        loop.add(Prompt(token_ids=(1,)), Settings.make(strategy=strategy, steps=RULE, budget=Budget(seconds=1)))
+        loop.add(Prompt(token_ids=(1,)), SearchSettings.make(strategy=strategy, steps=RULE, budget=Budget(seconds=1)))
         while not (results := loop.step()):
             pass
     assert results[0].stopped in ("seconds", "length")
@@ -375,9 +375,9 @@ def test_expand_by_hand(make: Callable[[], Any]) -> None:
 
 def test_settings_and_search_have_the_same_defaults() -> None:
     of_search = inspect.signature(search).parameters
-    for name, parameter in inspect.signature(Settings.make).parameters.items():
+    for name, parameter in inspect.signature(SearchSettings.make).parameters.items():
         assert of_search[name].default == parameter.default
         assert of_search[name].kind == parameter.kind
-    assert set(of_search) - set(inspect.signature(Settings.make).parameters) == {
+    assert set(of_search) - set(inspect.signature(SearchSettings.make).parameters) == {
         "prompts", "policy", "scorer", "prover", "on_event",
     }  # fmt: skip

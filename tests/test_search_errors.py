@@ -9,8 +9,8 @@ import pytest
 from fakes import RULE, FakePolicy, FakeScorer, ids
 from search_cases import look
 
+from prm_search.driver.search_settings import SearchSettings
 from prm_search.search import SearchLoop, search
-from prm_search.settings import Settings
 from prm_search.strategies import DVTS, Beam, BestOfN, Lookahead, Steer, Strategy
 from prm_search.tree import Prompt, SearchTree
 
@@ -45,7 +45,7 @@ def test_an_error_in_a_step_leaves_nothing_outside_with_either() -> None:
     policy, scorer = FakePolicy(fail_at=3), FakeScorer()
     loop = SearchLoop(policy, scorer)
     for i in (1, 2):
-        loop.add(Prompt(token_ids=(i,)), Settings.make(strategy=Beam(2, 2), steps=RULE))
+        loop.add(Prompt(token_ids=(i,)), SearchSettings.make(strategy=Beam(2, 2), steps=RULE))
     assert loop.step() == loop.step() == []
     with pytest.raises(RuntimeError, match="the policy failed"):
         loop.step()
@@ -70,7 +70,7 @@ def test_the_first_error_is_the_one_to_report() -> None:
 
 def test_a_bad_prompt_disturbs_no_other_search() -> None:
     policy = FakePolicy(context=8)
-    settings = Settings.make(strategy=Beam(2, 2), steps=RULE, max_new_tokens=5)
+    settings = SearchSettings.make(strategy=Beam(2, 2), steps=RULE, max_new_tokens=5)
     with SearchLoop(policy, FakeScorer()) as loop:
         loop.add(Prompt(token_ids=(1,)), settings)
         loop.step()

@@ -17,8 +17,8 @@ from servers import Served, serving, until
 from prm_search import HFPolicy, ImplicitPRM, StepRule, search
 from prm_search.demo import pair_dir
 from prm_search.serving.app import make_app
-from prm_search.serving.ask import Limits
-from prm_search.serving.engine import ThreadEngine
+from prm_search.serving.backend import ThreadEngine
+from prm_search.serving.request import Limits
 from prm_search.serving.text import whole_text
 from prm_search.strategies import DVTS, Beam, BestOfN, Lookahead, Steer, Strategy
 from prm_search.tree import Prompt

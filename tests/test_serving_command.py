@@ -15,8 +15,8 @@ import pytest
 from servers import SECONDS, command
 
 from prm_search.cli import main
-from prm_search.serving.ask import Limits
 from prm_search.serving.config import ServeConfig
+from prm_search.serving.request import Limits
 from prm_search.serving.vllm_command import vllm_command
 from prm_search.steps import StepRule
 

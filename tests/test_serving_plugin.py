@@ -13,14 +13,14 @@ from fakes import EOS, RULE, FakeAsyncPolicy, FakePolicy, FakeScorer
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from pairs import byte_tokenizer
-from prm_search.integrations.vllm.endpoint import PRMSearchEndpoint, chat_tokenizer
 from servers import Served, serving
 
-from prm_search.policy import encode_prompt
+from prm_search.integrations.vllm.endpoint import PRMSearchEndpoint, chat_tokenizer
+from prm_search.policies.hf import encode_prompt
 from prm_search.search import search
-from prm_search.serving.ask import Limits
-from prm_search.serving.engine import AsyncEngine
+from prm_search.serving.backend import AsyncEngine
 from prm_search.serving.metrics import Metrics
+from prm_search.serving.request import Limits
 from prm_search.serving.service import Service
 from prm_search.strategies import Beam
 from prm_search.tree import Prompt

@@ -19,12 +19,12 @@ from search_cases import ALL, SEEDS
 
 from prm_search.protocols import Request
 from prm_search.search import search
-from prm_search.serving.answer import events, whole
 from prm_search.serving.app import BearerKeys
-from prm_search.serving.ask import Limits
-from prm_search.serving.engine import ThreadEngine
+from prm_search.serving.backend import ThreadEngine
 from prm_search.serving.errors import RequestError
 from prm_search.serving.metrics import Metrics
+from prm_search.serving.request import Limits
+from prm_search.serving.response import events, whole
 from prm_search.serving.schema import parse
 from prm_search.serving.service import Job, Service
 from prm_search.serving.text import TextStream, whole_text

@@ -19,7 +19,7 @@ from prm_search.demo import sft
 from prm_search.demo.sft import SFTRecipe, train
 from prm_search.demo.sft_trainer import ResponseTrainer
 from prm_search.demo.words import problems
-from prm_search.training.data import Item, Row, collate
+from prm_search.training.data import Item, LabelledResponse, collate
 from prm_search.training.logprobs import response_forward
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "grade_school"
@@ -82,7 +82,7 @@ def test_it_learns_the_worked_answer_and_the_end_after_the_prompt_of_rollouts(fo
 
 def test_the_loss_is_of_response_tokens(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    rows = [Row((5, 6, 7), [8, 9], True), Row((5,), [9, 9, 4, 1], True)]
+    rows = [LabelledResponse((5, 6, 7), [8, 9], True), LabelledResponse((5,), [9, 9, 4, 1], True)]
     with torch.no_grad():
         naive = [
             model(torch.tensor([[*row.prompt_ids, *row.response_ids]])).logits[0].log_softmax(-1)[place - 1, token]

@@ -16,12 +16,12 @@ from hf_models import STEPS, near, tokenizer
 from transformers import LlamaForCausalLM
 
 import prm_search as ps
+from prm_search.driver.search_settings import SearchSettings
 from prm_search.search import SearchLoop
-from prm_search.settings import Settings
 
 _shared, bench, own = benches.FIXTURES
 PROMPTS = ["2+2=", "hi", "abc", "hello"]
-SETTINGS = Settings.make(strategy=ps.Beam(2, 3), steps=STEPS, max_new_tokens=10)
+SETTINGS = SearchSettings.make(strategy=ps.Beam(2, 3), steps=STEPS, max_new_tokens=10)
 
 
 @pytest.fixture
@@ -98,7 +98,9 @@ def test_a_policy_without_sessions_serves_one_loop() -> None:
     policy = FakePolicy()
     loops = SearchLoop(policy), SearchLoop(policy)
     for token, loop in enumerate(loops):
-        loop.add(ps.Prompt(token_ids=(token,)), Settings.make(strategy=ps.Beam(2, 2), steps=RULE, max_new_tokens=9))
+        loop.add(
+            ps.Prompt(token_ids=(token,)), SearchSettings.make(strategy=ps.Beam(2, 2), steps=RULE, max_new_tokens=9)
+        )
     with pytest.raises(RuntimeError, match=r"a policy without session\(\) serves one loop at a time"):
         in_turns(*loops)
 

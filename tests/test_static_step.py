@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from models import VOCABULARY, naive_rows, tiny
-from prm_search.triton_kernels import reference, tiles
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prm_search.engine import graphs, static_step
-from prm_search.engine.graphs import CudaCapture, Graphs
+from prm_search.engine.graph_step import cuda_graphs as graphs, static_step
+from prm_search.engine.graph_step.cuda_graphs import CudaCapture, Graphs
+from prm_search.engine.graph_step.slot_table import SlotTable, families
 from prm_search.engine.language_model import LanguageModel
-from prm_search.engine.lines import Lines, families
+from prm_search.triton_kernels import reference, tiles
 
 NATS = 1e-4
 
@@ -425,7 +425,7 @@ def test_lines_and_families() -> None:
         lm.extend(branches, [[5]] * len(branches), want=None)
         return branches
 
-    lines = Lines(16)
+    lines = SlotTable(16)
     first = grow([a[0], b[0], a[1], b[1]])
     at, dirty = lines.assign(first, 8, together=True)
     assert sorted(at.tolist()) == [0, 1, 2, 3]
@@ -442,7 +442,7 @@ def test_lines_and_families() -> None:
     assert alone is not None
     assert [part.tolist() for part in alone] == [[0, 5], [0]]
     mixed = grow([c[0], a[2], c[1], a[0], c[2], a[1]])
-    scattered = Lines(16)
+    scattered = SlotTable(16)
     scattered.assign(mixed, 8, together=False)
     apart = grow(mixed)
     packed, _ = scattered.assign(apart, 8, together=True)

@@ -14,8 +14,8 @@ from models import VOCABULARY, naive_rows, tiny
 from prm_search.engine.language_model import LanguageModel
 from prm_search.engine.pending import Pending
 from prm_search.engine.prompts import SHARED_AT_LEAST, SharedPrompts
-from prm_search.kl_bound import bounded_alpha
 from prm_search.steering import Steering, Stream
+from prm_search.steering.kl_bound import bounded_alpha
 
 INF = float("inf")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from pairs import byte_tokenizer
-from prm_search.integrations.vllm.guide import Guided, check_vocabulary, refuse_features
+
 from prm_search.integrations.vllm.steering_config import RequestOptions, SteeringConfig, default_capacity
 from prm_search.integrations.vllm.steering_report import Report, finished
-
+from prm_search.integrations.vllm.worker import Guided, check_vocabulary, refuse_features
 from prm_search.steering import Stream
 from prm_search.steps import StepRule
 from prm_search.tokens import TokenText

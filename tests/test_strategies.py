@@ -11,7 +11,7 @@ from fakes import RULE, FakePolicy, FakeScorer, ScriptedPolicy, ToyLM, fraction,
 from hypothesis import given, strategies as st
 from search_cases import ALL, BEAMS, DVTSS, SEEDS, drawn_paths, merging
 
-from prm_search.budget import Budget
+from prm_search.driver.budget import Budget
 from prm_search.search import Result, search
 from prm_search.strategies import (
     DVTS,

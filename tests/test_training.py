@@ -17,12 +17,12 @@ from models import FAMILIES, naive_logprobs, tiny
 from safetensors.torch import load_file
 
 import prm_search as ps
-from prm_search import pair_card
 from prm_search.cli import main
-from prm_search.commands.loading import load_policy
+from prm_search.commands.models import load_policy
 from prm_search.demo import pair_dir
 from prm_search.demo.chains import problems
-from prm_search.training.data import Row, collate, read_rollouts, singles
+from prm_search.scorers.implicit import card as pair_card
+from prm_search.training.data import LabelledResponse, collate, read_rollouts, singles
 from prm_search.training.logprobs import add_reference, response_forward, row_logprobs, without_dropout
 from prm_search.training.recipe import BETA, OBJECTIVES, Recipe
 from prm_search.training.run import pair_accuracy, train
@@ -55,11 +55,11 @@ def told_apart(pair: ps.ImplicitPRM, rollouts: Path) -> float | None:
     return pair_accuracy(rows, [each.reward for each in scores])
 
 
-def some_rows(vocabulary: int = 96) -> list[Row]:
+def some_rows(vocabulary: int = 96) -> list[LabelledResponse]:
     rng = np.random.default_rng(0)
     sizes = [(5, 3), (1, 7), (9, 1), (4, 4)]
     return [
-        Row(tuple(rng.integers(3, vocabulary, p).tolist()), rng.integers(3, vocabulary, r), bool(i % 2))
+        LabelledResponse(tuple(rng.integers(3, vocabulary, p).tolist()), rng.integers(3, vocabulary, r), bool(i % 2))
         for i, (p, r) in enumerate(sizes)
     ]
 

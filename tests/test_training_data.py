@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prm_search.training.data import (
-    Row,
+    LabelledResponse,
     by_prompt,
     collate,
     mismatched,
@@ -25,11 +25,11 @@ from prm_search.training.recipe import OBJECTIVES, Recipe
 from prm_search.training.run import load_data, pair_accuracy
 
 
-def row(prompt: int, label: bool, *response: int) -> Row:
-    return Row((1, prompt), np.array(response or (5, 2)), label)
+def row(prompt: int, label: bool, *response: int) -> LabelledResponse:
+    return LabelledResponse((1, prompt), np.array(response or (5, 2)), label)
 
 
-def many(problems: int, samples: int = 4) -> list[Row]:
+def many(problems: int, samples: int = 4) -> list[LabelledResponse]:
     return [row(10 + p, (p + s) % 3 == 0, s + 3, 2) for p in range(problems) for s in range(samples)]
 
 
@@ -116,8 +116,8 @@ def test_balanced_singles():
 
 
 def test_collate_marks_what_predicts_the_response():
-    first = Row((1, 2, 3), np.array([4, 5]), True, np.array([-1.0, -2.0], np.float32))
-    second = Row((1,), np.array([6]), False, np.array([-3.0], np.float32))
+    first = LabelledResponse((1, 2, 3), np.array([4, 5]), True, np.array([-1.0, -2.0], np.float32))
+    second = LabelledResponse((1,), np.array([6]), False, np.array([-3.0], np.float32))
     batch = collate(singles([first, second]))
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [1, 6, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
@@ -189,7 +189,7 @@ def test_items_of_kto_are_balanced():
 # -- responses to other problems ---------------------------------------------------------------------------------------
 
 
-def distinct(problems: int, samples: int = 4) -> list[Row]:
+def distinct(problems: int, samples: int = 4) -> list[LabelledResponse]:
     return [row(10 + p, s % 2 == 0, 100 * p + s, 2) for p in range(problems) for s in range(samples)]
 
 

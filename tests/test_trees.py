@@ -9,10 +9,10 @@ import pytest
 
 import prm_search as ps
 from prm_search.cli import main
-from prm_search.commands.loading import load_pair, load_policy
+from prm_search.commands.models import load_pair, load_policy
 from prm_search.demo.chains import problems
+from prm_search.problems import Judge
 from prm_search.training.data import read_rollouts
-from prm_search.training.labels import Judge
 from prm_search.training.trees import infer, tree_records
 from prm_search.tree import Prompt, SearchTree
 

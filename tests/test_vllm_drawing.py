@@ -11,14 +11,14 @@ import pytest
 from fake_vllm import FakeAsyncLLM, FakeEngine, FakeLLM, install
 from fakes import RULE, Child, Clock, FakeScorer, ToyLM, finish, ids, sampling
 from hypothesis import HealthCheck, given, settings, strategies as st
-from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMPolicy
-from prm_search.integrations.vllm.drawing import Row
 
-from prm_search.budget import Budget
-from prm_search.loop import SearchLoop
+from prm_search.driver.budget import Budget
+from prm_search.driver.loop import SearchLoop
+from prm_search.driver.search_settings import SearchSettings
+from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMPolicy
+from prm_search.integrations.vllm.drawing import EngineRow
 from prm_search.protocols import AsyncPolicy, Policy, Request, Sampling
 from prm_search.search import asearch, search
-from prm_search.settings import Settings
 from prm_search.steps import StepRule
 from prm_search.strategies import Beam, BestOfN, Lookahead
 from prm_search.tree import Node, Prompt, SearchTree
@@ -105,7 +105,7 @@ def test_steps_are_those_of_the_matcher_whatever_the_engine_hands_over_at_once(
 def test_a_stop_condition_of_ones_own_ends_a_response() -> None:
     asked: list[int] = []
 
-    def stop(rows: Sequence[Row]) -> list[bool]:
+    def stop(rows: Sequence[EngineRow]) -> list[bool]:
         (row,) = rows
         asked.append(row.drawn)
         return [row.request.node.tree.prompt_ids == ids("abc") and row.drawn == 3]
@@ -278,7 +278,7 @@ def test_a_time_budget_interrupts_and_keeps_what_was_drawn() -> None:
     with SearchLoop(sync, clock=clock) as loop:
         loop.add(
             Prompt(token_ids=(97,)),
-            Settings.make(strategy=BestOfN(2), steps=RULE, budget=Budget(seconds=5), max_new_tokens=200),
+            SearchSettings.make(strategy=BestOfN(2), steps=RULE, budget=Budget(seconds=5), max_new_tokens=200),
         )
         for _ in range(9):
             assert not loop.step()

@@ -22,13 +22,13 @@ import numpy as np
 import openai
 import torch
 from pairs import byte_tokenizer, llama, naive_rewards
-from prm_search.integrations.vllm import VLLMImplicitPRM, VLLMServer
 from servers import Served, until
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from prm_search.implicit_prm import ImplicitPRM
-from prm_search.policy import HFPolicy
+from prm_search.integrations.vllm import VLLMImplicitPRM, VLLMServer
+from prm_search.policies.hf import HFPolicy
+from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
 from prm_search.search import search
 from prm_search.serving.schema import UNSERVED, ChatBody, CompletionBody
 from prm_search.steps import StepRule

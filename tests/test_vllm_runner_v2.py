@@ -16,7 +16,6 @@ import torch
 
 pytest.importorskip("vllm")
 
-from prm_search.integrations.vllm.steering_config import RequestOptions
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -27,6 +26,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from prm_search.demo import pair_dir
+from prm_search.integrations.vllm.steering_config import RequestOptions
 
 pytestmark = pytest.mark.vllm
 NAME = "prm_search.integrations.vllm.logits_processor:ImplicitPRMLogitsProcessor"

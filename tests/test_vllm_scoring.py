@@ -14,13 +14,13 @@ import pytest
 from fake_vllm import FakeAsyncLLM, FakeEngine, FakeLLM, SamplingParams, Words, install
 from fakes import RULE, FakePolicy, FakeScorer, ToyLM, ids
 from hypothesis import HealthCheck, given, settings, strategies as st
-from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMImplicitPRM, VLLMPolicy, VLLMServer
-from prm_search.integrations.vllm.asking import Next, Span
-from prm_search.integrations.vllm.scored import ScoredEngine
 from search_cases import ALL
 
+from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMImplicitPRM, VLLMPolicy, VLLMServer
+from prm_search.integrations.vllm.logprob_requests import NextTokenRequest, SpanRequest
+from prm_search.integrations.vllm.scoring_engine import ScoredEngine
 from prm_search.protocols import Request, Sampling, Scorer
-from prm_search.reference_free import ConstantReference
+from prm_search.scorers.implicit.reference_free import ConstantReference
 from prm_search.search import asearch, search
 from prm_search.steps import StepRule
 from prm_search.strategies import Beam, BestOfN, Strategy
@@ -226,13 +226,13 @@ def test_garbage_is_never_taken_for_a_row() -> None:
     scored = ScoredEngine.of(FakeLLM(engine))
     assert scored is not None
     sequence = ids("ab;bba;ab;")
-    scored.begin([Span(sequence, 4)]).result()
-    (again,) = scored.begin([Span(sequence, 4)]).result()
+    scored.begin([SpanRequest(sequence, 4)]).result()
+    (again,) = scored.begin([SpanRequest(sequence, 4)]).result()
     assert again.cached == 8
     assert np.isnan(again.logprobs[:5]).all()
     assert not np.isnan(again.logprobs[5:]).any()
     assert (again.logprobs[5:] < 0).all()
-    (head,) = scored.begin([Next(sequence[:4], ids("ab"))]).result()
+    (head,) = scored.begin([NextTokenRequest(sequence[:4], ids("ab"))]).result()
     np.testing.assert_allclose(head.logprobs, [np.log(PHI.probs(sequence[:4])[i]) for i in (0, 1)], atol=1e-6)
 
 

@@ -17,17 +17,16 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vllm reads it
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
-from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMImplicitPRM, VLLMPolicy
-
-from prm_search.budget import Budget
 from prm_search.cli import main
 from prm_search.demo import chains, pair_dir
-from prm_search.implicit_prm import ImplicitPRM
-from prm_search.policy import HFPolicy
-from prm_search.reference_free import ConstantReference
-from prm_search.result import Result
+from prm_search.driver.budget import Budget
+from prm_search.driver.result import Result
+from prm_search.driver.search_settings import SearchSettings
+from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMImplicitPRM, VLLMPolicy
+from prm_search.policies.hf import HFPolicy
+from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
+from prm_search.scorers.implicit.reference_free import ConstantReference
 from prm_search.search import SearchLoop, asearch, search
-from prm_search.settings import Settings
 from prm_search.steps import StepRule
 from prm_search.strategies import Beam, BestOfN
 from prm_search.tree import Node, Prompt, SearchTree
@@ -184,7 +183,7 @@ def test_a_time_budget_interrupts_and_the_engine_goes_on(engines: Engines) -> No
     now = [0.0]
     policy = VLLMPolicy(engines.policy)
     with SearchLoop(policy, clock=lambda: now[0]) as loop:
-        loop.add(Prompt(text=PROMPTS[0]), Settings.make(strategy=BestOfN(2), budget=Budget(seconds=1), **OPTIONS))
+        loop.add(Prompt(text=PROMPTS[0]), SearchSettings.make(strategy=BestOfN(2), budget=Budget(seconds=1), **OPTIONS))
         for _ in range(6):
             assert not loop.step()
         now[0] = 2.0

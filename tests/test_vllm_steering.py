@@ -17,8 +17,6 @@ import torch
 
 pytest.importorskip("vllm")
 
-from prm_search.integrations.vllm.logits_processor import ImplicitPRMLogitsProcessor
-from prm_search.integrations.vllm.rows import BatchRows
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.envs import disable_envs_cache
@@ -26,7 +24,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import BatchUpdateBuilder, MoveDirectionality
 
 from prm_search.demo import pair_dir
-from prm_search.kl_bound import bounded_alpha
+from prm_search.integrations.vllm.logits_processor import ImplicitPRMLogitsProcessor
+from prm_search.integrations.vllm.runner_rows import BatchRows
+from prm_search.steering.kl_bound import bounded_alpha
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 NAME = "prm_search.integrations.vllm.logits_processor:ImplicitPRMLogitsProcessor"

@@ -16,7 +16,7 @@ from prm_search.commands.problems import read_problems
 from prm_search.demo import sft, words
 from prm_search.demo.word_templates import NAMES, SPLITS, templates
 from prm_search.demo.words import LARGEST, draw, problems
-from prm_search.training.labels import final_answer
+from prm_search.problems import final_answer
 
 LINE = re.compile(r"(?P<label>[^:{}]+): (?P<left>\d+)(?P<op>[-+*/])(?P<right>\d+)=(?P<result>\d+)")
 ROOT = Path(__file__).resolve().parents[1]

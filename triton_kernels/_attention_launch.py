@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from prm_search.triton_kernels import launch, tiles
 from prm_search.triton_kernels.tiles import AttentionSchedule
-from torch import Tensor
 
 _LOG2E = 1.4426950408889634
 _MERGE_ROWS = 8

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from prm_search.triton_kernels import _linear_launch, reference
 from prm_search.triton_kernels._linear_launch import Head
-from torch import Tensor
 
 # Elements of the backward pass's one temporary, the logits' gradient for a vocabulary chunk.
 _GRADIENT_BUDGET = {"cuda": 1 << 27, "cpu": 1 << 23}

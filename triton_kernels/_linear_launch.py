@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from prm_search.triton_kernels import launch, tiles
 from prm_search.triton_kernels.tiles import MatmulTile
-from torch import Tensor
 
 _MERGE_ROWS = 128
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from prm_search.triton_kernels import launch, tiles
 from torch import Tensor
+
+from prm_search.triton_kernels import launch, tiles
 
 _GUIDE_BLOCK = 2048
 _PART_BLOCK = 1024

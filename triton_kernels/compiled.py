@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
+from torch import Tensor
+
 from prm_search.triton_kernels import _attention_launch, _linear_launch, _rows_launch
 from prm_search.triton_kernels._linear_launch import Head
-from torch import Tensor
 
 # ruff: noqa: UP045 (torch's schema inference wants typing.Optional)
 

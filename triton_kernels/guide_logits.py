@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from prm_search.triton_kernels import _rows_launch, launch, reference
 from prm_search.triton_kernels.launch import Backend, Choice
-from torch import Tensor
 
 
 def guide_logits(

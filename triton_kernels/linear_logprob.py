@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor
+
 from prm_search.triton_kernels import _linear_launch, launch
 from prm_search.triton_kernels._linear_autograd import LinearLogprob, forward
 from prm_search.triton_kernels._linear_launch import Head
 from prm_search.triton_kernels.launch import Backend, Choice
-from torch import Tensor
 
 
 @overload

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from prm_search.triton_kernels import _attention_launch, launch, reference, tiles
 from prm_search.triton_kernels._attention_launch import SharedPrefix
 from prm_search.triton_kernels.launch import Backend, Choice
-from torch import Tensor
 
 
 def tree_attention(

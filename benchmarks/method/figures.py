@@ -20,7 +20,7 @@ from prm_search.demo.tokenizer import EOS_ID, text
 from prm_search.evaluation.plan import Cell, Plan
 from prm_search.evaluation.samples import Cost, Sample, record_of
 from prm_search.evaluation.statistics import paired_bootstrap, pass_at_k, wilson
-from prm_search.training.data import Row, read_rollouts
+from prm_search.training.data import LabelledResponse, read_rollouts
 
 
 @dataclass
@@ -76,13 +76,13 @@ def _plain(note: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in note.items() if name != "settings"}
 
 
-def _logprobs(folder: Path, name: str, rows: Sequence[Row]) -> list[np.ndarray]:
+def _logprobs(folder: Path, name: str, rows: Sequence[LabelledResponse]) -> list[np.ndarray]:
     flat = np.load(folder / f"logprobs-{name.replace(' ', '-')}.npz")["logprobs"]
     return np.split(flat, np.cumsum([len(row.response_ids) for row in rows])[:-1])
 
 
 def _rewards(
-    rows: Sequence[Row], model: Sequence[np.ndarray], reference: Sequence[np.ndarray], beta: float
+    rows: Sequence[LabelledResponse], model: Sequence[np.ndarray], reference: Sequence[np.ndarray], beta: float
 ) -> list[np.ndarray]:
     """Step rewards of each sample."""
     found = []
@@ -93,7 +93,11 @@ def _rewards(
 
 
 def _votes(
-    found: Measured, p: Protocol, asked: Sequence[Problem], rows: Sequence[Row], rewards: dict[str, list[np.ndarray]]
+    found: Measured,
+    p: Protocol,
+    asked: Sequence[Problem],
+    rows: Sequence[LabelledResponse],
+    rewards: dict[str, list[np.ndarray]],
 ) -> None:
     """Majority, best-of-n and weighted votes of every pair among the same samples; pass@k."""
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= p.samples]
@@ -131,7 +135,9 @@ def line(cell: Cell) -> str:
     return " ".join(word for word in words if word)
 
 
-def _step_errors(asked: Sequence[Problem], rows: Sequence[Row], rewards: Sequence[np.ndarray]) -> list[Steps]:
+def _step_errors(
+    asked: Sequence[Problem], rows: Sequence[LabelledResponse], rewards: Sequence[np.ndarray]
+) -> list[Steps]:
     """Of each problem the first sample that has a wrong step, and the first that has none."""
     found = []
     samples = len(rows) // len(asked)

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from prm_search.commands.loading import quiet
+from prm_search.commands.models import quiet
 
 
 def main() -> int:

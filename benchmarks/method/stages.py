@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from prm_search import Beam, Budget, ConstantReference, ImplicitPRM, StepRule, search
 from prm_search.cli import main as command
-from prm_search.commands.loading import load_pair, load_policy
+from prm_search.commands.models import load_pair, load_policy
 from prm_search.demo import tokenizer
 from prm_search.demo.chains import DELIMITER, Problem, answer, problems
 from prm_search.demo.learn import PolicyRecipe, train_policy
-from prm_search.pair_card import CARD
+from prm_search.scorers.implicit.card import CARD
 from prm_search.training.data import read_rollouts
 from prm_search.training.logprobs import response_forward, row_logprobs
 from prm_search.training.run import train

@@ -30,6 +30,6 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from .policy import AsyncVLLMPolicy as AsyncVLLMPolicy, VLLMPolicy as VLLMPolicy
-    from .scorer import VLLMImplicitPRM as VLLMImplicitPRM
-    from .server import VLLMServer as VLLMServer
+    from prm_search.integrations.vllm.policy import AsyncVLLMPolicy as AsyncVLLMPolicy, VLLMPolicy as VLLMPolicy
+    from prm_search.integrations.vllm.scorer import VLLMImplicitPRM as VLLMImplicitPRM
+    from prm_search.integrations.vllm.server import VLLMServer as VLLMServer

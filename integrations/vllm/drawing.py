@@ -13,18 +13,18 @@ from dataclasses import dataclass, field, replace
 from math import exp
 from typing import Any
 
-from ...protocols import Request, Segment, commit
-from ...rng import stream
-from ...steps import StepMatcher
-from ...tokens import TokenText
-from ...tree import Node
-from .engines import EngineFacts, Ledger
+from prm_search.integrations.vllm.engines import EngineFacts, Ledger
+from prm_search.protocols import Request, Segment, commit
+from prm_search.rng import stream
+from prm_search.steps import StepMatcher
+from prm_search.tokens import TokenText
+from prm_search.tree import Node
 
 _SEEDS = (1 << 63) - 1  # vLLM's seeds are signed 64-bit integers, and -1 means none
 
 
 @dataclass(eq=False)
-class Row:
+class EngineRow:
     """One child being drawn.
 
     Attributes:
@@ -77,7 +77,7 @@ class Drawing:
         facts: EngineFacts,
         text: TokenText,
         stop_ids: frozenset[int],
-        stop: Callable[[Sequence[Row]], Sequence[bool]] | None = None,
+        stop: Callable[[Sequence[EngineRow]], Sequence[bool]] | None = None,
         alpha: float | None = None,
         seeded: bool,
         ledger: Ledger,
@@ -93,7 +93,7 @@ class Drawing:
         node = request.node
         self.token_ids = [*node.tree.prompt_ids, *node.path_ids()]
         matcher = sampling.steps.matcher(text.piece, node)
-        self.rows = [Row(request, i, matcher.copy(), cap) for i, cap in enumerate(request.caps)]
+        self.rows = [EngineRow(request, i, matcher.copy(), cap) for i, cap in enumerate(request.caps)]
         self.failed: str | None = None
 
     @property
@@ -101,7 +101,7 @@ class Drawing:
         """Whether every child has ended, or one cannot."""
         return self.failed is not None or all(row.done for row in self.rows)
 
-    def params(self, row: Row) -> Any:
+    def params(self, row: EngineRow) -> Any:
         """vLLM's SamplingParams for a child."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -123,7 +123,7 @@ class Drawing:
             extra_args=None if self._alpha is None else {"prm_alpha": self._alpha},
         )
 
-    def _seed(self, row: Row) -> int:
+    def _seed(self, row: EngineRow) -> int:
         """A seed from everything that a draw depends on. vLLM's generators begin anew with each request, so the
         response position is part of it, even where a child goes on in its parent's lineage."""
         node = self.request.node
@@ -131,7 +131,7 @@ class Drawing:
             stream((self.request.sampling.seed, node.tree.stream, self.request.lineages[row.index], node.end)) & _SEEDS
         )
 
-    def take(self, row: Row, output: Any) -> None:
+    def take(self, row: EngineRow, output: Any) -> None:
         """Feed a child what the engine has drawn for it since the last time.
 
         Args:
@@ -157,7 +157,7 @@ class Drawing:
         else:
             self.failed = f"vLLM ended a request before its step was complete: {reason}"
 
-    def _draw(self, row: Row, token: int, table: Any) -> None:
+    def _draw(self, row: EngineRow, token: int, table: Any) -> None:
         """One token of a child; the same decisions in the same order as the HF engine's decoder takes."""
         if self._confidence and not row.fresh and row.matcher.uncertain(_top_prob(table)):
             row.matcher.cut()
@@ -184,7 +184,7 @@ class Drawing:
         if row.done or step:
             self._close(row)
 
-    def _close(self, row: Row) -> None:
+    def _close(self, row: EngineRow) -> None:
         row.fresh = True
         row.chain[-1].text = self._text.text(row.chain[-1].token_ids)
 

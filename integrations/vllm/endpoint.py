@@ -15,13 +15,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ...serving.config import ServeConfig
-from ...serving.engine import AsyncEngine
-from ...serving.metrics import Metrics
-from ...serving.routes import ROUTES, path_of, respond
-from ...serving.service import Service
-from ...serving.text import StopStrings
-from ...tokens import TokenText
+from prm_search.serving.backend import AsyncEngine
+from prm_search.serving.config import ServeConfig
+from prm_search.serving.metrics import Metrics
+from prm_search.serving.routes import ROUTES, path_of, respond
+from prm_search.serving.service import Service
+from prm_search.serving.text import StopStrings
+from prm_search.tokens import TokenText
 
 NAME = "prm_search"
 
@@ -44,8 +44,8 @@ class PRMSearchEndpoint:
         """
         from prometheus_client import REGISTRY
 
-        from .engines import can_steer
-        from .policy import AsyncVLLMPolicy
+        from prm_search.integrations.vllm.engines import can_steer
+        from prm_search.integrations.vllm.policy import AsyncVLLMPolicy
 
         config = ServeConfig.find(os.environ, getattr(args, "additional_config", None))
         tokenizer = chat_tokenizer(engine_client.get_tokenizer(), args)
@@ -85,14 +85,14 @@ def chat_tokenizer(tokenizer: Any, args: Any) -> Any:
 def load_pair(config: ServeConfig) -> Any:
     """The pair that a configuration names: models in this process, or vLLM servers by their URLs."""
     if config.prm is not None and _is_url(config.prm):
-        from .scorer import VLLMImplicitPRM
+        from prm_search.integrations.vllm.scorer import VLLMImplicitPRM
 
         if config.reference is None:
             raise ValueError("reference is needed beside the URL of a prm: a URL, or 'policy'")
         reference = _server(config.reference) if _is_url(config.reference) else config.reference
         beta: dict[str, Any] = {} if config.beta is None else {"beta": config.beta}
         return VLLMImplicitPRM(_server(config.prm), reference, **beta)
-    from ...commands.loading import load_pair as load
+    from prm_search.commands.models import load_pair as load
 
     return load(config.pair, config.prm, config.reference, beta=config.beta, device=config.device, dtype=config.dtype)
 
@@ -102,7 +102,7 @@ def _is_url(name: str) -> bool:
 
 
 def _server(url: str) -> Any:
-    from .server import VLLMServer
+    from prm_search.integrations.vllm.server import VLLMServer
 
     address, _, model = url.partition("#")
     return VLLMServer(address, model=model or None, api_key=os.environ.get("PRM_SEARCH_PAIR_API_KEY"))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...tree import Node, SearchTree
+from prm_search.tree import Node, SearchTree
 
 _ids = itertools.count(1)
 _known: weakref.WeakKeyDictionary[Any, EngineFacts] = weakref.WeakKeyDictionary()

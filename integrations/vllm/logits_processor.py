@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1Processor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Processor
 
-from .steering_config import RequestOptions
+from prm_search.integrations.vllm.steering_config import RequestOptions
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.sample.logits_processor import BatchUpdate
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 
-    from .rows import BatchRows, Slots
+    from prm_search.integrations.vllm.runner_rows import BatchRows, Slots
 
 
 class ImplicitPRMLogitsProcessor(V1Processor, V2Processor):
@@ -41,8 +41,8 @@ class ImplicitPRMLogitsProcessor(V1Processor, V2Processor):
     """
 
     def __init__(self, vllm_config: VllmConfig, *given: Any) -> None:
-        from .guide import Guide
-        from .rows import BIASED_V1, BIASED_V2, BatchRows, Slots
+        from prm_search.integrations.vllm.runner_rows import BIASED_V1, BIASED_V2, BatchRows, Slots
+        from prm_search.integrations.vllm.worker import Guide
 
         self._batch: BatchRows | None = None
         self._slots: Slots | None = None

@@ -9,15 +9,23 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, Literal
 
-from ...checks import strength
-from ...policy import encode_prompt
-from ...protocols import Request, Sampling
-from ...tokens import TokenText
-from ...tree import Node, Prompt, SearchTree
-from .drawing import Drawing, Row
-from .engines import PROCESSOR, EngineFacts, Ledger, Pump, can_steer, request_id, stop_ids as eos_of
+from prm_search.checks import strength
+from prm_search.integrations.vllm.drawing import Drawing, EngineRow
+from prm_search.integrations.vllm.engines import (
+    PROCESSOR,
+    EngineFacts,
+    Ledger,
+    Pump,
+    can_steer,
+    request_id,
+    stop_ids as eos_of,
+)
+from prm_search.policies.hf import encode_prompt
+from prm_search.protocols import Request, Sampling
+from prm_search.tokens import TokenText
+from prm_search.tree import Node, Prompt, SearchTree
 
-Stop = Callable[[Sequence[Row]], Sequence[bool]]
+Stop = Callable[[Sequence[EngineRow]], Sequence[bool]]
 
 
 class _Base:
@@ -148,7 +156,7 @@ class VLLMPolicy(_Base):
                     take = partial(self._take, drawing, row, names, len(names))
                     names.append(self._pump.add(drawing.token_ids, drawing.params(row), take))
 
-    def _take(self, drawing: Drawing, row: Row, names: list[str], place: int, output: Any) -> None:
+    def _take(self, drawing: Drawing, row: EngineRow, names: list[str], place: int, output: Any) -> None:
         drawing.take(row, output)
         if row.done and not output.finished:
             self._pump.abort([names[place]])
@@ -271,7 +279,7 @@ class AsyncVLLMPolicy(_Base):
             raise RuntimeError("vLLM ended a request before its step was complete")
         return drawing.finish()
 
-    async def _draw(self, drawing: Drawing, row: Row) -> None:
+    async def _draw(self, drawing: Drawing, row: EngineRow) -> None:
         outputs = self.engine.generate({"prompt_token_ids": drawing.token_ids}, drawing.params(row), request_id())
         async with aclosing(outputs):  # closed early it aborts the request
             async for output in outputs:

@@ -9,17 +9,17 @@ from typing import Any, cast
 
 import numpy as np
 
-from ...checks import number
-from ...policy import encode_prompt
-from ...reference_free import ConstantReference
-from ...retokenise import Fit, Reader
-from ...scores import Scores
-from ...steps import StepRule
-from ...tokens import TokenText
-from ...tree import Node, SearchTree
-from .asking import Answer, Ask
-from .job import Job
-from .scored import Pending, ScoredEngine
+from prm_search.checks import number
+from prm_search.integrations.vllm.logprob_requests import Ask, LogprobAnswer
+from prm_search.integrations.vllm.scoring_engine import Pending, ScoredEngine
+from prm_search.integrations.vllm.scoring_job import Job
+from prm_search.policies.hf import encode_prompt
+from prm_search.scorers.implicit.reference_free import ConstantReference
+from prm_search.scorers.implicit.scores import Scores
+from prm_search.scorers.retokenise import PathReader, TokenizerMatch
+from prm_search.steps import StepRule
+from prm_search.tokens import TokenText
+from prm_search.tree import Node, SearchTree
 
 Round = list[tuple[ScoredEngine, list[Ask]]]
 
@@ -78,7 +78,7 @@ class VLLMImplicitPRM:
             if self._reference is self.prm:
                 raise ValueError("model and reference are one engine, so every reward would be 0")
         self.tokenizer = tokenizer if tokenizer is not None else self.prm.tokenizer
-        self._reader: Reader | None = None
+        self._reader: PathReader | None = None
         self._prompts: weakref.WeakKeyDictionary[SearchTree, tuple[int, ...]] = weakref.WeakKeyDictionary()
         self._text: TokenText | None = None
 
@@ -151,13 +151,13 @@ class VLLMImplicitPRM:
         other = getattr(policy, "tokenizer", None)
         if self.tokenizer is None:
             self.tokenizer = other
-        fit = Fit(True, True) if other is None else Fit.of(self.tokenizer, other)
+        fit = TokenizerMatch(True, True) if other is None else TokenizerMatch.of(self.tokenizer, other)
         if not fit.tokens:
             raise ValueError(
                 "the policy has another vocabulary than the pair: VLLMImplicitPRM scores the very tokens that were "
                 "sampled (ImplicitPRM reads another policy's text)"
             )
-        self._reader = None if fit.prompts else Reader(self.tokenizer, self.eos_token_id, policy, fit)
+        self._reader = None if fit.prompts else PathReader(self.tokenizer, self.eos_token_id, policy, fit)
         self._policy = policy
 
     # --- scoring -----------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class VLLMImplicitPRM:
         batch_tokens: int = 1 << 15,
     ) -> list[Scores]:
         """Rewards of complete responses; see ImplicitPRM.score. Not over an AsyncLLM."""
-        from ...scoring import score_responses
+        from prm_search.scorers.scoring import score_responses
 
         return score_responses(
             cast(Any, self),  # what it asks of a pair is here
@@ -231,7 +231,7 @@ class VLLMImplicitPRM:
         for engine in self._engines():
             engine.release(tree)
 
-    def _flow(self, nodes: Sequence[Node]) -> Generator[Round, list[list[Answer]] | None, None]:
+    def _flow(self, nodes: Sequence[Node]) -> Generator[Round, list[list[LogprobAnswer]] | None, None]:
         """Yields rounds of asks, an engine each; is sent their answers; sets the rewards."""
         todo: dict[Node, None] = {}
         for node in nodes:

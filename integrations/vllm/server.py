@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ...checks import integer
-from .asking import Answer, Ask, Span, http_fields, read_json
-from .engines import Ledger
-from .scored import Pending, ScoredEngine
+from prm_search.checks import integer
+from prm_search.integrations.vllm.engines import Ledger
+from prm_search.integrations.vllm.logprob_requests import Ask, LogprobAnswer, SpanRequest, http_fields, read_json
+from prm_search.integrations.vllm.scoring_engine import Pending, ScoredEngine
 
 
 class VLLMServer(ScoredEngine):
@@ -79,7 +79,7 @@ class VLLMServer(ScoredEngine):
             for future in waiting:
                 future.cancel()
 
-        def result() -> list[Answer]:
+        def result() -> list[LogprobAnswer]:
             try:
                 return [future.result() for future in waiting]
             except BaseException:
@@ -93,14 +93,14 @@ class VLLMServer(ScoredEngine):
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
 
-    def _one(self, ask: Ask) -> Answer:
+    def _one(self, ask: Ask) -> LogprobAnswer:
         body = {"model": self.model, "token_ids": list(ask.token_ids), "sampling_params": http_fields(ask, v2=self.v2)}
         try:
             answer = self._request("POST", "/inference/v1/generate", body)
         except _ServerFailed:
-            if isinstance(ask, Span) and ask.cached:
+            if isinstance(ask, SpanRequest) and ask.cached:
                 # Rows of cached tokens are whatever was in memory, and JSON has no NaN: it is asked without the cache.
-                return Answer(np.full(len(ask.token_ids) - ask.start, np.nan, np.float32), -1)
+                return LogprobAnswer(np.full(len(ask.token_ids) - ask.start, np.nan, np.float32), -1)
             raise
         scores = answer.get("prompt_token_id_logprobs")
         table = None if scores is None else np.load(io.BytesIO(base64.b64decode(scores)), allow_pickle=False)

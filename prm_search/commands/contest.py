@@ -14,10 +14,10 @@ from rich.live import Live
 from rich.table import Table
 
 from ..answers import Select, select
-from ..budget import Budget
 from ..demo.chains import DELIMITER, Problem, answer
+from ..driver.budget import Budget
+from ..driver.result import Event, Result
 from ..evaluation.statistics import wilson
-from ..result import Event, Result
 from ..search import search
 from ..steps import StepRule
 from ..strategies import Beam, BestOfN, Strategy

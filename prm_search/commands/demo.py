@@ -15,7 +15,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..demo.chains import CONSTRUCTED, Problem, problems, wrong_steps
-from ..result import Result
+from ..driver.result import Result
 from ..tree import Node
 from . import BadInput, options, render
 from .contest import BEAM, BUDGET, EXPANSIONS, LENGTH, SAMPLES, TITLES, WIDTH, Board, Contest
@@ -80,7 +80,7 @@ def demo(
 def make(out: Path, seed: int, count: int, screen: Console) -> dict[str, Any]:
     """Train policy and PRM, and show the recipe's own table. Returns its figures. A finished folder is only read."""
     from ..demo import recipe
-    from .loading import quiet
+    from .models import quiet
 
     quiet()
     path = out / recipe.CARD
@@ -125,7 +125,7 @@ def run(count: int, seed: int, screen: Console, folder: str | None = None) -> di
 def _load(screen: Console, folder: str | None) -> tuple[Any, Any]:
     import torch
 
-    from .loading import DEMO, load_pair, load_policy, quiet
+    from .models import DEMO, load_pair, load_policy, quiet
 
     torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
     with render.waiting(screen, "loading the pair"):

@@ -25,7 +25,7 @@ RECORDS, RUN = "records.jsonl", "run.json"
 
 
 @dataclass(frozen=True)
-class Models:
+class NamedModels:
     """The policy and the pairs, by name, as options have them.
 
     Raises:
@@ -59,7 +59,7 @@ class Models:
 
     def load(self) -> tuple[Any, list[Any]]:
         """The policy, or None without one, and the pairs."""
-        from .loading import load_pair, load_policy, load_vllm_policy, quiet
+        from .models import load_pair, load_policy, load_vllm_policy, quiet
 
         quiet()
         where = {"device": self.device, "dtype": self.dtype}
@@ -74,7 +74,7 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Run:
+class EvalRun:
     """One evaluation.
 
     Attributes:
@@ -89,7 +89,7 @@ class Run:
     plan: Plan
     judge: Judge
     answer: Answer | str | None
-    models: Models
+    models: NamedModels
 
     @property
     def units(self) -> list[Unit]:

@@ -140,7 +140,7 @@ def eval_steps(
             done = dict(file.done)
             try:
                 if len(done) < len(keys):
-                    from .loading import load_pair, quiet
+                    from .models import load_pair, quiet
 
                     quiet()
                     model = model or load_pair(pair, prm, reference, beta=beta, device=device, dtype=dtype)

@@ -12,7 +12,7 @@ import typer
 from ..evaluation.plan import STRATEGIES, VOTES, WEIGHTS, Plan
 from ..values import VALUES
 from . import BadInput, options, render
-from .eval_run import RECORDS, Models, Run, describe, rebuild
+from .eval_run import RECORDS, EvalRun, NamedModels, describe, rebuild
 from .options import listed, make_steps, numbers
 from .problems import function_of, read_problems
 from .records import Item, RecordFile, report
@@ -150,7 +150,7 @@ def evaluate(
         rebuild(folder)
         return
     arguments = options.engine_options(engine, engine_options)
-    models = Models(policy, pair or (), prm, reference, beta, device, dtype, engine, arguments)
+    models = NamedModels(policy, pair or (), prm, reference, beta, device, dtype, engine, arguments)
     options.at_least("--batch", batch)
     if limit is not None:
         options.at_least("--limit", limit)
@@ -203,7 +203,7 @@ def evaluate(
     )
     if (plan.ranked or responses is not None) and not models.names:
         raise BadInput(f"a pair is needed for {', '.join(plan.ranked or plan.strategies)}: --pair, or --prm")
-    run = Run(items, answered, plan, judge, extract, models)
+    run = EvalRun(items, answered, plan, judge, extract, models)
     about = {**models.card(), "data": data or responses, "label": label, "answer": answer, "plan": plan.card()}
     keys = run.keys(models.card(), dtype, label, answer, plan.card())
     about_run = {"title": title, "expected": len(keys), "about": about}

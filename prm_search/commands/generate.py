@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..answers import SELECTS
-from ..settings import Settings
+from ..driver.search_settings import SearchSettings
 from ..strategies import BestOfN, Steer, Strategy
 from ..tree import Node, Prompt, SearchTree
 from . import BadInput, options, render
@@ -20,8 +20,8 @@ from .options import make_budget, make_steps, make_strategy
 from .records import Item, RecordFile, asked, digests, dumps, prompt_of, read_items, reason, report
 
 if TYPE_CHECKING:
-    from ..models import Models
-    from ..result import Result
+    from ..driver.participants import Participants
+    from ..driver.result import Result
 
 _PROMPTS, _SEARCH, _CHOICE = "Prompts", "Search", "Choice of the answer"
 _SAMPLING, _BUDGET = "Sampling", "Budget of a prompt"
@@ -125,7 +125,7 @@ def generate(
             "steps": steps, "rollouts": rollouts, "reduce": reduce, "alpha": alpha,
         },
     )  # fmt: skip
-    settings = Settings.make(
+    settings = SearchSettings.make(
         strategy=chosen,
         steps=make_steps(
             delimiter, step_tokens, step_regex, default=options.card_delimiter(pair), confidence=step_confidence
@@ -157,7 +157,7 @@ def generate(
         repr(settings.budget), value, select, answer, weight, weight_temperature, tree, *drawn_by,
     )  # fmt: skip
     with RecordFile(out, keys, resume=resume) if out is not None else nullcontext() as file:
-        from .loading import load_pair, load_policy, load_vllm_policy, quiet
+        from .models import load_pair, load_policy, load_vllm_policy, quiet
 
         run = Run(items, keys, settings, file, as_json=as_json, with_tree=tree)
         try:
@@ -183,7 +183,7 @@ class Run:
         self,
         items: Sequence[Item],
         keys: Sequence[str],
-        settings: Settings,
+        settings: SearchSettings,
         file: RecordFile | None,
         *,
         as_json: bool,
@@ -197,7 +197,7 @@ class Run:
 
     def go(self, policy: Any, scorer: Any, prover: Any, batch: int) -> None:
         """Search for every item that is not done, at most `batch` at a time."""
-        from ..loop import SearchLoop
+        from ..driver.loop import SearchLoop
 
         if isinstance(self.settings.strategy, Steer):
             policy = self.settings.strategy.wrap(policy, scorer)
@@ -276,7 +276,7 @@ def _step(node: Node) -> dict[str, Any]:
     return step
 
 
-def _encode(items: Sequence[Item], models: Models[Any]) -> list[tuple[Prompt, int]]:
+def _encode(items: Sequence[Item], models: Participants[Any]) -> list[tuple[Prompt, int]]:
     """Prompts with their token ids, and how many equal ones came before. Raises BadInput saying where one stands."""
     seen: Counter[tuple[int, ...]] = Counter()
     encoded = []

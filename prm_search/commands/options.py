@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..budget import Budget
 from ..demo import pair_dir
+from ..driver.budget import Budget
 from ..steps import StepRule
 from ..strategies import STRATEGIES, Strategy, resolve_strategy
 from . import BadInput

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..training.labels import stated_answer
+from ..problems import stated_answer
 from ..training.rollouts import Problem
 from . import BadInput
 from .records import Item, json_lines, prompt_of, reason

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..evaluation.responses import Answered, Response
-from ..training.labels import stated_answer
+from ..problems import stated_answer
 from ..tree import Prompt
 from . import BadInput
 from .problems import ANSWERS, PROMPTS

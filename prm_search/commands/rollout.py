@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from ..answers import ANSWERS
+from ..problems import LABELS, Judge
 from ..protocols import Sampling
 from ..steps import StepRule
-from ..training.labels import LABELS, Judge
 from ..training.rollouts import sample_rollouts
 from . import BadInput, options, render
 from .problems import encoded, function_of, read_problems
@@ -92,7 +92,7 @@ def rollout(
         "rollout", policy, dtype, label, answer, repr(sampling), *drawn_by,
     )  # fmt: skip
     with RecordFile(out, keys, resume=resume) as file:
-        from .loading import load_policy, load_vllm_policy, quiet
+        from .models import load_policy, load_vllm_policy, quiet
 
         records = dict(file.done)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..result import Result
+from ..driver.result import Result
 
 
 @dataclass(frozen=True)

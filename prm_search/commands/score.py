@@ -17,7 +17,7 @@ from .options import make_steps
 from .records import Item, RecordFile, digests, dumps, read_items, reason, report, rounded, writable
 
 if TYPE_CHECKING:
-    from ..scores import Scores
+    from ..scorers.implicit.scores import Scores
 
 _PLACE = re.compile(r"^(prompts|responses)\[0\]:? ")
 
@@ -62,7 +62,7 @@ def score(
         writable("--html", html)
     keys = digests(items, "score", pair, prm, reference, beta, dtype, repr(steps), cut)
     with RecordFile(out, keys, resume=resume) if out is not None else nullcontext() as file:
-        from .loading import load_pair, quiet
+        from .models import load_pair, quiet
 
         records = {} if file is None else dict(file.done)
         try:

@@ -91,8 +91,8 @@ def serve(
         raise BadInput(f"{' '.join(context.args)}: words after -- are for --engine vllm")
     steps = make_steps(delimiter, step_tokens, step_regex, default=options.card_delimiter(pair))
     try:
-        from ..serving.ask import Limits
         from ..serving.config import ServeConfig
+        from ..serving.request import Limits
         from ..serving.run import listen, run
     except ImportError as error:
         raise BadInput(f"serving needs more packages ({error.name}): pip install 'prm-search[serve]'") from error
@@ -119,8 +119,8 @@ def serve(
         )
         os.execve(words[0], words, environment)
     from ..serving.app import make_app
-    from ..serving.engine import ThreadEngine
-    from .loading import load_pair, load_policy, quiet
+    from ..serving.backend import ThreadEngine
+    from .models import load_pair, load_policy, quiet
 
     quiet()
     try:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .. import __version__
 from ..answers import hashes, last_number
-from ..result import Result
+from ..driver.result import Result
 from ..search import search
 from ..steps import StepRule
 from ..strategies import Beam
@@ -141,10 +141,10 @@ def load(checkpoint: Path) -> tuple[Any, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from ..implicit_prm import ImplicitPRM
-    from ..loading import load as load_model
-    from ..policy import HFPolicy
-    from .loading import quiet
+    from ..models.loading import load as load_model
+    from ..policies.hf import HFPolicy
+    from ..scorers.implicit.implicit_prm import ImplicitPRM
+    from .models import quiet
 
     quiet()
     lm, tokenizer = load_model(str(checkpoint), dtype="float32")

@@ -86,7 +86,7 @@ def train(
     more = None if arguments is None else _arguments(arguments)
 
     from ..training.run import train as run
-    from .loading import quiet
+    from .models import quiet
 
     quiet()
     card = run(

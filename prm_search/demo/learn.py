@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prm_search.demo.chains import MAX_LENGTH, Problem, answer, demonstrate, problems, stream
-from prm_search.demo.sampling import response_log_probs, sample
-from prm_search.demo.tokenizer import BOS_ID, EOS_ID, PAD_ID, TOKENS, prompt_ids, response_ids, text
+from .chains import MAX_LENGTH, Problem, answer, demonstrate, problems, stream
+from .sampling import response_log_probs, sample
+from .tokenizer import BOS_ID, EOS_ID, PAD_ID, TOKENS, prompt_ids, response_ids, text
 
 Log = Callable[[str], None]
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prm_search.demo.chains import Problem, answer, check, wrong_steps
-from prm_search.demo.sampling import sample
-from prm_search.demo.tokenizer import DELIMITER_ID, EOS_ID, prompt_ids, text
-from prm_search.evaluation.statistics import sign_test, wilson
+from ..evaluation.statistics import sign_test, wilson
+from .chains import Problem, answer, check, wrong_steps
+from .sampling import sample
+from .tokenizer import DELIMITER_ID, EOS_ID, prompt_ids, text
 
 Value = Callable[[list[float]], float]
 VALUES: dict[str, Value] = {"sum": sum, "min": min, "mean": lambda r: sum(r) / len(r), "last": lambda r: r[-1]}

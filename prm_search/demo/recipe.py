@@ -37,10 +37,10 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM
 
-from prm_search.demo import tokenizer
-from prm_search.demo.chains import CONSTRUCTED, DELIMITER, problems
-from prm_search.demo.learn import Log, PolicyRecipe, PRMRecipe, collect_rollouts, train_policy, train_prm
-from prm_search.demo.measure import evaluate
+from . import tokenizer
+from .chains import CONSTRUCTED, DELIMITER, problems
+from .learn import Log, PolicyRecipe, PRMRecipe, collect_rollouts, train_policy, train_prm
+from .measure import evaluate
 
 CARD = "pair.json"
 STAGES = ("policy", "prm")

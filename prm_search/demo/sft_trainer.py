@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from prm_search.training.data import Item, collate
+from ..training.data import Item, collate
 
 
 class ResponseTrainer(Trainer):

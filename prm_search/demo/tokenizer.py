@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from prm_search.demo.chains import DELIMITER, OPERATIONS, VARIABLES
+from .chains import DELIMITER, OPERATIONS, VARIABLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

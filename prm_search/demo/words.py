@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prm_search.demo.word_templates import NAMES, NOUNS, SPLITS, Step, Template, templates
+from .word_templates import NAMES, NOUNS, SPLITS, Step, Template, templates
 
 LARGEST = 999
 STEPS = range(2, 6)  # how many the templates have

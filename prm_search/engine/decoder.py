@@ -16,18 +16,18 @@ import torch
 from ..protocols import Request, Segment, commit
 from ..steps import StepMatcher
 from ..tree import Node, SearchTree
-from .host import ship
 from .kv_tree import Branch
 from .language_model import LanguageModel
 from .memo import node_logprobs
 from .sampler import Sampler
+from .to_device import to_device
 
 # Combines the rows' log-softmax under each model, [R, V] each, into the scores to draw from, [R, V].
-Combine = Callable[[Sequence[torch.Tensor], Sequence["Row"]], torch.Tensor]
+Combine = Callable[[Sequence[torch.Tensor], Sequence["DecodingRow"]], torch.Tensor]
 
 
 @dataclass(eq=False)
-class Row:
+class DecodingRow:
     """One child being drawn.
 
     Attributes:
@@ -91,7 +91,7 @@ class Decoder:
         piece: Callable[[int], bytes],
         text: Callable[[Sequence[int]], str],
         max_rows: int,
-        stop: Callable[[Sequence[Row]], Sequence[bool]] | None = None,
+        stop: Callable[[Sequence[DecodingRow]], Sequence[bool]] | None = None,
     ) -> None:
         self.lms = lms
         self.combine = combine
@@ -101,9 +101,9 @@ class Decoder:
         self.text = text
         self.max_rows = max_rows
         self.stop = stop
-        self._jobs: dict[Request, list[Row]] = {}
-        self._waiting: deque[Row] = deque()
-        self._active: list[Row] = []
+        self._jobs: dict[Request, list[DecodingRow]] = {}
+        self._waiting: deque[DecodingRow] = deque()
+        self._active: list[DecodingRow] = []
 
     @property
     def busy(self) -> bool:
@@ -115,7 +115,7 @@ class Decoder:
         for request in requests:
             matcher = request.sampling.steps.matcher(self.piece, request.node)
             rows = [
-                Row(request, i, lineage, matcher.copy(), cap)
+                DecodingRow(request, i, lineage, matcher.copy(), cap)
                 for i, (lineage, cap) in enumerate(zip(request.lineages, request.caps, strict=True))
             ]
             self._jobs[request] = rows
@@ -134,7 +134,7 @@ class Decoder:
         logprobs, index = self._distributions()
         rows = self._cut_uncertain(rows, logprobs[0], index)
         if rows:
-            (at,) = ship([np.array([index[id(row)] for row in rows])], logprobs[0].device)
+            (at,) = to_device([np.array([index[id(row)] for row in rows])], logprobs[0].device)
             spread = [table.index_select(0, at.to(table.device)) for table in logprobs]
             tokens = self.sampler.draw(self.combine(spread, rows) if self.combine else spread[0], rows)
             for lm, table in zip(self.lms, spread, strict=True):
@@ -143,7 +143,7 @@ class Decoder:
                         f"the policy drew token {max(tokens)}, but {lm.id} has {table.shape[1]} tokens: a pair that "
                         "steers needs all of the policy's tokens"
                     )
-            (chosen,) = ship([np.array(tokens)[:, None]], at.device)
+            (chosen,) = to_device([np.array(tokens)[:, None]], at.device)
             drawn = [table.gather(1, chosen.long().to(table.device)).squeeze(1) for table in spread]
             values = torch.stack([column.double().to(at.device) for column in drawn], dim=1).tolist()  # one transfer
             for row, token, columns in zip(rows, tokens, values, strict=True):
@@ -214,7 +214,7 @@ class Decoder:
                 node_logprobs(lm, [node])
 
     @staticmethod
-    def _weight(row: Row) -> int:
+    def _weight(row: DecodingRow) -> int:
         longest = row.request.sampling.steps.max_tokens
         if row.request.until == "step" and longest is not None:
             return min(row.left, longest)
@@ -225,7 +225,7 @@ class Decoder:
         index: dict[int, int] = {}
         nodes: dict[Node, int] = {}
         ids: list[Sequence[int]] = []
-        continued: list[Row] = []
+        continued: list[DecodingRow] = []
         for row in self._active:
             if row.token is not None:
                 index[id(row)] = len(ids)
@@ -244,7 +244,9 @@ class Decoder:
             begun.append(lm.begin_extend(branches, ids, want="log_softmax"))
         return [pending.result() for pending in begun], index  # type: ignore[misc]
 
-    def _cut_uncertain(self, rows: Sequence[Row], logprobs: torch.Tensor, index: dict[int, int]) -> list[Row]:
+    def _cut_uncertain(
+        self, rows: Sequence[DecodingRow], logprobs: torch.Tensor, index: dict[int, int]
+    ) -> list[DecodingRow]:
         """End steps before a token the policy is unsure of; returns the rows that still draw in this round."""
         if not any(row.request.sampling.steps.confidence is not None for row in rows):
             return list(rows)
@@ -260,7 +262,7 @@ class Decoder:
             drawing.append(row)
         return drawing
 
-    def _take(self, row: Row, token: int, values: Sequence[float]) -> None:
+    def _take(self, row: DecodingRow, token: int, values: Sequence[float]) -> None:
         """Record a drawn token."""
         if row.fresh:
             self._open(row)
@@ -273,7 +275,7 @@ class Decoder:
         row.drawn += 1
         row.left -= 1
 
-    def _settle(self, row: Row, stop: bool) -> None:
+    def _settle(self, row: DecodingRow, stop: bool) -> None:
         """See whether the newest token ends the step or the row."""
         segment = row.chain[-1]
         token = segment.token_ids[-1]
@@ -287,7 +289,7 @@ class Decoder:
         if row.done or step:
             self._close(row)
 
-    def _open(self, row: Row) -> None:
+    def _open(self, row: DecodingRow) -> None:
         """Start a step: an empty fork, in each model, of what the row has read so far."""
         if row.branches:
             above = row.branches[-1]
@@ -299,13 +301,13 @@ class Decoder:
         row.chain.append(Segment())
         row.fresh = False
 
-    def _close(self, row: Row) -> None:
+    def _close(self, row: DecodingRow) -> None:
         row.fresh = True
         row.chain[-1].text = self.text(row.chain[-1].token_ids)
 
     # --- the end of a request --------------------------------------------------------------------------------------
 
-    def _finish(self, request: Request, job: Sequence[Row]) -> list[Node]:
+    def _finish(self, request: Request, job: Sequence[DecodingRow]) -> list[Node]:
         """Put what was drawn into the tree, and its branches into the memos."""
         meter = request.node.tree.meter
         meter.add("sampled", self.lms[0].id, sum(row.drawn for row in job))
@@ -318,12 +320,12 @@ class Decoder:
                     lm.memo(node.tree).adopt(node, branch, np.asarray(values, np.float32))
         return [nodes[-1] for nodes in made]
 
-    def _forget(self, job: Sequence[Row]) -> None:
+    def _forget(self, job: Sequence[DecodingRow]) -> None:
         gone = {id(row) for row in job}
         self._active = [row for row in self._active if id(row) not in gone]
         self._waiting = deque(row for row in self._waiting if id(row) not in gone)
 
-    def _drop(self, row: Row) -> None:
+    def _drop(self, row: DecodingRow) -> None:
         for branches in row.branches:
             for lm, branch in zip(self.lms, branches, strict=True):
                 lm.tree.release(branch)

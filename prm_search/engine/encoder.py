@@ -18,15 +18,15 @@ from torch import nn
 
 from ..triton_kernels.launch import Backend
 from . import adapters
+from .admission.context_limits import context_of
+from .graph_step.choice import TokenSteps
 from .head import Head
+from .hidden_rows import WaveRows
 from .kv_tree import Branch, KVTree
-from .limits import context_of
 from .pending import Launched, Pending, Undo
-from .plan import Piece, missing, next_batch, split
 from .pool import KVPool
-from .rows import WaveRows
 from .runner import Runner
-from .stepping import Stepping
+from .waves import Piece, missing, next_batch, split
 
 T = TypeVar("T")
 Want = Literal["target", "hidden", "log_softmax"]
@@ -85,7 +85,7 @@ class Encoder:
         return adapters.device_of(self.module)
 
     @property
-    def steps(self) -> Stepping:
+    def steps(self) -> TokenSteps:
         """How one token for each of a few branches runs, and what decides it: `steps.choice(rows, longest)`."""
         return self.runner.steps
 

@@ -16,10 +16,11 @@ from torch import nn
 
 from ..checks import integer
 from ..triton_kernels.launch import Backend
-from . import adapters, admission
+from . import adapters
+from .admission import check as admission
+from .admission.context_limits import default_capacity
 from .encoder import Encoder
 from .head import Head
-from .limits import default_capacity
 
 if TYPE_CHECKING:
     from ..tree import SearchTree

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from .hidden_rows import WaveRows
     from .kv_tree import Branch, KVTree
-    from .rows import WaveRows
 
 T = TypeVar("T")
 

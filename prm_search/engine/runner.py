@@ -11,15 +11,15 @@ import torch
 
 from ..triton_kernels.launch import Backend
 from .adapters import device_of
-from .attention import Packed, packed
-from .host import ship
-from .kernel_layout import KernelLayout
-from .layout import Unit
-from .plan import Piece, chains, stem_of
+from .attention.hook import Packed, packed
+from .attention.kernel_layout import KernelLayout
+from .attention.layout import QueryRun
+from .attention.torch_layout import TorchLayout
+from .graph_step.choice import TokenSteps
+from .graph_step.static_step import StaticForward
 from .pool import KVPool
-from .static_step import StaticForward
-from .stepping import Stepping
-from .torch_layout import TorchLayout
+from .to_device import to_device
+from .waves import Piece, chains, stem_of
 
 
 class Runner:
@@ -39,7 +39,7 @@ class Runner:
         self.pool = pool
         self.backend = backend
         self.configs = _configs_of(module)
-        self.steps = Stepping(cast(Runner, weakref.proxy(self)))  # no cycle: pools go with the last user
+        self.steps = TokenSteps(cast(Runner, weakref.proxy(self)))  # no cycle: pools go with the last user
 
     @property
     def on_gpu(self) -> bool:
@@ -55,7 +55,7 @@ class Runner:
         """
         return self.steps.plan(wave, slots) or PackedForward(self, wave, slots)
 
-    def layout(self, units: Sequence[Unit]) -> TorchLayout | KernelLayout:
+    def layout(self, units: Sequence[QueryRun]) -> TorchLayout | KernelLayout:
         """SDPA on the CPU, one Triton launch a layer on a GPU."""
         if self.backend == "torch" or (self.backend == "auto" and not self.on_gpu):
             return TorchLayout(units)
@@ -92,7 +92,7 @@ class PackedForward:
         for chain in runs:
             top = wave[chain[0]].branch
             new = sum(len(slots[i]) for i in chain)
-            units.append(Unit(wave[chain[-1]].branch.path_slots(), new, stem_of(top), top.start))
+            units.append(QueryRun(wave[chain[-1]].branch.path_slots(), new, stem_of(top), top.start))
         self._runner = runner
         self._layout = runner.layout(units)
         self.order = [i for unit in self._layout.order for i in runs[unit]]
@@ -115,7 +115,7 @@ class PackedForward:
         """
         runner, device = self._runner, device_of(self._runner.module)
         tables = self._layout.tables()
-        on = ship([self._ids, self._positions, self._slots, *also, *tables], device)
+        on = to_device([self._ids, self._positions, self._slots, *also, *tables], device)
         rest = on[3 : 3 + len(also)]
         self._layout.place(on[3 + len(also) :])
         hidden = runner.hidden(on[0].long(), on[1].long(), Packed(runner.pool, on[2], self._layout))

@@ -11,7 +11,7 @@ from ..rng import uniforms
 
 if TYPE_CHECKING:
     from ..protocols import Sampling
-    from .decoder import Row
+    from .decoder import DecodingRow
 
 
 COLDEST = 1e-30  # temperatures below are this one: the smallest floats are 0 where tensors are divided by them
@@ -63,7 +63,7 @@ def inverse_cdf(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 class Sampler:
     """Draws one token a row. Subclass and override `scores` to put other logits processors in."""
 
-    def scores(self, logprobs: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    def scores(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> torch.Tensor:
         """[R, V] log-probabilities -> [R, V] scores to draw from, after temperature and filters."""
         out = logprobs
         for sampling, members in _by_sampling(rows).items():
@@ -75,7 +75,7 @@ class Sampler:
             out[members] = filtered(logprobs[members], sampling)
         return out
 
-    def draw(self, logprobs: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+    def draw(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> list[int]:
         """One token for each row.
 
         Args:
@@ -104,7 +104,7 @@ def _is_plain(s: Sampling) -> bool:
     return s.temperature == 1.0 and s.top_p == 1.0 and not s.top_k and s.min_p == 0.0
 
 
-def _by_sampling(rows: Sequence[Row]) -> dict[Sampling, list[int]]:
+def _by_sampling(rows: Sequence[DecodingRow]) -> dict[Sampling, list[int]]:
     groups: dict[Sampling, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(row.request.sampling, []).append(i)

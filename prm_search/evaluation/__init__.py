@@ -13,10 +13,25 @@ from .responses import evaluate_responses
 from .run import evaluate
 from .step_errors import StepSummary, summarise_steps
 from .step_scores import Solution, score_steps
-from .summary import Outcome, Row, Summary, compare, outcomes, summarise
+from .summary import Outcome, Summary, SummaryRow, compare, outcomes, summarise
 
 __all__ = [
-    "STRATEGIES", "Cell", "Outcome", "Plan", "Row", "Solution", "StepSummary", "Summary", "Unit", "compare", "evaluate",
-    "evaluate_responses", "outcomes", "score_steps", "summarise", "summarise_steps", "write_report",
+    "STRATEGIES",
+    "Cell",
+    "Outcome",
+    "Plan",
+    "Solution",
+    "StepSummary",
+    "Summary",
+    "SummaryRow",
+    "Unit",
+    "compare",
+    "evaluate",
+    "evaluate_responses",
+    "outcomes",
+    "score_steps",
+    "summarise",
+    "summarise_steps",
+    "write_report",
     "write_step_report",
 ]  # fmt: skip

@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from .summary import Row, Summary
+from .summary import Summary, SummaryRow
 
-AXES: dict[str, tuple[str, Callable[[Row], float]]] = {
+AXES: dict[str, tuple[str, Callable[[SummaryRow], float]]] = {
     "accuracy-policy-tokens": ("policy tokens a problem", lambda row: row.policy_tokens),
     "accuracy-total-tokens": ("policy, PRM and reference tokens a problem", lambda row: row.total_tokens),
 }
@@ -22,7 +22,7 @@ MARKERS = "osv^Dp*Xh<>"
 def plot(summary: Summary, folder: Path) -> list[str]:
     """Accuracy against tokens, with intervals: one PNG for each of AXES. Returns their names."""
     many = len({row.cell.pair for row in summary.rows} - {None}) > 1
-    lines: dict[str, list[Row]] = defaultdict(list)
+    lines: dict[str, list[SummaryRow]] = defaultdict(list)
     for row in summary.rows:
         lines[row.cell.title(with_pair=many)].append(row)
     names = []

@@ -9,7 +9,7 @@ from typing import Any
 
 from .statistics import RESAMPLES, Comparison
 from .step_errors import StepSummary
-from .summary import Row, Summary, summarise
+from .summary import Summary, SummaryRow, summarise
 
 METHOD = f"""\
 * **right**: share of right final answers over all problems and seeds, with Wilson's 95 % interval. Where a problem was
@@ -166,7 +166,7 @@ def table(summary: Summary) -> str:
     return grid(head, [_cells(row, many, searched) for row in summary.rows], left=1)
 
 
-def _cells(row: Row, many: bool, searched: bool) -> list[str]:
+def _cells(row: SummaryRow, many: bool, searched: bool) -> list[str]:
     return [
         row.cell.title(with_pair=many),
         str(row.cell.n),

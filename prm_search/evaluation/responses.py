@@ -8,15 +8,15 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ..answers import Answer, resolve_answer
-from ..scores import Scores
-from ..training.labels import final_answer
+from ..problems import final_answer
+from ..scorers.implicit.scores import Scores
 from ..tree import Node, Prompt, SearchTree
 from ..values import VALUES
 from .plan import VOTES, Plan
 from .samples import Cost, Judge, Sample, record_of
 
 if TYPE_CHECKING:
-    from ..implicit_prm import ImplicitPRM
+    from ..scorers.implicit.implicit_prm import ImplicitPRM
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _records(
 def _score(
     pair: ImplicitPRM, prompt: Prompt, responses: Sequence[Response], plan: Plan
 ) -> tuple[Sequence[Scores], Cost]:
-    from ..policy import encode_prompt
+    from ..policies.hf import encode_prompt
 
     ids = prompt.token_ids or encode_prompt(pair.need_tokenizer(), prompt)
     began = perf_counter()

@@ -10,16 +10,16 @@ from itertools import groupby
 from typing import Any
 
 from ..answers import Answer, resolve_answer
-from ..budget import Budget
-from ..loop import SearchLoop
-from ..models import Models, require
+from ..driver.budget import Budget
+from ..driver.loop import SearchLoop
+from ..driver.participants import Participants, require
+from ..driver.result import Result
+from ..driver.search_settings import SearchSettings
+from ..problems import final_answer
 from ..protocols import Policy, Scorer
-from ..result import Result
 from ..rng import child_lineage
 from ..search import encode_all
-from ..settings import Settings
 from ..strategies import BestOfN
-from ..training.labels import final_answer
 from ..training.rollouts import Problem
 from ..tree import Node, Prompt, SearchTree
 from ..usage import Meter, Usage
@@ -81,9 +81,9 @@ def evaluate(
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch={batch!r}: an integer >= 1 is needed")
     given = [problem.prompt for problem in problems]
-    prompts = encode_all(given, Models(policy, None, None, None, protocol=Policy))
+    prompts = encode_all(given, Participants(policy, None, None, None, protocol=Policy))
     for scorer in pairs:  # whose context may be shorter
-        encode_all(given, Models(policy, scorer, None, None, protocol=Policy))
+        encode_all(given, Participants(policy, scorer, None, None, protocol=Policy))
     extract = resolve_answer(answer) or final_answer
     judgings = [Judging(judge, extract, problem.answer) for problem in problems]
     run = _Run(prompts, judgings, policy, {scorer.name: scorer for scorer in pairs}, plan, batch)
@@ -97,7 +97,7 @@ class _Job:
     index: int
     prompt: Prompt
     occurrence: int
-    settings: Settings
+    settings: SearchSettings
 
 
 @dataclass
@@ -141,7 +141,7 @@ class _Run:
             budget = Budget(tokens=tokens[unit.problem, unit.seed, unit.cell.n])
         else:
             strategy = BestOfN(self.plan.most if unit.kind == "samples" else 1)
-        settings = Settings.make(
+        settings = SearchSettings.make(
             strategy=strategy,
             steps=sampling.steps,
             max_new_tokens=sampling.max_new_tokens,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..answers import Answer
-from ..settings import Settings
+from ..driver.search_settings import SearchSettings
 from ..tree import Prompt, SearchTree
 from .plan import Cell, Plan
 
@@ -106,7 +106,7 @@ def choose(
         nodes.append(node)
     how: Any = {"best_of_n": "best", "majority": "majority", "weighted": "weighted"}[cell.strategy]
     weight: Any = cell.weight or "softmax"
-    settings = Settings.make(
+    settings = SearchSettings.make(
         select=how, answer=answers.__getitem__, weight=weight, weight_temperature=weight_temperature
     )
     selection = settings.choose(nodes)

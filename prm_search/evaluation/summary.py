@@ -37,7 +37,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """A cell's figures over all problems and seeds.
 
     Attributes:
@@ -97,10 +97,10 @@ class Summary:
 
     problems: int
     seeds: list[int]
-    rows: list[Row]
+    rows: list[SummaryRow]
     pass_at: list[PassAt]
 
-    def row(self, strategy: str, n: int, **which: str | None) -> Row:
+    def row(self, strategy: str, n: int, **which: str | None) -> SummaryRow:
         """The one row of this strategy and budget, and of what else is said of its cell (pair, value, weight).
 
         Raises:
@@ -201,7 +201,7 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> Summary:
     return Summary(len({record["problem"] for record in kept}), seeds, rows, pass_at)
 
 
-def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], chances: Mapping[int, Sequence[float]]) -> Row:
+def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], chances: Mapping[int, Sequence[float]]) -> SummaryRow:
     done = cells[cell]
     by_problem = _by_problem(done)
     low, high = clustered_wilson(list(by_problem.values()))
@@ -215,7 +215,7 @@ def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], chances: Mapping[i
     )
     majority = Cell("majority", cell.n)
     best = None if cell.strategy in VOTES else _best_of_n(cell, cells)
-    return Row(
+    return SummaryRow(
         cell,
         len(by_problem),
         len(done),

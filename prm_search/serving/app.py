@@ -12,10 +12,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..steps import StepRule
-from .ask import Limits
-from .engine import Engine
+from .backend import Backend
 from .errors import RequestError
 from .metrics import Metrics
+from .request import Limits
 from .routes import ROUTES, outcome, path_of, refused, respond
 from .schema import ChatBody, CompletionBody
 from .service import Service
@@ -24,7 +24,7 @@ BODIES = {"chat": ChatBody, "text": CompletionBody}
 
 
 def make_app(
-    make_engine: Callable[[], Engine],
+    make_engine: Callable[[], Backend],
     models: Sequence[str],
     *,
     limits: Limits | None = None,

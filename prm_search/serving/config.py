@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..steps import StepRule
-from .ask import Limits
+from .request import Limits
 
 SECTION = "prm_search_serve"  # of vLLM's additional_config
 VARIABLE = "PRM_SEARCH_SERVE"  # environment variable that has the same as JSON and goes before it

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..usage import Usage
-from .engine import Engine
+from .backend import Backend
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 
@@ -39,7 +39,7 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
 
-    def watch(self, engine: Engine) -> None:
+    def watch(self, engine: Backend) -> None:
         """Tell an engine's seconds and forwards too."""
         self.registry.register(_Costs(engine))
 
@@ -55,7 +55,7 @@ class Metrics:
 
 
 class _Costs(Collector):
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Backend) -> None:
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:

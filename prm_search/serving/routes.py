@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from .answer import events, whole
 from .errors import RequestError, too_large
+from .response import events, whole
 from .schema import parse
 from .service import Job, Service
 

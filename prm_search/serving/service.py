@@ -11,14 +11,14 @@ from functools import partial
 from time import time
 from uuid import uuid4
 
-from ..aloop import AsyncSearch
-from ..result import Event, Result
+from ..driver.async_loop import AsyncSearch
+from ..driver.result import Event, Result
 from ..steps import StepRule
 from ..usage import Usage
-from .ask import Ask, Limits, make_ask
-from .engine import Engine, encode
+from .backend import Backend, encode
 from .errors import RequestError
 from .metrics import Metrics
+from .request import Limits, SearchRequest, make_ask
 from .schema import Body
 
 GRACE = 5.0  # seconds that clients get at the end
@@ -37,7 +37,7 @@ class Service:
     """
 
     def __init__(
-        self, engine: Engine, models: Sequence[str], *, limits: Limits, steps: StepRule, metrics: Metrics
+        self, engine: Backend, models: Sequence[str], *, limits: Limits, steps: StepRule, metrics: Metrics
     ) -> None:
         self.engine, self.models, self.limits, self.steps, self.metrics = engine, tuple(models), limits, steps, metrics
         self.started = int(time())
@@ -94,7 +94,7 @@ class Job:
         searches: one a prompt.
     """
 
-    def __init__(self, service: Service, ask: Ask) -> None:
+    def __init__(self, service: Service, ask: SearchRequest) -> None:
         self.service, self.ask = service, ask
         self.id = f"{'chatcmpl' if ask.kind == 'chat' else 'cmpl'}-{uuid4().hex}"
         self.created = int(time())

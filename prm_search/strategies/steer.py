@@ -12,7 +12,7 @@ from .base import Run, at_least
 from .best_of_n import BestOfN
 
 if TYPE_CHECKING:
-    from ..policy import Steered
+    from ..policies.hf import Steered
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Steer:
             ValueError: there is no pair, or the policy is steered already.
             TypeError: the policy is not an HFPolicy.
         """
-        from ..policy import Steered  # imports torch
+        from ..policies.hf import Steered  # imports torch
 
         if pair is None:
             raise ValueError("strategy=Steer(...) needs scorer=, the pair to steer by")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Row:
+class LabelledResponse:
     """One prompt with one response to it.
 
     Attributes:
@@ -51,12 +51,12 @@ class Item:
         weight: of its loss.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[LabelledResponse, ...]
     label: bool
     weight: float = 1.0
 
 
-def read_rollouts(path: str | PathLike[str]) -> list[Row]:
+def read_rollouts(path: str | PathLike[str]) -> list[LabelledResponse]:
     """Rows of a file that `prm-search rollout` wrote, in the order of the problems, not that in which they finished.
 
     Raises:
@@ -76,14 +76,14 @@ def read_rollouts(path: str | PathLike[str]) -> list[Row]:
     return [row for _, row in sorted(found, key=lambda each: each[0])]
 
 
-def _row(line: str, where: str, number: int) -> tuple[int, Row]:
+def _row(line: str, where: str, number: int) -> tuple[int, LabelledResponse]:
     try:
         record = json.loads(line)
         prompt, response, label = (record[name] for name in ("prompt_ids", "response_ids", "label"))
         ids = np.array(prompt), np.array(response)
         if any(part.ndim != 1 or part.dtype.kind != "i" or part.min() < 0 for part in ids) or label not in (0, 1):
             raise ValueError
-        row = Row(tuple(ids[0].tolist()), ids[1], bool(label))
+        row = LabelledResponse(tuple(ids[0].tolist()), ids[1], bool(label))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{where}: no rollout: prompt_ids and response_ids, lists of at least one id, and label, 0 or 1, are needed"
@@ -91,30 +91,32 @@ def _row(line: str, where: str, number: int) -> tuple[int, Row]:
     return int(record.get("index", number)), row
 
 
-def by_prompt(rows: Iterable[Row]) -> dict[tuple[int, ...], list[Row]]:
+def by_prompt(rows: Iterable[LabelledResponse]) -> dict[tuple[int, ...], list[LabelledResponse]]:
     """Rows of each prompt, in order."""
-    groups: defaultdict[tuple[int, ...], list[Row]] = defaultdict(list)
+    groups: defaultdict[tuple[int, ...], list[LabelledResponse]] = defaultdict(list)
     for row in rows:
         groups[row.prompt_ids].append(row)
     return dict(groups)
 
 
-def thin(rows: Sequence[Row], problems: int | None = None, per_problem: int | None = None) -> list[Row]:
+def thin(
+    rows: Sequence[LabelledResponse], problems: int | None = None, per_problem: int | None = None
+) -> list[LabelledResponse]:
     """The first `per_problem` responses to each of the first `problems` prompts; None for all."""
     groups = list(by_prompt(rows).values())[:problems]
     return [row for group in groups for row in group[:per_problem]]
 
 
-def split(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+def split(rows: Sequence[LabelledResponse], share: float) -> tuple[list[LabelledResponse], list[LabelledResponse]]:
     """Rows to train on, and rows held out: those of about `share` of the prompts, by a hash of the prompt's tokens."""
-    held: tuple[list[Row], list[Row]] = ([], [])
+    held: tuple[list[LabelledResponse], list[LabelledResponse]] = ([], [])
     for prompt, group in by_prompt(rows).items():
         place = int.from_bytes(blake2b(json.dumps(prompt).encode(), digest_size=4).digest(), "big") / 2**32
         held[place < share].extend(group)
     return held
 
 
-def singles(rows: Sequence[Row], balanced: str = "none") -> list[Item]:
+def singles(rows: Sequence[LabelledResponse], balanced: str = "none") -> list[Item]:
     """An item a row, for ce and ipvrm.
 
     Args:
@@ -138,7 +140,7 @@ def singles(rows: Sequence[Row], balanced: str = "none") -> list[Item]:
     return [Item((row,), row.label, weight) for row, weight in zip(rows, weights, strict=True) if weight]
 
 
-def pairs(rows: Sequence[Row], seed: int = 0) -> list[Item]:
+def pairs(rows: Sequence[LabelledResponse], seed: int = 0) -> list[Item]:
     """A right and a wrong response to one prompt an item, for dpo and nca.
 
     Every response of a prompt that has both labels is in at least one pair; those of the rarer label are used again
@@ -161,7 +163,7 @@ def pairs(rows: Sequence[Row], seed: int = 0) -> list[Item]:
     return items
 
 
-def mismatched(rows: Sequence[Row], seed: int = 0, balanced: str = "none") -> list[Item]:
+def mismatched(rows: Sequence[LabelledResponse], seed: int = 0, balanced: str = "none") -> list[Item]:
     """An item a row, with the response to another prompt as if it were one to this: kto's baseline is made of those.
 
     Args:
@@ -180,7 +182,7 @@ def mismatched(rows: Sequence[Row], seed: int = 0, balanced: str = "none") -> li
         other = rng.choice(rows)
         while other.prompt_ids == row.prompt_ids:
             other = rng.choice(rows)
-        items.append(Item((row, Row(row.prompt_ids, other.response_ids, False)), row.label, single.weight))
+        items.append(Item((row, LabelledResponse(row.prompt_ids, other.response_ids, False)), row.label, single.weight))
     return items
 
 

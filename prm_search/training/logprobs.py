@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.head import Head
-from .data import Item, Row, collate
+from .data import Item, LabelledResponse, collate
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def without_dropout(module: nn.Module) -> None:
 
 @torch.no_grad()
 def row_logprobs(
-    module: Any, rows: Sequence[Row], *, bf16: bool = False, batch_tokens: int = 1 << 14
+    module: Any, rows: Sequence[LabelledResponse], *, bf16: bool = False, batch_tokens: int = 1 << 14
 ) -> list[np.ndarray]:
     """log p of each row's response tokens under a model within `response_forward`, as it is evaluated in training.
 
@@ -118,8 +118,10 @@ def row_logprobs(
     return found
 
 
-def add_reference(module: Any, rows: Sequence[Row], identity: object, folder: Path, *, bf16: bool = False) -> bool:
-    """Fill in `Row.reference`: from a file that holds them, else by one pass of the model, whose result is filed.
+def add_reference(
+    module: Any, rows: Sequence[LabelledResponse], identity: object, folder: Path, *, bf16: bool = False
+) -> bool:
+    """Fill in `LabelledResponse.reference`: from a file, or by one pass of the model, whose result is filed.
 
     Args:
         module: the untrained model, within `response_forward`.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from .data import Row
+from .data import LabelledResponse
 
 _DRAWS = 100  # for one negative, before it is given up
 
 
-def cross_prompt(rows: Sequence[Row], ratio: float, seed: int = 0, max_length: int | None = None) -> list[Row]:
+def cross_prompt(
+    rows: Sequence[LabelledResponse], ratio: float, seed: int = 0, max_length: int | None = None
+) -> list[LabelledResponse]:
     """Rows that join the prompt of a row with the response to another prompt, labelled wrong.
 
     However good a response, it does not answer another question: a model that learns so cannot live on what good
@@ -44,7 +46,7 @@ def cross_prompt(rows: Sequence[Row], ratio: float, seed: int = 0, max_length: i
         prompt = order[place % len(order)].prompt_ids
         for _ in range(_DRAWS):
             other = rng.choice(rows)
-            made = Row(prompt, other.response_ids, False)
+            made = LabelledResponse(prompt, other.response_ids, False)
             fits = max_length is None or len(made) <= max_length
             if fits and (prompt, made.response_ids.tobytes()) not in own:
                 found.append(made)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..implicit_prm import ImplicitPRM
-from .data import Item, Row, by_prompt, collate
+from ..scorers.implicit.implicit_prm import ImplicitPRM
+from .data import Item, LabelledResponse, by_prompt, collate
 from .logprobs import response_forward, row_logprobs
 from .objectives import ce
 from .run import pair_accuracy
@@ -103,7 +103,7 @@ class OnlineUpdater:
             raise ValueError(f"band={band!r}: two shares, the first below the second, are needed, or None")
         self.pair = pair
         self.every, self.micro_batch, self.band, self.discount, self.clip = every, micro_batch, band, discount, clip
-        self._rows: list[Row] = []
+        self._rows: list[LabelledResponse] = []
         self._batches = 0
         self._weights = self._trainable()
         self._optimizer = torch.optim.AdamW(self._weights, lr=learning_rate, weight_decay=0.0)
@@ -121,7 +121,7 @@ class OnlineUpdater:
         for place, each in enumerate(outcomes):
             if len(each.prompt_ids) == 0 or len(each.response_ids) == 0:
                 raise ValueError(f"outcomes[{place}]: prompt_ids and response_ids must not be empty")
-            rows.append(Row(tuple(each.prompt_ids), np.asarray(each.response_ids), bool(each.label)))
+            rows.append(LabelledResponse(tuple(each.prompt_ids), np.asarray(each.response_ids), bool(each.label)))
         inside = {prompt for prompt, group in by_prompt(rows).items() if self._within(group)}
         kept = [row for row in rows if row.prompt_ids in inside]
         reference = self.pair.reference
@@ -151,7 +151,7 @@ class OnlineUpdater:
         self.pair.prm.forget()
         return Update(inclusion, given, True, loss, before, pair_accuracy(taught, self._sums(taught)))
 
-    def _within(self, group: Sequence[Row]) -> bool:
+    def _within(self, group: Sequence[LabelledResponse]) -> bool:
         share = sum(row.label for row in group) / len(group)
         return self.band is None or self.band[0] < share < self.band[1]
 
@@ -168,16 +168,16 @@ class OnlineUpdater:
                 weight.requires_grad_(False)
         return found
 
-    def _token_rewards(self, rows: Sequence[Row]) -> list[np.ndarray]:
+    def _token_rewards(self, rows: Sequence[LabelledResponse]) -> list[np.ndarray]:
         lm = self.pair.prm
         with lm.exclusive(), response_forward(lm.module):
             values = row_logprobs(lm.module, rows)
         return [self.pair.beta * (value - np.asarray(row.reference)) for value, row in zip(values, rows, strict=True)]
 
-    def _sums(self, rows: Sequence[Row]) -> list[float]:
+    def _sums(self, rows: Sequence[LabelledResponse]) -> list[float]:
         return [float(each.sum()) for each in self._token_rewards(rows)]
 
-    def _train(self, rows: Sequence[Row]) -> float:
+    def _train(self, rows: Sequence[LabelledResponse]) -> float:
         """One step on all rows. Returns their mean loss before it."""
         lm, total = self.pair.prm, 0.0
         names = ("input_ids", "attention_mask", "response_mask")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..models import require
+from ..driver.participants import require
 from ..protocols import Policy, Request, Sampling
 from ..tree import Prompt, SearchTree
 

@@ -14,9 +14,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..pair_card import CARD, CARD_FORMAT
-from ..source import Source
-from .data import Item, Row, by_prompt, mismatched, pairs, read_rollouts, singles, split, thin
+from ..models.checkpoint import Checkpoint
+from ..scorers.implicit.card import CARD, CARD_FORMAT
+from .data import Item, LabelledResponse, by_prompt, mismatched, pairs, read_rollouts, singles, split, thin
 from .negatives import cross_prompt
 from .recipe import Recipe
 
@@ -35,12 +35,12 @@ class Data:
     """
 
     items: list[Item]
-    rows: list[Row]
-    held: list[Row]
+    rows: list[LabelledResponse]
+    held: list[LabelledResponse]
     counts: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def made_up(self) -> list[Row]:
+    def made_up(self) -> list[LabelledResponse]:
         """Rows of items that are not in the file, each once."""
         given = {id(row) for row in self.rows}
         made = {id(row): row for item in self.items for row in item.rows if id(row) not in given}
@@ -118,7 +118,7 @@ def train(
     for package in ("accelerate", *([] if recipe.lora is None else ["peft"])):
         if find_spec(package) is None:
             raise ImportError(f"training needs the package {package}: pip install 'prm-search[train]'")
-    source = Source.of(model, revision)
+    source = Checkpoint.of(model, revision)
     if source.gguf_file is not None or (source.local and source.file("adapter_config.json", {}) is not None):
         raise ValueError(f"model={model!r}: a checkpoint is needed, not a GGUF file or an adapter (merge it first)")
     if source.local and source.file("config.json", {}) is None:
@@ -129,7 +129,7 @@ def train(
 
     from transformers import AutoConfig, set_seed
 
-    from ..engine.limits import context_of
+    from ..engine.admission.context_limits import context_of
 
     where = source.where()
     config = AutoConfig.from_pretrained(source.path, **where)
@@ -141,7 +141,7 @@ def train(
     return _finish(source, folder, recipe, data, metrics, delimiter)
 
 
-def _settings(source: Source, recipe: Recipe, data: Data, arguments: Mapping[str, Any] | None) -> str:
+def _settings(source: Checkpoint, recipe: Recipe, data: Data, arguments: Mapping[str, Any] | None) -> str:
     """A digest of all that a checkpoint must agree in with the run that goes on from it."""
     parts = [source.name, source.revision, asdict(recipe), dict(arguments or {})]
     digest = blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16)
@@ -177,7 +177,7 @@ def begin(folder: Path, settings: str, resume: bool) -> str | None:
 
 
 def _run(
-    source: Source,
+    source: Checkpoint,
     cache: Path,
     folder: Path,
     recipe: Recipe,
@@ -263,7 +263,7 @@ def steps_logged(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
     return [each for each in history if "train_runtime" not in each]
 
 
-def _adapted(lm: Any, rank: int, source: Source) -> Any:
+def _adapted(lm: Any, rank: int, source: Checkpoint) -> Any:
     from peft import LoraConfig, get_peft_model
 
     # What the saved adapter says of its base has to be found from any folder.
@@ -274,7 +274,7 @@ def _adapted(lm: Any, rank: int, source: Source) -> Any:
     return get_peft_model(lm, config)
 
 
-def pair_accuracy(rows: Sequence[Row], rewards: Sequence[float]) -> float | None:
+def pair_accuracy(rows: Sequence[LabelledResponse], rewards: Sequence[float]) -> float | None:
     """Of all pairs of a right and a wrong response to one prompt, the share in which the right one has more reward.
 
     Equal rewards count half. None where there is no pair.
@@ -290,7 +290,7 @@ def pair_accuracy(rows: Sequence[Row], rewards: Sequence[float]) -> float | None
 
 
 def _finish(
-    source: Source, folder: Path, recipe: Recipe, data: Data, metrics: dict[str, Any], delimiter: str | None
+    source: Checkpoint, folder: Path, recipe: Recipe, data: Data, metrics: dict[str, Any], delimiter: str | None
 ) -> dict[str, Any]:
     """Tokenizer and card, the card last: a folder that has it is complete."""
     from transformers import AutoTokenizer

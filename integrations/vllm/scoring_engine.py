@@ -1,0 +1,185 @@
+"""Engines that answer asks: an offline LLM, an AsyncLLM, a server over HTTP. Each keeps what it knows of a search."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from prm_search.integrations.vllm.engines import EngineFacts, Ledger, Pump, request_id
+from prm_search.integrations.vllm.logprob_requests import Ask, LogprobAnswer, fields, read_output
+from prm_search.integrations.vllm.policy import AsyncVLLMPolicy, VLLMPolicy
+from prm_search.integrations.vllm.token_trie import TokenTrie
+from prm_search.tree import SearchTree
+
+_engines: weakref.WeakKeyDictionary[Any, ScoredEngine] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Answers under way.
+
+    Attributes:
+        result: waits for them and returns them in the order of the asks.
+        cancel: gives them up; no error where they have come.
+    """
+
+    result: Callable[[], list[LogprobAnswer]]
+    cancel: Callable[[], object]
+
+
+class ScoredEngine(ABC):
+    """A model that gives log-probabilities of tokens. Made once an engine, so that two scorers over it share its memo.
+
+    Attributes:
+        id: as a policy over the same engine has it.
+        tokenizer: the engine's; None where it is not known.
+        context: tokens of a path that it can score: one is left for the token that vLLM draws in any case.
+        vocab: tokens that the model knows; None where it does not say.
+        ledger: counts what the engine encodes.
+        forward_calls: requests so far.
+    """
+
+    id: Hashable
+    tokenizer: Any = None
+    context: int | None = None
+    vocab: int | None = None
+
+    def __init__(self, id: Hashable, ledger: Ledger) -> None:
+        self.id = id
+        self._memos: weakref.WeakKeyDictionary[SearchTree, dict[tuple[int, ...], TokenTrie]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self.ledger = ledger
+        self.forward_calls = 0
+
+    @staticmethod
+    def of(given: Any) -> ScoredEngine | None:
+        """The engine behind a vllm.LLM, an AsyncLLM, a policy over either, or a VLLMServer; None for anything else."""
+        if isinstance(given, ScoredEngine):
+            return given
+        if isinstance(given, VLLMPolicy | AsyncVLLMPolicy):
+            given = given.llm if isinstance(given, VLLMPolicy) else given.engine
+        inner = getattr(given, "llm_engine", None)
+        core = inner if inner is not None else given
+        if not hasattr(core, "vllm_config"):
+            return None
+        found = _engines.get(core)
+        if found is None:
+            found = _engines[core] = OfflineEngine(core) if inner is not None else AsyncEngine(core)
+        return found
+
+    @abstractmethod
+    def begin(self, asks: Sequence[Ask]) -> Pending:
+        """Send asks off. Raises TypeError where only ask_async serves."""
+
+    async def ask_async(self, asks: Sequence[Ask]) -> list[LogprobAnswer]:
+        """Answers to asks, in order, on the running event loop."""
+        return await asyncio.to_thread(lambda: self.begin(asks).result())
+
+    def memo(self, tree: SearchTree, prompt: tuple[int, ...]) -> TokenTrie:
+        """What is known of a tree behind a prompt in these tokens; freed by release."""
+        memos = self._memos.setdefault(tree, {})
+        if prompt not in memos:
+            memos[prompt] = TokenTrie(tree)
+        return memos[prompt]
+
+    def release(self, tree: SearchTree) -> None:
+        """Forget a tree. Its KV stays in the engine's prefix cache until that needs the room."""
+        self._memos.pop(tree, None)
+        self.ledger.forget(tree)
+
+
+class _LocalEngine(ScoredEngine):
+    """What an LLM and an AsyncLLM have in common."""
+
+    def __init__(self, engine: Any) -> None:
+        self._facts = EngineFacts.of(engine)
+        super().__init__(self._facts.id, Ledger.of(engine))
+        self._engine = weakref.ref(engine)
+        self.tokenizer = engine.get_tokenizer()
+        self.context = self._facts.context - 1
+        self.vocab = self._facts.vocab
+        self._facts.need_raw_logprobs()
+
+    @property
+    def engine(self) -> Any:
+        """The engine. Raises RuntimeError where it is gone."""
+        engine = self._engine()
+        if engine is None:
+            raise RuntimeError("the vLLM engine is gone: keep a reference to it while it is used")
+        return engine
+
+    def _params(self, ask: Ask) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(**fields(ask, v2=self._facts.v2), output_kind=RequestOutputKind.FINAL_ONLY)
+
+    def _read(self, ask: Ask, output: Any) -> LogprobAnswer:
+        return read_output(ask, output, v2=self._facts.v2)
+
+
+class OfflineEngine(_LocalEngine):
+    """An LLM's engine, stepped together with the policies over it."""
+
+    def begin(self, asks: Sequence[Ask]) -> Pending:
+        """See ScoredEngine.begin; engines in processes of their own begin to work at once."""
+        pump = Pump.of(self.engine)
+        outputs: dict[int, Any] = {}
+        names: list[str] = []
+        self.forward_calls += len(asks)
+
+        def cancel() -> None:
+            pump.abort(names)
+
+        def result() -> list[LogprobAnswer]:
+            try:
+                while True:
+                    with pump.lock:
+                        if len(outputs) == len(asks):
+                            break
+                        pump.step()
+            except BaseException:
+                cancel()
+                raise
+            return [self._read(ask, outputs[place]) for place, ask in enumerate(asks)]
+
+        try:
+            for place, ask in enumerate(asks):
+                names.append(pump.add(ask.token_ids, self._params(ask), partial(outputs.__setitem__, place)))
+        except BaseException:
+            cancel()
+            raise
+        return Pending(result, cancel)
+
+
+class AsyncEngine(_LocalEngine):
+    """An AsyncLLM, or another EngineClient."""
+
+    def begin(self, asks: Sequence[Ask]) -> Pending:
+        """Raises TypeError."""
+        raise TypeError("a scorer over an AsyncLLM scores on its event loop: use asearch, or await ascore_nodes(nodes)")
+
+    async def ask_async(self, asks: Sequence[Ask]) -> list[LogprobAnswer]:
+        """See ScoredEngine.ask_async."""
+        self.forward_calls += len(asks)
+        tasks = [asyncio.create_task(self._one(ask)) for ask in asks]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _one(self, ask: Ask) -> LogprobAnswer:
+        last = None
+        prompt = {"prompt_token_ids": list(ask.token_ids)}
+        async for output in self.engine.generate(prompt, self._params(ask), request_id()):
+            last = output
+        if last is None or last.outputs[0].finish_reason not in ("length", "stop"):
+            raise RuntimeError("vLLM ended a request for log-probabilities before it was complete")
+        return self._read(ask, last)

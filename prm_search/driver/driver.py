@@ -1,0 +1,311 @@
+"""The driver's core: runs strategies by asking and telling. It holds no model and never waits.
+
+    driver.add(tree, strategy, sampling=...)
+    while driver.active:
+        for request in driver.pending(): ...            # draw its children and score them
+            driver.tell(request, children)
+    driver.ended()
+
+Every request resolves by itself, so trees, and the parallel runs of one tree, progress independently; only the
+children of one Expand wait for each other. `loop.py` and `async_loop.py` are what puts models to it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from ..protocols import Request, Sampling
+from ..strategies.base import Expand, Parallel, Run, Strategy, distinct
+from ..tree import Node, SearchTree
+from ..values import Value
+from .budget import Budget, Purse
+from .records import Expansion, Join, Outcome, Search, Task, chain, step_by_step
+
+LIMITS = ("seconds", "tokens", "nodes", "depth")  # in the order in which Outcome.stopped names them
+
+
+class Driver:
+    """Runs the strategies of many trees.
+
+    Args:
+        clock: seconds, rising.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._searches: dict[SearchTree, Search] = {}
+        self._new: list[Request] = []
+        self._ended: list[Outcome] = []
+
+    @property
+    def active(self) -> list[SearchTree]:
+        """Trees whose search has not ended, in the order in which they were added."""
+        return list(self._searches)
+
+    def add(
+        self,
+        tree: SearchTree,
+        strategy: Strategy,
+        *,
+        sampling: Sampling,
+        budget: Budget | int | None = None,
+        value: Value = lambda node: node.q,
+    ) -> None:
+        """Begin the search of a tree whose prompt has token ids. Other searches may be under way.
+
+        Raises:
+            ValueError: the tree is being searched already.
+        """
+        if tree in self._searches:
+            raise ValueError("this tree is being searched already")
+        limits = Budget.of(budget)
+        deadline = math.inf if limits.seconds is None else self._clock() + limits.seconds
+        search = Search(tree, sampling, limits, value, deadline)
+        self._searches[tree] = search
+        try:
+            self._start(search, strategy.run(tree.root), Purse(limits.tokens, limits.nodes))
+        except BaseException:
+            self._drop(tree)
+            raise
+
+    def pending(self) -> list[Request]:
+        """Requests that came up since the last call."""
+        new, self._new = self._new, []
+        return new
+
+    def expired(self) -> list[Request]:
+        """Requests under way whose search has no time left: interrupt them and tell what they have drawn."""
+        now = self._clock()
+        late = [search for search in self._searches.values() if now >= search.deadline]
+        return [request for search in late for request in search.requests]
+
+    def tell(self, request: Request, children: Sequence[Node]) -> None:
+        """Hand in a request's scored children: the last node of every chain, twins repeated or not. Sets values.
+
+        Raises:
+            KeyError: the request is not under way.
+            ValueError: a child is missing though nothing interrupted the request, or a value is not a number.
+        """
+        search = self._searches[request.node.tree]
+        expansion, slots = search.requests.pop(request)
+        fresh = {node: None for child in children for node in chain(request.node, child)}
+        for node in fresh:
+            node.value = float(search.value(node))
+            if math.isnan(node.value):
+                raise ValueError(f"value: {node!r} was given NaN")
+        late = self._clock() >= search.deadline
+        by_lineage = {lineage: child for child in children for lineage in child.lineages}
+        spent = 0
+        for lineage, slot in zip(request.lineages, slots, strict=True):
+            child = by_lineage.get(lineage)
+            if child is not None:
+                spent += child.end - request.node.end
+                if late and request.until == "end":  # an interrupted chain may stop between two steps
+                    self._finish(search, child, "seconds")
+                if child.finished or request.until == "step":  # else its twin got further
+                    expansion.drawn[slot].append(child)
+                if child.finish == "budget":
+                    search.limits.add("seconds" if late else "tokens")
+            elif late:
+                search.limits.add("seconds")
+            else:
+                raise ValueError(f"the policy answered a request for {len(slots)} children without one of them")
+        promised = sum(request.caps)
+        expansion.task.purse.spend(spent - promised, len(fresh) - len(slots))
+        expansion.left -= 1
+        if not expansion.left:
+            self._resume(search, expansion.task, self._collect(search, expansion))
+
+    def cancel(self, tree: SearchTree) -> list[Request]:
+        """End a search now; its finished nodes are its candidates. Returns the requests that were under way.
+
+        A tree that is not being searched (any more) is no error.
+        """
+        if tree not in self._searches:
+            return []
+        search = self._drop(tree)
+        found = [node for node in tree.nodes if node.finished and not node.rollout and node.value is not None]
+        self._ended.append(Outcome(tree, found, "cancelled"))
+        return list(search.requests)
+
+    def seconds_left(self, tree: SearchTree) -> float:
+        """Seconds until a search's time budget bites: negative where it has, infinite where it has none."""
+        return self._searches[tree].deadline - self._clock()
+
+    def ended(self) -> list[Outcome]:
+        """Searches that ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def committed(self, tree: SearchTree, eligible: Callable[[list[Node]], Sequence[Node]] = list) -> list[Node]:
+        """The steps that the answer of a running search will begin with, whatever comes: for streaming.
+
+        Args:
+            eligible: of the finished nodes so far, those that could still be chosen (default: all).
+
+        Returns:
+            The longest path that every live beam and every eligible finished node begins with; it never shrinks.
+        """
+        search = self._searches[tree]
+        ends = list(eligible(list(search.finished)))
+        for task in search.tasks:
+            if task.waits is not None:
+                alive = task.waits.ask.alive
+                if alive is None:
+                    return []
+                ends += alive
+        paths = [node.path() for node in distinct(ends)]
+        settled: list[Node] = []
+        for steps in zip(*paths, strict=False):
+            if any(step.token_ids != steps[0].token_ids for step in steps):
+                break
+            settled.append(steps[0])
+        return settled
+
+    def _drop(self, tree: SearchTree) -> Search:
+        search = self._searches.pop(tree)
+        for task in search.tasks:
+            task.run.close()
+        self._new = [request for request in self._new if request not in search.requests]
+        return search
+
+    # -- runs ---------------------------------------------------------------------------------------------------------
+
+    def _start(self, search: Search, run: Run, purse: Purse, join: Join | None = None, place: int = 0) -> None:
+        task = Task(run, purse, join, place)
+        search.tasks.add(task)
+        if join is not None:
+            join.parts[place] = task
+        self._resume(search, task, None)
+
+    def _resume(self, search: Search, task: Task, message: object) -> None:
+        """Send a run what it waits for, and go on until it has to wait again."""
+        while True:
+            task.waits = None
+            try:
+                ask = task.run.send(message)
+            except StopIteration as stop:
+                search.tasks.discard(task)
+                join = task.join
+                if join is None:
+                    return self._end(search, stop.value)
+                join.results[task.place] = stop.value
+                join.left -= 1
+                if join.left:
+                    return None
+                if not join.alone:
+                    join.task.purse.put_back([part.purse for part in join.parts])
+                task, message = join.task, join.results[0] if join.alone else join.results
+                continue
+            if isinstance(ask, Parallel):
+                if ask.runs:
+                    return self._fork(search, task, ask.runs, task.purse.split(len(ask.runs)))
+                message = []
+            elif not isinstance(ask, Expand):
+                raise TypeError(f"a strategy yields Expand or Parallel, got {type(ask).__name__}")
+            elif ask.until == "end" and (search.budget.nodes is not None or search.budget.depth is not None):
+                return self._fork(search, task, [step_by_step(ask)], [task.purse], alone=True)
+            else:
+                expansion = self._expand(search, task, ask)
+                if expansion.left:
+                    return None
+                message = self._collect(search, expansion)
+
+    def _fork(
+        self, search: Search, task: Task, runs: Sequence[Run], purses: Sequence[Purse], *, alone: bool = False
+    ) -> None:
+        join = Join(task, [task] * len(runs), [[] for _ in runs], len(runs), alone)
+        for place, (run, purse) in enumerate(zip(runs, purses, strict=True)):
+            self._start(search, run, purse, join, place)
+
+    def _end(self, search: Search, candidates: Sequence[Node]) -> None:
+        del self._searches[search.tree]
+        unfinished = [node for node in candidates if not node.finished and node.parent is not None]
+        if unfinished:
+            raise ValueError(f"a strategy returns finished nodes only, not {unfinished[0]!r}")
+        found = [node for node in distinct(candidates) if node.finished]
+        full = bool(found) and all(node.finish == "length" for node in found)
+        stopped = next((limit for limit in LIMITS if limit in search.limits), "length" if full else "finished")
+        self._ended.append(Outcome(search.tree, found, stopped))
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def _expand(self, search: Search, task: Task, ask: Expand) -> Expansion:
+        """Turn an Expand into one request a node, as far as the budget goes."""
+        expansion = task.waits = Expansion(task, ask, [[] for _ in ask.nodes])
+        wanted = self._wanted(search, ask)
+        caps = task.purse.promise(sum(wanted))
+        if len(caps) < sum(wanted):
+            empty = task.purse.nodes == 0
+            search.limits.add("nodes" if empty else "tokens")
+        counts: dict[Node, list[int]] = {}
+        slots: dict[Node, list[int]] = {}
+        given: dict[Node, list[int | None]] = {}
+        taken = 0
+        for slot, (node, n) in enumerate(zip(ask.nodes, wanted, strict=True)):
+            share = caps[taken : taken + n]
+            taken += len(share)
+            counts.setdefault(node, []).append(len(share))
+            slots.setdefault(node, []).extend([slot] * len(share))
+            given.setdefault(node, []).extend(share)
+        for node, shares in given.items():
+            if shares:
+                room = search.sampling.max_new_tokens - node.end
+                limits = [room if cap is None else cap for cap in shares]
+                request = Request.draw(
+                    node, counts[node], search.sampling,
+                    until=ask.until, caps=limits, cap_reason="budget", rollout=ask.rollout, merge=ask.merge,
+                )  # fmt: skip
+                # what a cap beyond the room had set aside is of no use to the child
+                task.purse.spend(sum(request.caps) - sum(limits), 0)
+                search.requests[request] = (expansion, slots[node])
+                expansion.left += 1
+                self._new.append(request)
+        return expansion
+
+    def _wanted(self, search: Search, ask: Expand) -> list[int]:
+        """Children to draw for each slot, 0 where its node can have none. Finishes nodes that are full."""
+        counts = [ask.n] * len(ask.nodes) if isinstance(ask.n, int) else list(ask.n)
+        if len(counts) != len(ask.nodes) or any(n < 0 for n in counts):
+            raise ValueError(f"Expand: n={ask.n!r} for {len(ask.nodes)} nodes: numbers >= 0, one a node, are needed")
+        late = self._clock() >= search.deadline
+        seen: Counter[Node] = Counter()
+        for slot, node in enumerate(ask.nodes):
+            seen[node] += 1
+            if node.tree is not search.tree or node.finished or seen[node] > node.count:
+                raise ValueError(f"Expand: {node!r} is of another tree, finished, or given too often for its count")
+            if not counts[slot]:
+                continue
+            if node.end >= search.sampling.max_new_tokens:
+                counts[slot] = 0
+            elif late:
+                counts[slot] = 0
+                search.limits.add("seconds")
+            elif search.budget.depth is not None and node.depth >= search.budget.depth:
+                counts[slot] = 0
+                search.limits.add("depth")
+        return counts
+
+    def _collect(self, search: Search, expansion: Expansion) -> list[Node]:
+        """An Expand's answer: the children of each slot, or its node where it could have none."""
+        ask = expansion.ask
+        wanted = [ask.n] * len(ask.nodes) if isinstance(ask.n, int) else ask.n
+        answer: list[Node] = []
+        for node, n, drawn in zip(ask.nodes, wanted, expansion.drawn, strict=True):
+            if not drawn and n:
+                full = node.end >= search.sampling.max_new_tokens
+                self._finish(search, node, None, "length" if full else "budget")
+                drawn = [node] if node.finished else []
+            answer += drawn
+        search.finished.update((node, None) for node in answer if node.finished)
+        return answer
+
+    def _finish(self, search: Search, node: Node, limit: str | None, finish: str = "budget") -> None:
+        """Finish a node that has no children and is not the root."""
+        if node.parent is not None and not node.finished and not node.children:
+            node.finish = finish
+            if limit is not None:
+                search.limits.add(limit)

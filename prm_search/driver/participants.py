@@ -1,0 +1,205 @@
+"""Models: the policy, scorer and prover of a search as its loops see them: what they cost and how they are left."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Generic, Literal, TypeVar
+
+from ..protocols import AsyncPolicy, Policy, Request, Scorer
+from ..strategies import Steer
+from ..tree import Node, Prompt, SearchTree
+from ..usage import Usage
+from ..values import Advantage, Value, q, resolve_value
+from .driver import Driver
+from .records import Outcome, chain
+from .result import Event, Result
+from .search_settings import SearchSettings
+
+P = TypeVar("P", Policy, AsyncPolicy)
+Phase = Literal["policy", "scorer"]
+
+
+class Participants(Generic[P]):
+    """A policy and up to two scorers.
+
+    Args:
+        policy: samples steps.
+        scorer: rewards them; None for no rewards (all values 0).
+        prover: a second scorer, whose rewards a value may read (values.Advantage).
+        on_event: called with every Event.
+
+    Raises:
+        TypeError: one of them lacks a method of its protocol.
+        ValueError: a prover without a scorer, or of the scorer's name.
+    """
+
+    def __init__(
+        self,
+        policy: P,
+        scorer: Scorer | None,
+        prover: Scorer | None,
+        on_event: Callable[[Event], object] | None,
+        *,
+        protocol: type,
+    ) -> None:
+        require("policy", policy, protocol)
+        for name, given in (("scorer", scorer), ("prover", prover)):
+            if given is not None:
+                require(name, given, Scorer)
+        if prover is not None and scorer is None:
+            raise ValueError("prover= needs scorer= beside it")
+        if prover is not None and scorer is not None and prover.name == scorer.name:
+            raise ValueError(f"prover and scorer are both named {scorer.name!r}; give one of them another name")
+        self.scorers = [given for given in (scorer, prover) if given is not None]
+        for given in self.scorers:
+            bind = getattr(given, "bind", None)  # a pair whose reference is the policy learns here which that is
+            if bind is not None:
+                bind(policy)
+        session = getattr(policy, "session", None)
+        self.policy: P = policy if session is None else session()
+        self.on_event = on_event
+        self._numbers: dict[SearchTree, int] = {}
+        self._added = 0
+        self.forward_calls: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    # -- a tree's beginning and end -----------------------------------------------------------------------------------
+
+    def begin(self, driver: Driver, prompt: Prompt, settings: SearchSettings, occurrence: int) -> SearchTree:
+        """Plant a tree for a prompt and start its search. Raises ValueError where prompt or settings do not fit."""
+        if isinstance(settings.strategy, Steer) and getattr(self.policy, "alpha", None) != settings.strategy.alpha:
+            raise ValueError("strategy=Steer(...) here needs policy=strategy.wrap(policy, pair)")
+        tree = SearchTree(self.encode(prompt), occurrence=occurrence)
+        if self.scorers:
+            tree.primary = self.scorers[0].name
+        context = min(self._contexts().values(), default=None)
+        settings = settings.within(None if context is None else context - len(tree.prompt_ids))
+        self._numbers[tree] = self._added
+        self._added += 1
+        driver.add(
+            tree, settings.strategy, sampling=settings.sampling, budget=settings.budget, value=self._value(settings)
+        )
+        return tree
+
+    def finish(self, outcome: Outcome, settings: SearchSettings) -> Result:
+        """The result of a search that ended; every model forgets its tree."""
+        try:
+            selection = settings.choose(outcome.candidates)
+            candidates = settings.rank(outcome.candidates, None if selection is None else selection.node)
+            result = Result(candidates, outcome.tree, self.usage(outcome.tree), outcome.stopped, selection)
+            self.event("done", outcome.tree, result=result)
+        finally:
+            self.release(outcome.tree)
+        return result
+
+    def release(self, *trees: SearchTree) -> None:
+        """Make every model forget these trees. Where that fails, all are still tried and the first error is raised."""
+        failed: Exception | None = None
+        for tree in trees:
+            self._numbers.pop(tree, None)
+            for release in (self.policy.release, *(scorer.release for scorer in self.scorers)):
+                try:
+                    release(tree)
+                except Exception as error:
+                    failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def encode(self, prompt: Prompt) -> Prompt:
+        """The prompt with the policy's token ids. Raises ValueError where it is empty or leaves no room."""
+        ids = self.policy.encode(prompt)
+        for name, limit in self._contexts().items():
+            if len(ids) >= limit:
+                raise ValueError(
+                    f"the prompt has {len(ids)} tokens; the {name}'s context of {limit} leaves no room for a response"
+                )
+        return prompt.with_ids(ids)
+
+    def _contexts(self) -> dict[str, int]:
+        """Tokens that prompt and response may have together, in the policy's tokens, for each model that says so."""
+        limits = {"policy": getattr(self.policy, "context", None)}
+        limits |= {scorer.name: getattr(scorer, "policy_context", None) for scorer in self.scorers}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+    def _value(self, settings: SearchSettings) -> Value:
+        given = settings.value if settings.value is not None else getattr(settings.strategy, "value", None)
+        if isinstance(given, str) and not self.scorers:
+            raise ValueError(f"value={given!r} needs scorer=: without one there are no rewards")
+        if given is not None:
+            return resolve_value(given)
+        if len(self.scorers) == 2:
+            return Advantage(prover=self.scorers[1].name)
+        return q if self.scorers else _nothing
+
+    def score(self, nodes: Sequence[Node]) -> None:
+        """Score nodes, by the scorer and then by the prover."""
+        for scorer in self.scorers if nodes else ():
+            with self.measured("scorer", scorer):
+                scorer.score_nodes(nodes)
+
+    # -- what happens and what it costs -------------------------------------------------------------------------------
+
+    def event(
+        self, kind: Literal["steps", "done"], tree: SearchTree, nodes: Sequence[Node] = (), result: Result | None = None
+    ) -> None:
+        """Tell the caller."""
+        if self.on_event is not None and tree in self._numbers:
+            self.on_event(Event(kind, self._numbers[tree], tree, tuple(nodes), result))
+
+    def report(self, answered: Sequence[tuple[Request, Sequence[Node]]]) -> None:
+        """Tell the caller of the nodes that these answers brought."""
+        nodes: dict[SearchTree, list[Node]] = {}
+        for node in new_nodes(answered) if self.on_event is not None else ():
+            nodes.setdefault(node.tree, []).append(node)
+        for tree, fresh in nodes.items():
+            self.event("steps", tree, fresh)
+
+    @contextmanager
+    def measured(self, phase: Phase, model: object, calls: int = 1) -> Iterator[None]:
+        """Count the seconds and the forwards of a block: the model's own count of them, or else `calls`."""
+        began, before = time.perf_counter(), getattr(model, "forward_calls", None)
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - began
+            self.forward_calls[phase] += calls if before is None else getattr(model, "forward_calls", 0) - before
+
+    def usage(self, tree: SearchTree) -> Usage:
+        """A tree's token counts by role, and the whole batch's forwards and seconds so far."""
+        roles: dict[str, Hashable] = {"policy": self.policy.id}
+        for place, scorer in enumerate(self.scorers):
+            for role, model in scorer.models.items():
+                roles[role if place == 0 else f"{scorer.name}.{role}"] = model
+        usage = Usage.read(tree.meter, roles)
+        self.read_batch(usage)
+        return usage
+
+    def read_batch(self, usage: Usage) -> None:
+        """Write the batch's forwards and seconds so far into a usage."""
+        usage.forward_calls, usage.seconds = dict(self.forward_calls), dict(self.seconds)
+
+
+def require(name: str, given: object, protocol: type) -> None:
+    """Raises TypeError naming the argument and what it lacks of a runtime-checkable protocol."""
+    wanted = [member for member in sorted(protocol_members(protocol)) if not hasattr(given, member)]
+    if wanted:
+        raise TypeError(f"{name} must be a {protocol.__name__}, but {type(given).__name__} has no {', '.join(wanted)}")
+
+
+def protocol_members(protocol: type) -> set[str]:
+    """Names of what a protocol asks for."""
+    return {name for name in vars(protocol) if not name.startswith("_")}
+
+
+def new_nodes(answered: Sequence[tuple[Request, Sequence[Node]]]) -> list[Node]:
+    """The distinct nodes that these answers brought, parents first."""
+    found = {node: None for request, children in answered for child in children for node in chain(request.node, child)}
+    return list(found)
+
+
+def _nothing(node: Node) -> float:
+    """The value of every node of a search without a scorer."""
+    return 0.0

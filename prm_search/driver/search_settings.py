@@ -1,0 +1,119 @@
+"""Settings: everything about one prompt's search but its models, checked before anything is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..answers import SELECTS, Answer, Select, Selection, resolve_answer, select
+from ..checks import number
+from ..protocols import Sampling
+from ..steps import StepRule
+from ..strategies import Strategy, resolve_strategy
+from ..tree import Node
+from ..values import Value, resolve_value
+from .budget import Budget
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How to search one prompt. `SearchSettings.make` takes the arguments of `search`.
+
+    Attributes:
+        strategy, sampling, budget: see there.
+        value: what to rank by; None leaves it to the strategy and the scorer.
+        select, answer, weight, weight_temperature: see answers.select.
+    """
+
+    strategy: Strategy
+    sampling: Sampling
+    budget: Budget
+    value: Value | str | None = None
+    select: Select = "best"
+    answer: Answer | None = None
+    weight: Literal["softmax", "sigmoid"] = "softmax"
+    weight_temperature: float = 1.0
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        strategy: Strategy | str = "beam",
+        steps: StepRule | None = None,
+        max_new_tokens: int = 1024,
+        temperature: float = 0.8,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        select: Select = "best",
+        answer: str | Answer | None = None,
+        budget: Budget | int | None = None,
+        value: Value | str | None = None,
+        weight: Literal["softmax", "sigmoid"] = "softmax",
+        weight_temperature: float = 1.0,
+    ) -> SearchSettings:
+        """Settings from the arguments of `search`. Raises ValueError or TypeError as it does."""
+        if steps is not None and not isinstance(steps, StepRule):
+            raise TypeError(f"steps must be a StepRule, got {type(steps).__name__}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if select not in SELECTS:
+            raise ValueError(f"select={select!r} is unknown; it is one of {SELECTS}")
+        if weight not in ("softmax", "sigmoid"):
+            raise ValueError(f"weight={weight!r}: it is 'softmax' or 'sigmoid'")
+        number("weight_temperature", weight_temperature, "a finite number > 0", lambda given: 0 < given < float("inf"))
+        if value is not None:
+            resolve_value(value)
+        sampling = Sampling(
+            steps=StepRule() if steps is None else steps,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+        return cls(
+            resolve_strategy(strategy), sampling, Budget.of(budget), value, select, resolve_answer(answer),
+            weight, weight_temperature,
+        )  # fmt: skip
+
+    def within(self, room: int | None) -> SearchSettings:
+        """The same with at most `room` response tokens (None: no further limit)."""
+        if room is None or room >= self.sampling.max_new_tokens:
+            return self
+        return replace(self, sampling=replace(self.sampling, max_new_tokens=room))
+
+    def choose(self, candidates: Sequence[Node]) -> Selection | None:
+        """The winner, complete responses before cut ones; None where there are no candidates."""
+        if not candidates:
+            return None
+        return select(
+            _complete(candidates),
+            self.select,
+            answer=self.answer,
+            weight=self.weight,
+            temperature=self.weight_temperature,
+        )
+
+    def rank(self, candidates: Sequence[Node], winner: Node | None) -> list[Node]:
+        """The winner, then the other candidates: complete ones first, by value, the first of equals first."""
+        return sorted(
+            candidates,
+            key=lambda node: (node is not winner, node.finish != "stop", -(node.value or 0.0)),
+        )
+
+    def eligible(self, finished: Sequence[Node]) -> list[Node]:
+        """Of the finished nodes of a running search, those that `choose` may still come to."""
+        rivals = _complete(finished)
+        if self.select != "best" or not rivals:
+            return rivals
+        top = max(node.value or 0.0 for node in rivals)
+        return [node for node in rivals if (node.value or 0.0) == top]
+
+
+def _complete(candidates: Sequence[Node]) -> list[Node]:
+    """Those that end by themselves; all of them where every one was cut by a length or a budget."""
+    return [node for node in candidates if node.finish == "stop"] or list(candidates)

@@ -1,0 +1,1 @@
+"""Checkpoints: hub ids, folders, adapters and GGUF files, found and loaded."""

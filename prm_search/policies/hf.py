@@ -1,0 +1,267 @@
+"""HFPolicy: sample steps from a transformers model. Steered: the same, with a pair's log-ratio added to each token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ..checks import integer, strength
+from ..engine.adapters import AUTO
+from ..engine.decoder import Decoder, DecodingRow
+from ..engine.language_model import LanguageModel
+from ..engine.sampler import Sampler
+from ..protocols import Request, Sampling
+from ..tokens import TokenText
+from ..tree import Node, Prompt, SearchTree
+
+if TYPE_CHECKING:
+    from ..scorers.implicit.implicit_prm import ImplicitPRM
+
+
+class HFPolicy:
+    """A transformers causal LM that samples steps.
+
+    The model's KV is kept in a tree: children of one node share it, each token is encoded once, and rows are decoded
+    continuously, so a row that ends its step makes room for a waiting one.
+
+    Args:
+        model: a causal LM in eval mode, also wrapped by PEFT or torch.compile, or a LanguageModel.
+        tokenizer: its tokenizer.
+        adapter: which weights of a model with adapters: "auto" (a PeftModel's active ones), a name, or None.
+        max_rows: children decoded at once.
+        capacity: tokens of KV to hold; None: as LanguageModel.
+        stop_ids: tokens that end a response; None: the eos ids of the generation config, else the tokenizer's.
+        sampler: turns log-probabilities into tokens.
+        stop: further stop condition: which of the rows being decoded end with the token each has just been given.
+
+    Attributes:
+        lm: the LanguageModel.
+        tokenizer: as given.
+        context: tokens that prompt and response may have together, or None where the model does not say.
+
+    Raises:
+        TypeError, ValueError: see LanguageModel.of; or max_rows < 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        adapter: str | None = AUTO,
+        max_rows: int = 128,
+        capacity: int | None = None,
+        stop_ids: Iterable[int] | None = None,
+        sampler: Sampler | None = None,
+        stop: Callable[[Sequence[DecodingRow]], Sequence[bool]] | None = None,
+    ) -> None:
+        integer("max_rows", max_rows, 1, "a number of rows >= 1")
+        if not hasattr(tokenizer, "convert_ids_to_tokens"):
+            raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+        self.lm = LanguageModel.of(model, adapter=adapter, capacity=capacity)
+        self.tokenizer = tokenizer
+        self.token_text = TokenText(tokenizer)
+        self.stop_ids = frozenset(_stop_ids(self.lm, tokenizer) if stop_ids is None else stop_ids)
+        self.max_rows = max_rows
+        self.sampler = sampler or Sampler()
+        self._stop = stop
+        self._decoder = self._make_decoder()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | PathLike[str],
+        *,
+        tokenizer: Any = None,
+        max_rows: int = 128,
+        capacity: int | None = None,
+        stop_ids: Iterable[int] | None = None,
+        sampler: Sampler | None = None,
+        stop: Callable[[Sequence[DecodingRow]], Sequence[bool]] | None = None,
+        **options: Any,
+    ) -> HFPolicy:
+        """Load a policy by name. A checkpoint that a pair has loaded, or will load, is shared with it.
+
+        Args:
+            model: hub id, folder of a checkpoint or of a PEFT adapter, or path of a GGUF file.
+            tokenizer: a tokenizer, or where to load it from; None for the model's own.
+            max_rows, capacity, stop_ids, sampler, stop: see HFPolicy.
+            options: see loading.load: revision, gguf_file, dtype, device_map, ...
+
+        Raises:
+            OSError, ValueError, ImportError: see loading.load; or the model comes without a tokenizer.
+        """
+        from ..models.loading import load
+
+        lm, words = load(model, tokenizer=tokenizer, capacity=capacity, **options)
+        if words is None:
+            raise ValueError(f"{str(model)!r} comes without a tokenizer: pass tokenizer=")
+        return cls(lm, words, max_rows=max_rows, stop_ids=stop_ids, sampler=sampler, stop=stop)
+
+    def _make_decoder(self) -> Decoder:
+        return self._decoder_over([self.lm])
+
+    def _decoder_over(
+        self,
+        lms: Sequence[LanguageModel],
+        combine: Callable[[Sequence[torch.Tensor], Sequence[DecodingRow]], torch.Tensor] | None = None,
+    ) -> Decoder:
+        return Decoder(
+            lms,
+            combine=combine,
+            sampler=self.sampler,
+            stop_ids=self.stop_ids,
+            piece=self.token_text.piece,
+            text=self.token_text.text,
+            max_rows=self.max_rows,
+            stop=self._stop,
+        )
+
+    @property
+    def id(self) -> Hashable:
+        """Id of the model whose raw log-probabilities the nodes carry."""
+        return self.lm.id
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of the longest path, or None where the model's config does not say."""
+        return min(self.lm.context or self.lm.tree.capacity, self.lm.tree.capacity)
+
+    @property
+    def forward_calls(self) -> int:
+        """Forwards run so far by this policy's model."""
+        return self.lm.forwards
+
+    def session(self) -> HFPolicy:
+        """This policy with a decode loop of its own over the same KV; see Policy. Every search begins with one, so that
+        searches may share a policy, also from several threads."""
+        own = copy.copy(self)
+        own._decoder = own._make_decoder()
+        return own
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt: as given, by the chat template for messages, else the tokenizer's own encoding.
+
+        Raises:
+            ValueError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context.
+        """
+        ids = encode_prompt(self.tokenizer, prompt)
+        if min(ids) < 0 or max(ids) >= self.lm.head.vocab:
+            raise ValueError(f"prompt ids {min(ids)}..{max(ids)} lie outside the vocabulary of {self.lm.head.vocab}")
+        limit = self.context
+        if limit is not None and len(ids) >= limit:
+            raise ValueError(f"the prompt has {len(ids)} tokens; the context of {limit} leaves no room for a response")
+        return ids
+
+    def expand(
+        self, nodes: Sequence[Node], n: int, *, sampling: Sampling, until: Literal["step", "end"] = "step"
+    ) -> list[list[Node]]:
+        """Draw n children of each lineage of each node; see Policy.expand."""
+        for node in nodes:
+            if node.tree.prompt.token_ids is None:
+                node.tree.prompt = node.tree.prompt.with_ids(self.encode(node.tree.prompt))
+        requests = [Request.draw(node, n, sampling, until=until) for node in nodes]
+        own = self.session()
+        own.submit(requests)
+        answers: dict[Request, list[Node]] = {}
+        try:
+            while len(answers) < len(requests):
+                answers.update(own.advance())
+        except BaseException:
+            own._decoder.drop(requests)
+            raise
+        return [answers[request] for request in requests]
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """See Policy.submit."""
+        self._decoder.submit(requests)
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        """One forward; see Policy.advance."""
+        return self._decoder.advance()
+
+    def interrupt(self, request: Request) -> list[Node]:
+        """See Policy.interrupt."""
+        return self._decoder.interrupt(request)
+
+    def release(self, tree: SearchTree) -> None:
+        """Drop a tree's requests and free its KV."""
+        self._decoder.release(tree)
+
+
+class Steered(HFPolicy):
+    """A policy whose every token is drawn from logits + alpha * (log pi_phi - log pi_ref), before temperature.
+
+    All models advance incrementally, one packed forward each a round; a model that plays two parts runs once. The
+    nodes carry the policy's own raw log-probabilities, and the pair's are in its memo, so scoring costs nothing more.
+
+    Args:
+        policy: an HFPolicy.
+        pair: an ImplicitPRM with the policy's tokens.
+        alpha: strength; 0 leaves the policy as it is. beta plays no part.
+
+    Raises:
+        TypeError: policy is not an HFPolicy, or alpha no number.
+        ValueError: alpha is not in [-1e6, 1e6], or the pair has another tokenizer or no reference.
+    """
+
+    def __init__(self, policy: HFPolicy, pair: ImplicitPRM, alpha: float) -> None:
+        if not isinstance(policy, HFPolicy):
+            raise TypeError(f"Steered wraps an HFPolicy, got {type(policy).__name__}")
+        strength("alpha", alpha)
+        pair.bind(policy)
+        self.pair = pair
+        self.alpha = float(alpha)
+        self._parts = pair.steering_models()
+        super().__init__(
+            policy.lm,
+            policy.tokenizer,
+            max_rows=policy.max_rows,
+            stop_ids=policy.stop_ids,
+            sampler=policy.sampler,
+            stop=policy._stop,
+        )
+
+    def _make_decoder(self) -> Decoder:
+        prm, reference = self._parts
+        lms = list(dict.fromkeys((self.lm, prm, reference)))
+        at = [lms.index(prm), lms.index(reference)]
+        strength = self.alpha  # not self: the models would stay until a garbage collection
+
+        def combine(tables: Sequence[torch.Tensor], rows: Sequence[DecodingRow]) -> torch.Tensor:
+            from ..triton_kernels import guide_logits
+
+            alpha = torch.full((len(rows),), strength, device=tables[0].device)
+            parts = [tables[i].to(tables[0].device) for i in at]
+            return guide_logits(tables[0], parts[0], parts[1], alpha)
+
+        return self._decoder_over(lms, combine)
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of a prompt under a tokenizer. Raises ValueError where there are none."""
+    if prompt.token_ids is not None:
+        ids = prompt.token_ids
+    elif prompt.messages is not None:
+        ids = tokenizer.apply_chat_template(
+            [dict(m) for m in prompt.messages], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+    else:
+        ids = tokenizer(prompt.text)["input_ids"]
+    if len(ids) == 0:
+        raise ValueError("empty prompt: at least one token is needed")
+    return tuple(int(i) for i in ids)
+
+
+def _stop_ids(lm: LanguageModel, tokenizer: Any) -> list[int]:
+    config = getattr(lm.module, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        return []
+    return [int(found)] if isinstance(found, int) else [int(i) for i in found]

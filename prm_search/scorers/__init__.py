@@ -1,0 +1,1 @@
+"""Scorers: what rewards the nodes of a search tree."""

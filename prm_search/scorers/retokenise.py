@@ -1,0 +1,259 @@
+"""A pair that reads paths in its own tokens: the inexact mode, and prompts in another chat template.
+
+A pair scores what the policy sampled token by token as long as both mean the same by token ids. Where they do not, the
+pair renders the prompt itself and reads each path's text in its own tokens, from the longest prefix of tokens that
+the path shares with its parent's. A step's reward is then q(text so far) minus q(the parent's text), so that step
+rewards still sum to the whole text's log-ratio, while the last token of the parent may have become another one.
+
+With one vocabulary in both, the sampled tokens are kept whatever the chat templates are, and only the prompt differs.
+"""
+
+from __future__ import annotations
+
+from codecs import utf_8_decode
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..engine.kv_tree import Branch
+from ..engine.language_model import LanguageModel
+from ..engine.pending import Pending
+from ..policies.hf import encode_prompt
+from ..tokens import TokenText
+from ..tree import Node, Prompt, SearchTree
+
+_LEADS = ("\n", ".", "a")  # what a text may be put after, to be tokenised as it goes on
+_PROBE = "A b\n"  # shows begin-of-sequence tokens and spaces that a tokenizer puts before a text
+
+
+@dataclass(frozen=True)
+class TokenizerMatch:
+    """What a pair's tokenizer and a policy's have in common.
+
+    Attributes:
+        tokens: one vocabulary: an id is the same token in both. Embeddings may be padded to different widths.
+        prompts: prompts come out as the same ids too: same chat template, same begin of sequence.
+    """
+
+    tokens: bool
+    prompts: bool
+
+    @classmethod
+    def of(cls, ours: Any, theirs: Any) -> TokenizerMatch:
+        """Compare two tokenizers. A pair's tokenizer without a chat template takes the policy's."""
+        if ours is theirs:
+            return cls(True, True)
+        if ours.get_vocab() != theirs.get_vocab():
+            return cls(False, False)
+        template = getattr(ours, "chat_template", None)
+        same_template = template is None or template == getattr(theirs, "chat_template", None)
+        return cls(True, same_template and list(ours(_PROBE)["input_ids"]) == list(theirs(_PROBE)["input_ids"]))
+
+
+@dataclass(eq=False)
+class Path:
+    """A node's path in the pair's tokens.
+
+    Attributes:
+        ids: the response so far.
+        shared: how many of them are the parent's.
+        branches: one a model; the path of each begins with prompt and ids.
+        sums: [len(ids) + 1] float64, nats: the log-ratio of each prefix. None until scored.
+    """
+
+    ids: tuple[int, ...]
+    shared: int
+    branches: tuple[Branch, ...]
+    sums: np.ndarray | None = None
+
+
+class RetokenisedTree:
+    """A search tree as a pair with tokens or a prompt of its own sees it.
+
+    Args:
+        tree: the search tree.
+        prompt_ids: the pair's rendering of its prompt.
+        read: the pair's token ids of a node's path.
+        lms: the pair's models, the trained one first.
+    """
+
+    def __init__(
+        self,
+        tree: SearchTree,
+        prompt_ids: Sequence[int],
+        read: Callable[[Node], Sequence[int]],
+        lms: Sequence[LanguageModel],
+    ) -> None:
+        self.prompt_ids = tuple(prompt_ids)
+        self.lms = tuple(lms)
+        self._read = read
+        roots = tuple(lm.tree.root(prompt_ids, tree.meter) for lm in lms)
+        self.paths: dict[Node, Path] = {tree.root: Path((), 0, roots, np.zeros(1))}
+
+    def grow(self, node: Node) -> Path:
+        """The path of a node whose parent has one, unencoded: it forks where it leaves its parent's tokens."""
+        above = self.paths[node.parent]  # type: ignore[index]  # the root has its path from the start
+        ids = tuple(self._read(node))
+        shared = _common(above.ids, ids)
+        branches = above.branches
+        if len(ids) > shared:
+            at = len(self.prompt_ids) + shared
+            branches = tuple(lm.tree.fork(b, ids[shared:], at=at) for lm, b in zip(self.lms, branches, strict=True))
+        path = self.paths[node] = Path(ids, shared, branches)
+        return path
+
+    def drop(self, nodes: Iterable[Node]) -> None:
+        """Forget nodes' paths, children first."""
+        for node in nodes:
+            path = self.paths.pop(node)
+            if node.parent is None or path.branches is not self.paths[node.parent].branches:
+                for lm, branch in zip(self.lms, path.branches, strict=True):
+                    lm.tree.release(branch)
+
+    def free(self) -> None:
+        """Forget everything."""
+        self.drop(reversed(list(self.paths)))
+
+
+def score_paths(
+    jobs: Sequence[tuple[RetokenisedTree, Node]], constant: float | None = None
+) -> list[tuple[np.ndarray, float, tuple[int, ...]]]:
+    """Score nodes in the pair's own tokens, whatever their trees, in one packed forward a model.
+
+    Args:
+        jobs: nodes, each after its parent where that is not scored yet; trees of one pair.
+        constant: stands in for the second model's log-probability of every token, nats.
+
+    Returns:
+        for each node: the log-ratios [T] float64 of the tokens that its parent's path does not have, in nats; by how
+        much the log-ratio of the whole path grew; and those T tokens.
+    """
+    grown: list[Path] = []
+    try:
+        for own, node in jobs:
+            grown.append(own.grow(node))
+        fresh = [(job[0], job[1], path) for job, path in zip(jobs, grown, strict=True) if len(path.ids) > path.shared]
+        begun = [_begin(k, fresh) for k in range(len(jobs[0][0].lms))] if fresh else []
+        tables = [pending.result() for pending in begun]
+    except BaseException:
+        for own, node in reversed(jobs[: len(grown)]):
+            own.drop([node])
+        raise
+    ratios = {
+        node: tables[0][i] - (tables[1][i] if constant is None else constant) for i, (_, node, _) in enumerate(fresh)
+    }
+    scored = []
+    for (own, node), path in zip(jobs, grown, strict=True):
+        before = own.paths[node.parent].sums  # type: ignore[index]
+        assert before is not None
+        new = np.asarray(ratios.get(node, ()), np.float64)
+        path.sums = np.concatenate([before[: path.shared + 1], before[path.shared] + np.cumsum(new)])
+        scored.append((new, float(path.sums[-1] - before[-1]), path.ids[path.shared :]))
+    return scored
+
+
+def _begin(k: int, fresh: Sequence[tuple[RetokenisedTree, Node, Path]]) -> Pending[list[np.ndarray]]:
+    """Log-probabilities of each path's new tokens under the k-th model, launched."""
+    lm = fresh[0][0].lms[k]
+    branches = [path.branches[k] for _, _, path in fresh]
+    skip = [
+        len(branch.token_ids) - (len(path.ids) - path.shared)
+        for branch, (_, _, path) in zip(branches, fresh, strict=True)
+    ]
+    for branch, (_, node, _) in zip(branches, fresh, strict=True):
+        above = branch.parent
+        node.tree.meter.add("cached", lm.id, branch.start if above is not None and above.encoded else 0)
+    return lm.begin_score(branches, skip)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    limit = min(len(first), len(second))
+    return next((i for i in range(limit) if first[i] != second[i]), limit)
+
+
+class PathReader:
+    """Reads prompts and paths of a policy as a pair's tokens.
+
+    Args:
+        tokenizer: the pair's.
+        eos: the pair's end of sequence; None for none.
+        policy: whose nodes they are.
+        fit: what the two tokenizers have in common.
+    """
+
+    def __init__(self, tokenizer: Any, eos: int | None, policy: Any, fit: TokenizerMatch) -> None:
+        self.tokenizer = tokenizer
+        self.eos = eos
+        self.fit = fit
+        self._own = TokenText(tokenizer)
+        self._text = TokenText(policy.tokenizer)
+        stops = getattr(policy, "stop_ids", None)
+        self._stops = frozenset([policy.tokenizer.eos_token_id] if stops is None else stops)
+
+    def prompt(self, tree: SearchTree) -> tuple[int, ...] | None:
+        """The pair's token ids of a tree's prompt; None where the policy's serve, and its sampled tokens too.
+
+        Raises:
+            ValueError: the prompt is given as the policy's token ids only, which mean nothing to the pair.
+        """
+        prompt = tree.prompt
+        if prompt.text is None and prompt.messages is None:
+            if self.fit.tokens:
+                return None
+            raise ValueError(
+                "the pair's tokenizer is not the policy's, and the prompt is given only as the policy's token ids: "
+                "give it as Prompt(text=...) or Prompt(messages=...), a string or chat messages, so that the pair can "
+                "tokenise it (in generate: PRMGuidance(prompts=...))"
+            )
+        own = encode_prompt(self.tokenizer, Prompt(text=prompt.text, messages=prompt.messages))
+        return None if self.fit.tokens and own == prompt.token_ids else own
+
+    def path(self, node: Node) -> Sequence[int]:
+        """The pair's token ids of a path: the sampled ones where the vocabulary is the same, else its text's.
+
+        Special tokens are no text. A sampled end of sequence becomes the pair's; bytes of a character that is not
+        complete yet wait for the next node.
+        """
+        sampled = node.path_ids()
+        if self.fit.tokens:
+            return sampled
+        written = b"".join(self._text.piece(i) for i in sampled if i not in self._text.special)
+        ids = encode_text(self.tokenizer, utf_8_decode(written, "replace", False)[0], self._own)
+        if node.finish == "stop" and sampled[-1] in self._stops and self.eos is not None:
+            ids.append(self.eos)
+        return ids
+
+
+def encode_text(tokenizer: Any, text: str, token_text: TokenText | None = None) -> list[int]:
+    """Token ids of a response's text, as it goes on after its prompt.
+
+    Tokenizers of the sentencepiece kind put a space before a text's first word. Ids that spell exactly the text are
+    looked for: those of the text without the space it begins with, or those it has after something else. Where there
+    are none (a tokenizer that normalises), its own encoding stands.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the response, or its beginning.
+        token_text: the tokenizer's TokenText, to save making it.
+    """
+    token_text = token_text or TokenText(tokenizer)
+
+    def encode(part: str) -> list[int]:
+        return [int(i) for i in tokenizer(part, add_special_tokens=False)["input_ids"]] if part else []
+
+    def spelt(ids: Sequence[int]) -> bytes:
+        return b"".join(map(token_text.piece, ids))
+
+    ids, wanted = encode(text), text.encode()
+    if spelt(ids) != b" " + wanted:
+        return ids
+    if text.startswith(" ") and spelt(shorter := encode(text[1:])) == wanted:
+        return shorter
+    for lead in _LEADS:
+        before, whole = encode(lead), encode(lead + text)
+        if whole[: len(before)] == before and spelt(whole[len(before) :]) == wanted:
+            return whole[len(before) :]
+    return ids

@@ -1,0 +1,192 @@
+"""The models behind a server, as search loops: over a blocking policy in a thread, or over an asynchronous one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from ..driver.async_loop import AsyncSearchLoop
+from ..driver.result import Event
+from ..protocols import AsyncPolicy, Policy, Scorer
+from ..strategies import Steer
+from ..tokens import TokenText
+from ..tree import Prompt, SearchTree
+from .errors import RequestError
+from .model_thread import ModelThread, ThreadPolicy, ThreadScorer
+from .text import StopStrings
+
+if TYPE_CHECKING:
+    from ..policies.hf import HFPolicy
+    from ..scorers.implicit.implicit_prm import ImplicitPRM
+
+Follower = Callable[[Event], object]
+
+
+class Backend(ABC):
+    """What a Service searches with.
+
+    Attributes:
+        words: bytes of the policy's tokens.
+        context: tokens that prompt and response may have together, where the policy says so.
+        stops: the policy's stop condition; None where responses cannot have stop strings.
+    """
+
+    def __init__(self, words: TokenText, context: int | None, stops: StopStrings | None = None) -> None:
+        self.words, self.context, self.stops = words, context, stops
+        self._followers: WeakKeyDictionary[SearchTree, Follower] = WeakKeyDictionary()
+
+    @abstractmethod
+    def loop(self, *, guided: bool, alpha: float | None) -> AsyncSearchLoop:
+        """The loop that searches with the scorer or without, steered or not.
+
+        Raises:
+            RequestError: this engine has no such loop.
+        """
+
+    @abstractmethod
+    def costs(self) -> tuple[Mapping[str, float], Mapping[str, int]]:
+        """Seconds and forwards so far by phase ("policy", "scorer"), of all searches together."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can search."""
+        return True
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of what the engine itself started."""
+
+    def follow(self, tree: SearchTree, tell: Follower) -> None:
+        """Have tell called with every Event of a tree, on the event loop."""
+        self._followers[tree] = tell
+
+    def _tell(self, event: Event) -> None:
+        follower = self._followers.get(event.tree)
+        if follower is not None:
+            follower(event)
+
+
+class ThreadEngine(Backend):
+    """A blocking policy, such as HFPolicy, and a scorer, both run by one thread. Make it on the server's event loop.
+
+    Args:
+        policy: samples steps.
+        scorer: rewards them.
+        words: bytes of the policy's tokens.
+        stops: the stop condition that the policy was made with; None where it has none.
+    """
+
+    def __init__(self, policy: Policy, scorer: Scorer, words: TokenText, stops: StopStrings | None = None) -> None:
+        super().__init__(words, getattr(policy, "context", None), stops)
+        self._thread = ModelThread()
+        self._policy = ThreadPolicy(self._thread, policy)
+        self._scorer = ThreadScorer(self._thread, scorer, policy)
+        self._guided = AsyncSearchLoop(self._policy, self._scorer, on_event=self._tell)
+        self._plain = AsyncSearchLoop(self._policy, on_event=self._tell)
+        self._steered: WeakValueDictionary[tuple[bool, float], AsyncSearchLoop] = WeakValueDictionary()
+
+    @classmethod
+    def of_hf(cls, policy: HFPolicy, pair: ImplicitPRM) -> ThreadEngine:
+        """Over an HFPolicy's model. Responses may have stop strings, in the place of a stop condition of the policy."""
+        from ..policies.hf import HFPolicy
+
+        stops = StopStrings(policy.token_text)
+        own = HFPolicy(
+            policy.lm,
+            policy.tokenizer,
+            max_rows=policy.max_rows,
+            stop_ids=policy.stop_ids,
+            sampler=policy.sampler,
+            stop=stops,
+        )
+        return cls(own, pair, policy.token_text, stops)
+
+    def loop(self, *, guided: bool, alpha: float | None) -> AsyncSearchLoop:
+        """See Engine.loop. Steered searches of one strength are decoded together."""
+        if alpha is None:
+            return self._guided if guided else self._plain
+        found = self._steered.get((guided, alpha))  # lives as long as a search in it
+        if found is None:
+            try:
+                steered = Steer(alpha).wrap(self._policy.base, self._scorer.base)
+            except (ValueError, TypeError) as error:
+                raise RequestError(
+                    400, f"prm_guidance.alpha: {error}", param="prm_guidance.alpha", code="unsupported_parameter"
+                ) from error
+            scorer = self._scorer if guided else None
+            found = AsyncSearchLoop(ThreadPolicy(self._thread, steered), scorer, on_event=self._tell)
+            self._steered[guided, alpha] = found
+        return found
+
+    def costs(self) -> tuple[Mapping[str, float], Mapping[str, int]]:
+        """See Engine.costs."""
+        return self._thread.seconds, self._thread.forward_calls
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.alive
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.close()
+
+
+class AsyncEngine(Backend):
+    """A policy that is asynchronous itself, such as AsyncVLLMPolicy, and any scorer. It serves guided searches.
+
+    Args:
+        policy: samples steps.
+        scorer: rewards them; in a thread, unless it has ascore_nodes.
+        words: bytes of the policy's tokens.
+        stops: the stop condition that the policy was made with; None where it has none.
+        steered: makes the same policy steered with a strength; None where that cannot be.
+    """
+
+    def __init__(
+        self,
+        policy: AsyncPolicy,
+        scorer: Scorer,
+        words: TokenText,
+        stops: StopStrings | None = None,
+        steered: Callable[[float], AsyncPolicy] | None = None,
+    ) -> None:
+        super().__init__(words, getattr(policy, "context", None), stops)
+        self._loop = AsyncSearchLoop(policy, scorer, on_event=self._tell)
+        self._steered = steered
+        self._loops: WeakValueDictionary[float, AsyncSearchLoop] = WeakValueDictionary()
+
+    def loop(self, *, guided: bool, alpha: float | None) -> AsyncSearchLoop:
+        """See Engine.loop."""
+        if not guided:
+            raise RequestError(400, "prm_guidance is needed", param="prm_guidance", code="missing_required_parameter")
+        if alpha is None:
+            return self._loop
+        if self._steered is None:
+            param = "prm_guidance.alpha"
+            said = f"{param}: this server cannot steer: it runs without the logits processor"
+            raise RequestError(400, said, param=param, code="unsupported_parameter")
+        found = self._loops.get(alpha)  # lives as long as a search in it
+        if found is None:
+            found = self._loops[alpha] = self._loop.beside(self._steered(alpha))
+        return found
+
+    def costs(self) -> tuple[Mapping[str, float], Mapping[str, int]]:
+        """See Engine.costs."""
+        return self._loop.models.seconds, self._loop.models.forward_calls
+
+
+def encode(loop: AsyncSearchLoop, prompt: Prompt, param: str) -> Prompt:
+    """A prompt with the policy's token ids. Raises RequestError naming the field where it cannot have any."""
+    try:
+        return loop.models.encode(prompt)
+    except Exception as error:
+        if isinstance(error, ValueError | TypeError) or _is_template_error(error):
+            raise RequestError(400, f"{param}: {error}", param=param, code="invalid_value") from error
+        raise
+
+
+def _is_template_error(error: Any) -> bool:
+    """Whether a chat template refused the messages; the package jinja2 need not be imported for that."""
+    return any(each.__name__ == "TemplateError" for each in type(error).__mro__)

@@ -1,0 +1,279 @@
+"""What a request asks for: its body, checked against what this server serves, as prompts and Settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from ..driver.budget import Budget
+from ..driver.search_settings import SearchSettings
+from ..steps import StepRule
+from ..strategies import STRATEGIES, Beam, BestOfN, Expand, Parallel, Run, Steer, Strategy
+from ..tree import Prompt, SearchTree
+from .errors import RequestError, invalid, too_large
+from .schema import Body, BudgetBody, ChatBody, CompletionBody, GuidanceBody, StepsBody
+
+T = TypeVar("T")
+
+COMPLETION_TOKENS = 16  # max_tokens of /v1/completions where a request names none, as in OpenAI's API
+PLAIN_STEP = StepRule(delimiter=None, max_tokens=4)  # a plain answer is streamed in pieces of so many tokens
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for, and how many are taken on.
+
+    Args:
+        searches: prompts searched at a time; beyond it requests get 429.
+        body_bytes: of a request's body.
+        max_tokens: of one response, and what a chat request that names no max_tokens gets.
+        children: drawn at once for one prompt, as width * expansions, and any single option of a strategy.
+        sampled_tokens: of one prompt's search, pruned ones included; a search that reaches it ends with what it has.
+        seconds: of one prompt's search, after which the best of what it has is the answer.
+        patterns: whether requests may have patterns as delimiters. Python's patterns can take for ever, and with them
+            the server.
+    """
+
+    searches: int = 64
+    body_bytes: int = 1 << 20
+    max_tokens: int = 4096
+    children: int = 256
+    sampled_tokens: int = 1 << 20
+    seconds: float = 600.0
+    patterns: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("searches", "body_bytes", "max_tokens", "children", "sampled_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: an integer >= 1 is needed")
+        Budget(seconds=self.seconds)
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """A request.
+
+    Attributes:
+        kind: which route it came by.
+        prompts: one search each.
+        settings: of each search.
+        guided: score with the pair; otherwise plain sampling.
+        alpha: strength of steering; None for an unsteered policy.
+        n: choices a prompt.
+        stop: strings that end a response; they are no part of it.
+        stream, include_usage, progress, candidates: how it is to be answered.
+    """
+
+    kind: Literal["chat", "text"]
+    model: str | None
+    prompts: tuple[Prompt, ...]
+    settings: SearchSettings
+    guided: bool
+    alpha: float | None
+    n: int
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+    progress: bool
+    candidates: bool
+
+    @property
+    def names(self) -> list[str]:
+        """What each prompt is called in the request."""
+        if self.kind == "chat":
+            return ["messages"]
+        return ["prompt"] if len(self.prompts) == 1 else [f"prompt[{i}]" for i in range(len(self.prompts))]
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether steps are streamed as they are settled: one choice that no vote makes."""
+        return self.stream and self.n == 1 and self.settings.select == "best"
+
+
+def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
+    """What a body asks for.
+
+    Args:
+        body: see schema.parse.
+        limits: of the server.
+        steps: the server's rule, for what `prm_guidance.steps` leaves open.
+
+    Raises:
+        RequestError: 400 for what cannot be, 413 for what is too much, each with the field's name.
+    """
+    guide = body.prm_guidance
+    chat = isinstance(body, ChatBody)
+    named = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) is not None else "max_tokens"
+    n = body.n or 1
+    if n > limits.children:
+        raise too_large("n", f"{n}: at most {limits.children} here")
+    tokens = getattr(body, named) or (limits.max_tokens if chat else min(COMPLETION_TOKENS, limits.max_tokens))
+    if tokens > limits.max_tokens:
+        raise invalid(named, f"{tokens}: at most {limits.max_tokens} here")
+    strategy, alpha = (BestOfN(n), None) if guide is None else _strategy(guide, limits)
+    if guide is not None and body.temperature == 0 and _children(strategy) > 1:
+        raise invalid("temperature", "at 0 every child of a step is the same: a search needs a temperature above 0")
+    stream = bool(body.stream)
+    rule = PLAIN_STEP if guide is None else _rule(guide.steps, steps, limits)
+    if n == 1 and _children(strategy) == 1 and (stream or guide is not None):
+        # The same search step by step, so that it can be told so. Where a step's draws depend on where it begins, as
+        # vLLM's do, that is another sample: so it is done whether they are told or not.
+        strategy = Beam(1, 1, value=getattr(strategy, "value", None))
+    settings = _within(
+        None,
+        lambda: SearchSettings.make(
+            strategy=strategy,
+            steps=rule,
+            max_new_tokens=tokens,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            top_k=max(body.top_k or 0, 0),  # vLLM's -1 keeps all
+            min_p=body.min_p or 0.0,
+            seed=secrets.randbits(63) if body.seed is None else body.seed,
+            budget=Budget(tokens=limits.sampled_tokens, seconds=limits.seconds),
+        ),
+    )
+    if guide is not None:
+        settings = replace(settings, **_choice(guide), budget=_budget(guide.budget, limits))
+    return SearchRequest(
+        kind="chat" if chat else "text",
+        model=body.model,
+        prompts=_prompts(body, limits),
+        settings=settings,
+        guided=guide is not None,
+        alpha=alpha,
+        n=n,
+        stop=_stop(body.stop),
+        stream=stream,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        progress=guide is not None and guide.progress,
+        candidates=guide is not None and guide.return_candidates,
+    )
+
+
+def _prompts(body: Body, limits: Limits) -> tuple[Prompt, ...]:
+    if isinstance(body, ChatBody):
+        return (Prompt(messages=tuple(message.plain() for message in body.messages)),)
+    assert isinstance(body, CompletionBody)
+    given: Any = body.prompt
+    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+    prompts = given if several else [given]
+    if len(prompts) > limits.searches:
+        raise too_large("prompt", f"{len(prompts)} prompts: at most {limits.searches} here")
+    return tuple(
+        _within(f"prompt[{place}]" if several else "prompt", lambda each=each: Prompt.of(each))  # type: ignore[misc]
+        for place, each in enumerate(prompts)
+    )
+
+
+def _strategy(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | None]:
+    """The strategy, and the strength of steering. Steer is BestOfN over a steered policy, here as in `search`."""
+    name = guide.strategy
+    if name not in STRATEGIES:
+        raise invalid("prm_guidance.strategy", f"{name!r} is unknown; it is one of {', '.join(STRATEGIES)}")
+    made = STRATEGIES[name]
+    fields = {each.name: each for each in dataclasses.fields(made)}  # type: ignore[arg-type]
+    names = {"lookahead_steps" if each == "steps" else each: each for each in fields if each not in ("value", "alpha")}
+    options = {}
+    for option, given in (guide.model_extra or {}).items():
+        param = f"prm_guidance.{option}"
+        if option not in names:
+            said = f"strategy {name!r} has no such option; it takes {', '.join(names)}"
+            raise RequestError(400, f"{param}: {said}", param=param, code="unknown_parameter")
+        if isinstance(fields[names[option]].default, bool) and not isinstance(given, bool):
+            raise invalid(param, f"true or false is needed, got {given!r:.80}")
+        if isinstance(given, int) and given > limits.children:
+            raise too_large(param, f"{given}: at most {limits.children} here")
+        if given is not None:
+            options[names[option]] = given
+    strategy = _within("prm_guidance", lambda: made(**options), {own: option for option, own in names.items()})
+    children = _children(strategy)
+    if children > limits.children:
+        raise too_large("prm_guidance", f"{children} children at once: at most {limits.children} here")
+    if not isinstance(strategy, Steer):
+        alpha = None if guide.alpha is None else _within("prm_guidance", lambda: Steer(guide.alpha)).alpha  # type: ignore[arg-type]
+        return strategy, alpha
+    alpha = 1.0 if guide.alpha is None else guide.alpha
+    return BestOfN(strategy.n), _within("prm_guidance", lambda: Steer(alpha)).alpha
+
+
+def _children(strategy: Strategy) -> int:
+    """Children that a strategy draws at once, rollouts of each included."""
+    return _first(strategy.run(SearchTree(Prompt(token_ids=(0,))).root)) * getattr(strategy, "rollouts", 1)
+
+
+def _first(run: Run) -> int:
+    try:
+        ask = next(run)
+    except StopIteration:
+        return 0
+    finally:
+        run.close()
+    if isinstance(ask, Parallel):
+        return sum(map(_first, ask.runs))
+    assert isinstance(ask, Expand)
+    return len(ask.nodes) * ask.n if isinstance(ask.n, int) else sum(ask.n)
+
+
+def _rule(given: StepsBody | str | list[str] | None, default: StepRule, limits: Limits) -> StepRule:
+    if given is None:
+        return default
+    if not isinstance(given, StepsBody):
+        given = StepsBody(delimiter=given)
+    said = {name: getattr(given, name) for name in given.model_fields_set}
+    if given.regex is not None and not limits.patterns:
+        param = "prm_guidance.steps.regex"
+        raise RequestError(400, f"{param}: this server takes no patterns", param=param, code="unsupported_parameter")
+    if given.regex is not None and "delimiter" not in said:
+        said["delimiter"] = None
+    return _within("prm_guidance.steps", lambda: replace(default, **said))
+
+
+def _choice(guide: GuidanceBody) -> dict[str, Any]:
+    """The fields of Settings that guidance alone sets, checked as Settings.make does."""
+    names = ("value", "select", "answer", "weight", "weight_temperature")
+    made = _within("prm_guidance", lambda: SearchSettings.make(**{name: getattr(guide, name) for name in names}))
+    return {name: getattr(made, name) for name in names}
+
+
+def _budget(given: BudgetBody | int | None, limits: Limits) -> Budget:
+    asked = BudgetBody(tokens=given) if isinstance(given, int) else given or BudgetBody()
+    budget = _within("prm_guidance.budget", lambda: Budget(**asked.model_dump()))
+    return replace(
+        budget,
+        tokens=min(budget.tokens or limits.sampled_tokens, limits.sampled_tokens),
+        seconds=min(budget.seconds or limits.seconds, limits.seconds),
+    )
+
+
+def _stop(given: str | list[str] | None) -> tuple[str, ...]:
+    stop = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+    if len(stop) > 16:
+        raise invalid("stop", f"{len(stop)} strings: at most 16")
+    if not all(stop):
+        raise invalid("stop", "an empty string stops nothing")
+    return stop
+
+
+def _within(param: str | None, make: Callable[[], T], names: dict[str, str] | None = None) -> T:
+    """What make() returns; its ValueError or TypeError as the error of a field, which such messages begin with.
+
+    Args:
+        param: where in the request its arguments come from; None for the top.
+        make: builds something from arguments.
+        names: argument -> field, where they differ.
+    """
+    try:
+        return make()
+    except (ValueError, TypeError) as error:
+        said = str(error)
+        found = re.match(r"(?:budget: )?([a-z_]+)=", said)
+        own = None if found is None else (names or {}).get(found[1], found[1])
+        path = ".".join(part for part in (param, own) if part) or None
+        said = said if found is None else f"{path}={said[found.end() :]}"
+        said = f"{path}: {said}" if path is not None and found is None else said
+        raise RequestError(400, said, param=path, code="invalid_value") from error

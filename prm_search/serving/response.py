@@ -1,0 +1,223 @@
+"""Answers in OpenAI's schema, whole or as a stream of server-sent events."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ..driver.result import Event, Result
+from ..tree import Node
+from ..values import step_rewards
+from .request import SearchRequest
+from .service import Job, answered, failure
+from .text import TextStream, whole_text
+
+
+def whole(job: Job, results: Sequence[Result]) -> dict[str, Any]:
+    """The answer of a request that is not streamed.
+
+    Args:
+        job: the request.
+        results: one a prompt.
+    """
+    ask, words = job.ask, job.service.engine.words
+    choices = []
+    for number, result in enumerate(results):
+        for place, node in enumerate(chosen(ask, result)):
+            text = whole_text(words, node.path_ids(), ask.stop)
+            said = {"message": {"role": "assistant", "content": text}} if ask.kind == "chat" else {"text": text}
+            choices.append(
+                {"index": number * ask.n + place, **said, "logprobs": None, "finish_reason": finish_reason(node)}
+            )
+    answer = _head(job, "chat.completion" if ask.kind == "chat" else "text_completion")
+    answer |= {"choices": choices, "usage": usage(job, results)}
+    return answer | ({"prm_search": [search_facts(job, result) for result in results]} if ask.guided else {})
+
+
+def chosen(ask: SearchRequest, result: Result) -> list[Node]:
+    """The ends of the choices for one prompt.
+
+    Guided: the best n candidates of which no two are the same, which may be fewer. Otherwise the n samples, in the
+    order in which they were drawn.
+    """
+    if not ask.guided:
+        drawn = sorted(result.candidates, key=lambda node: node.index)
+        return [node for node in drawn for _ in range(node.count)][: ask.n]
+    distinct: dict[tuple[int, ...], Node] = {}
+    for node in result.candidates:
+        distinct.setdefault(tuple(node.path_ids()), node)
+    return list(distinct.values())[: ask.n]
+
+
+def finish_reason(node: Node) -> str:
+    """OpenAI's word: "length" also for what a budget cut."""
+    return "stop" if node.finish == "stop" else "length"
+
+
+def usage(job: Job, results: Sequence[Result]) -> dict[str, Any]:
+    """What the request cost: prompt and sampled tokens, and under prm_search what each model did for them."""
+    total = job.usage
+    prompts = sum(len(result.tree.prompt_ids) for result in results)
+    sampled = sum(total.sampled_tokens.values())
+    return {
+        "prompt_tokens": prompts,
+        "completion_tokens": sampled,
+        "total_tokens": prompts + sampled,
+        "prm_search": {
+            "sampled_tokens": total.sampled_tokens,
+            "encoded_tokens": total.encoded_tokens,
+            "cached_tokens": total.cached_tokens,
+            "reencoded_tokens": total.reencoded_tokens,
+            "forward_calls": total.forward_calls,
+            "seconds": {phase: round(spent, 6) for phase, spent in total.seconds.items()},
+        },
+    }
+
+
+def search_facts(job: Job, result: Result) -> dict[str, Any]:
+    """What the search for one prompt says beside its text."""
+    facts: dict[str, Any] = {"stopped": result.stopped, "value": finite(result.value), "answer": result.answer}
+    if job.ask.candidates:
+        facts["candidates"] = [_candidate(job, node) for node in result.candidates]
+    return facts
+
+
+def finite(number: float | None) -> float | None:
+    """The number; None for infinities and NaN, which JSON has no words for."""
+    return None if number is None or not math.isfinite(number) else float(number)
+
+
+def _candidate(job: Job, node: Node) -> dict[str, Any]:
+    words, ask = TextStream(job.service.engine.words, job.ask.stop), job.ask
+    path = node.path()
+    texts = [words.feed(step.token_ids) for step in path]
+    texts[-1] += words.end()
+    rewards = step_rewards(node)
+    return {
+        "text": "".join(texts),
+        "value": finite(node.value),
+        "q": finite(node.q),
+        "finish_reason": finish_reason(node),
+        "count": node.count,
+        "answer": None if ask.settings.answer is None else ask.settings.answer("".join(texts)),
+        "steps": [
+            {
+                "text": text,
+                "tokens": len(step.token_ids),
+                "reward": finite(reward),
+                "q": finite(step.q),
+                "value": finite(step.value),
+            }
+            for text, step, reward in zip(texts, path, rewards, strict=True)
+        ],
+    }
+
+
+async def events(job: Job) -> AsyncIterator[tuple[str, bool]]:
+    """The answer as server-sent events: deltas, an error where there is one, [DONE]; each with whether all is well."""
+    try:
+        async for chunk in _Chunks(job).stream():
+            yield _event(chunk), True
+    except Exception as error:
+        yield _event(failure(error).body()), False
+    yield "data: [DONE]\n\n", True
+
+
+class _Chunks:
+    """Builds the chunks of one stream."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.ask = job, job.ask
+        words = job.service.engine.words
+        self.texts = [TextStream(words, self.ask.stop) for _ in job.searches]
+        self.told: list[list[int]] = [[] for _ in job.searches]
+        self.results: dict[int, Result] = {}
+
+    async def stream(self) -> AsyncIterator[dict[str, Any]]:
+        """Every chunk in order."""
+        ask, job = self.ask, self.job
+        if ask.kind == "chat" and ask.in_steps:
+            yield self._chunk(0, {"role": "assistant", "content": ""})
+        while len(self.results) < len(job.searches):
+            number, event = await job.events.get()
+            if isinstance(event, BaseException):
+                raise event
+            if event.result is None:
+                if ask.progress:
+                    yield self._progress(number, event)
+                if ask.in_steps:
+                    said = self._tell(number, job.searches[number].committed())
+                    if said:
+                        yield self._chunk(number, self._delta(said))
+            else:
+                self.results[number] = answered(event.result)
+                for chunk in self._end(number, event.result):
+                    yield chunk
+        if ask.include_usage:
+            results = [self.results[number] for number in range(len(job.searches))]
+            yield self._chunk(None) | {"usage": usage(job, results)}
+
+    def _tell(self, number: int, steps: Sequence[Node]) -> str:
+        """The text that these settled steps add to what was told."""
+        told = self.told[number]
+        ids = [i for step in steps for i in step.token_ids]
+        if ids[: len(told)] != told:
+            raise RuntimeError("the search took back a step that was settled")
+        fresh = ids[len(told) :]
+        told += fresh
+        return self.texts[number].feed(fresh)
+
+    def _end(self, number: int, result: Result) -> list[dict[str, Any]]:
+        """What remains to be told of one prompt."""
+        ask, job = self.ask, self.job
+        chunks = []
+        for place, node in enumerate(chosen(ask, result)):
+            index = number * ask.n + place
+            if ask.in_steps:
+                said = self._tell(number, node.path()) + self.texts[number].end()
+            else:
+                said = whole_text(job.service.engine.words, node.path_ids(), ask.stop)
+                if ask.kind == "chat":
+                    chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
+            if said:
+                chunks.append(self._chunk(index, self._delta(said)))
+            chunks.append(self._chunk(index, {} if ask.kind == "chat" else {"text": ""}, finish_reason(node)))
+        if chunks and ask.guided:
+            chunks[-1]["prm_search"] = [search_facts(job, result)]
+        return chunks
+
+    def _progress(self, number: int, event: Event) -> dict[str, Any]:
+        steps = [
+            {
+                "text": node.text,
+                "depth": node.depth,
+                "reward": finite(node.reward),
+                "q": finite(node.q),
+                "finish": node.finish,
+            }
+            for node in event.nodes
+        ]
+        return self._chunk(None) | {"prm_search": [{"prompt": number, "steps": steps}]}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"content": text} if self.ask.kind == "chat" else {"text": text}
+
+    def _chunk(
+        self, index: int | None, delta: dict[str, Any] | None = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        """A chunk with one choice, or with none."""
+        chat = self.ask.kind == "chat"
+        chunk = _head(self.job, "chat.completion.chunk" if chat else "text_completion")
+        said = {"delta": delta} if chat else delta or {}
+        choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
+        return chunk | {"choices": [] if index is None else [choice]}
+
+
+def _head(job: Job, kind: str) -> dict[str, Any]:
+    return {"id": job.id, "object": kind, "created": job.created, "model": job.ask.model or job.service.models[0]}
+
+
+def _event(chunk: dict[str, Any]) -> str:
+    return f"data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n"
