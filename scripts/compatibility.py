@@ -227,10 +227,11 @@ log-probability compared with a plain forward of the same model, in fp32. The er
 over three forests; it may exceed 1e-4 only where rounding the embeddings differently, by one unit in the last place,
 already changes a plain forward by a tenth of it.
 
-The engine asks the same kind of question whenever a model is handed to it (`prm_search/engine/admission/check.py`), so a
-type or a setting that is not listed, remote code too, is either served exactly or refused with a ValueError that says why.
-Lengths are told by the names of config fields (`*window*`, `*chunk_size`, `original_max_position_embeddings` ...): what
-it cannot see is a limit under a name of its own that no short text crosses.
+The engine asks the same kind of question whenever a model is handed to it (`prm_search/engine/admission/check.py`),
+so a type or a setting that is not listed, remote code too, is either served exactly or refused with a ValueError that
+says why. Lengths are told by the names of config fields (`*window*`, `*chunk_size`,
+`original_max_position_embeddings` ...): what it cannot see is a limit under a name of its own that no short text
+crosses.
 Asking took {slowest:.1f} s at most here and {median:.2f} s in the median, once for each family and process.
 
 Dynamic RoPE and longrope make a token's probability depend on the length of the text after it once that exceeds the

@@ -93,7 +93,7 @@ class Guide:
     def _load(
         self, vllm_config: VllmConfig, device: torch.device
     ) -> tuple[LanguageModel | None, LanguageModel | None, Any, float]:
-        from prm_search.driver.participants.loading import load
+        from prm_search.models.loading import load
         from prm_search.scorers.implicit.card import BETA, load_pair
 
         config, scheduler = self.config, vllm_config.scheduler_config
