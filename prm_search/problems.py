@@ -1,4 +1,4 @@
-"""Outcome labels: is a response's final answer the reference answer? No torch."""
+"""Problems with known answers, and outcome labels: is a response's final answer the reference answer? No torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ from importlib.util import find_spec
 
 from .answers import Answer, boxed, hashes, last_number, resolve_answer
 from .answers.equivalence import equivalent, normalize
+from .tree import Prompt
 
 Same = Callable[[str, str], bool]
 LABELS = ("math", "exact")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked, and what the right final answer is."""
+
+    prompt: Prompt
+    answer: str
 
 
 def final_answer(text: str) -> str | None:

@@ -11,8 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..problems import stated_answer
-from ..training.rollouts import Problem
+from ..problems import Problem, stated_answer
 from . import BadInput
 from .records import Item, json_lines, prompt_of, reason
 

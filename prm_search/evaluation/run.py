@@ -15,12 +15,11 @@ from ..driver.loop import SearchLoop
 from ..driver.participants import Participants, require
 from ..driver.result import Result
 from ..driver.search_settings import SearchSettings
-from ..problems import final_answer
+from ..problems import Problem, final_answer
 from ..protocols import Policy, Scorer
 from ..rng import child_lineage
 from ..search import encode_all
 from ..strategies import BestOfN
-from ..training.rollouts import Problem
 from ..tree import Node, Prompt, SearchTree
 from ..usage import Meter, Usage
 from ..values import VALUES
@@ -54,7 +53,7 @@ def evaluate(
         scorers: the pairs to compare, of distinct names, over the same samples; none where no strategy needs one.
         plan: see Plan.
         judge: of a complete response's text and the right answer: the answer found, and whether it is right; see
-            training.labels.Judge. A response that was cut is wrong.
+            problems.Judge. A response that was cut is wrong.
         answer: finds what a response votes for: "boxed", "####", "number", a function of its text; None for the first
             of "####", box and number that it has.
         done: records of an earlier run with the same arguments, by their index.

@@ -11,7 +11,7 @@ from ..driver.search_settings import SearchSettings
 from ..tree import Prompt, SearchTree
 from .plan import Cell, Plan
 
-#: Of a response's text and the reference answer: the answer found and whether it is right (training.labels.Judge).
+#: Of a response's text and the reference answer: the answer found and whether it is right (problems.Judge).
 Judge = Callable[[str, str], tuple[str | None, bool]]
 
 

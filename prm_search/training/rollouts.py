@@ -8,18 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..driver.participants import require
+from ..problems import Problem
 from ..protocols import Policy, Request, Sampling
 from ..tree import Prompt, SearchTree
 
+__all__ = ["Label", "Problem", "Rollout", "sample_rollouts"]
+
 Label = Callable[[str, str], tuple[str | None, bool]]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is asked, and what the right final answer is."""
-
-    prompt: Prompt
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,8 @@ def sample_rollouts(
         policy: samples; not to be used for anything else meanwhile.
         n: responses a problem.
         sampling: how; the policy's context may leave fewer tokens.
-        label: see labels.Judge: of a complete response's text and the reference answer, the answer found and the label.
+        label: see problems.Judge: of a complete response's text and the reference answer, the answer found and the
+            label.
         done: (problem, sample) of responses that are not wanted.
         batch: problems sampled together; changes no response.
 

@@ -85,7 +85,7 @@ def tree_records(
     Args:
         tree: from a search, or from_json; its prompt has token ids.
         answer: the reference answer; None: neither labels nor inferred values.
-        label: see labels.Judge; needed with an answer.
+        label: see problems.Judge; needed with an answer.
         nodes: "ends": whole responses only (ended, or cut by a limit or budget); "all": the path to every node.
 
     Returns:
