@@ -20,6 +20,9 @@ _PUBLIC = {
     "Beam": ".strategies",
     "DVTS": ".strategies",
     "Lookahead": ".strategies",
+    "MCTS": ".strategies",
+    "ParticleFilter": ".strategies",
+    "Rebase": ".strategies",
     "Steer": ".strategies",
     "Expand": ".strategies",
     "Parallel": ".strategies",
@@ -80,11 +83,14 @@ if TYPE_CHECKING:
     from .steps import StepRule as StepRule
     from .strategies import (
         DVTS as DVTS,
+        MCTS as MCTS,
         Beam as Beam,
         BestOfN as BestOfN,
         Expand as Expand,
         Lookahead as Lookahead,
         Parallel as Parallel,
+        ParticleFilter as ParticleFilter,
+        Rebase as Rebase,
         Steer as Steer,
         Strategy as Strategy,
     )

@@ -33,6 +33,26 @@ def child_lineage(lineage: int, position: int, index: int) -> int:
     return lineage if index == 0 else _hash64(lineage, position, index)
 
 
+def strategy_lineage(purpose: int) -> int:
+    """Lineage of the numbers that a strategy draws for itself (resampling, Thompson sampling), one a purpose.
+
+    It is a hash of words that no child's lineage is a hash of, so a strategy's numbers are independent of its samples'.
+    """
+    return _hash64(0x73747261, purpose, 0x74656779, 4)
+
+
+def strategy_uniforms(seed: int, stream: int, purpose: int, first: int, n: int) -> np.ndarray:
+    """Numbers `first` to `first + n - 1` of a strategy's own sequence: [n] float64 in [0, 1).
+
+    Args:
+        seed, stream: of the search and its tree.
+        purpose: which sequence.
+        first: how many of it have been used.
+        n: how many are wanted.
+    """
+    return uniforms([seed] * n, [stream] * n, [strategy_lineage(purpose)] * n, range(first, first + n))
+
+
 def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Philox 4x32-10, vectorised.
 

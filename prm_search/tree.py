@@ -112,12 +112,14 @@ class Node:
         drawn: children already drawn from each lineage; the next draw goes on from there.
         rollout: drawn to look ahead and not (yet) taken into the search.
         index: place in `tree.nodes`.
+        weight: what the node's draws together weigh in a weighted vote, where the strategy says so (ParticleFilter,
+            SelfConsistency); None leaves it to the values.
     """
 
     __slots__ = (
         "__weakref__", "_q", "_reward", "children", "depth", "drawn", "end", "finish", "index", "lineages",
         "logprobs", "parent", "reward_ids", "rewards", "rollout", "sampler", "start", "text", "token_ids", "tree",
-        "value",
+        "value", "weight",
     )  # fmt: skip
 
     def __init__(self, tree: SearchTree, parent: Node | None, token_ids: Sequence[int]) -> None:
@@ -138,6 +140,7 @@ class Node:
         self.lineages: tuple[int, ...] = (0,)
         self.drawn = 0
         self.rollout = False
+        self.weight: float | None = None
         self.index = -1
         self._reward: dict[str, float] = {}
         self._q: dict[str, float] = {}
@@ -246,6 +249,8 @@ class SearchTree:
         root, nodes: the root and every node in order of creation (nodes[0] is the root).
         primary: the pair that Node.reward, .q and .token_rewards speak of.
         meter: token counts by model, read out as Result.usage.
+        seed: of the search, for strategies that draw numbers of their own.
+        log_z: estimate of log sum_y policy(y) exp(value(y) / temperature), nats, where a strategy makes one.
     """
 
     def __init__(self, prompt: Prompt | str, *, occurrence: int = 0) -> None:
@@ -253,6 +258,8 @@ class SearchTree:
         self.occurrence = occurrence
         self.primary = "prm"
         self.meter = Meter()
+        self.seed = 0
+        self.log_z: float | None = None
         self.nodes: list[Node] = []
         self._stream: int | None = None
         self.root = self._append(Node(self, None, ()))
@@ -335,6 +342,7 @@ class SearchTree:
             },
             "occurrence": self.occurrence,
             "primary": self.primary,
+            "log_z": self.log_z,
             "nodes": [_node_record(node) for node in self.nodes],
         }
         return json.dumps(record, ensure_ascii=False, indent=indent)
@@ -350,6 +358,7 @@ class SearchTree:
                 raise ValueError(f"version {version!r} with {len(nodes)} nodes")
             tree = cls(Prompt(**given), occurrence=record["occurrence"])
             tree.primary = record["primary"]
+            tree.log_z = record.get("log_z")  # trees of older versions have none, and no weights
             _restore(tree.root, nodes[0])
             for item in nodes[1:]:
                 node = Node(tree, tree.nodes[item["parent"]], item["token_ids"])
@@ -371,6 +380,7 @@ def _node_record(node: Node) -> dict[str, Any]:
         "reward": dict(node._reward),
         "q": dict(node._q),
         "value": node.value,
+        "weight": node.weight,
         "finish": node.finish,
         "lineages": list(node.lineages),
         "drawn": node.drawn,
@@ -380,6 +390,7 @@ def _node_record(node: Node) -> dict[str, Any]:
 
 def _restore(node: Node, item: Mapping[str, Any]) -> None:
     node.text, node.value, node.finish = item["text"], item["value"], item["finish"]
+    node.weight = item.get("weight")
     node.logprobs = None if item["logprobs"] is None else np.asarray(item["logprobs"], np.float32)
     node.sampler = item["sampler"]
     node.rewards = {name: np.asarray(values, np.float32) for name, values in item["rewards"].items()}

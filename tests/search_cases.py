@@ -14,7 +14,7 @@ from prm_search.driver.records import Outcome, chain
 from prm_search.driver.result import Result
 from prm_search.protocols import Request
 from prm_search.search import search
-from prm_search.strategies import DVTS, Beam, BestOfN, Lookahead
+from prm_search.strategies import DVTS, MCTS, Beam, BestOfN, Lookahead, ParticleFilter, Rebase
 from prm_search.tree import Node, Prompt, SearchTree
 
 small = st.integers(1, 3)
@@ -36,6 +36,27 @@ ALL = st.one_of(
         per_parent=cap,
         merge=merging,
     ),
+    st.builds(
+        ParticleFilter,
+        particles=st.integers(2, 5),
+        temperature=st.sampled_from([0.1, 1.0]),
+        resample=st.sampled_from(["systematic", "multinomial", "residual", "stratified"]),
+        ess=st.sampled_from([0.0, 0.5, 1.0]),
+        sweeps=small,
+        merge=merging,
+    ),
+    st.builds(
+        MCTS,
+        simulations=st.integers(1, 8),
+        expansions=small,
+        rule=st.sampled_from(["puct", "uct"]),
+        exploration=st.none() | st.sampled_from([0.0, 2.0]),
+        backup=st.sampled_from(["mean", "max"]),
+        rollout_steps=st.integers(0, 2),
+        leaves=small,
+        merge=merging,
+    ),
+    st.builds(Rebase, width=st.integers(1, 6), temperature=st.sampled_from([0.05, 1.0]), merge=merging),
 )
 SEEDS = st.integers(0, 2**32)
 

@@ -142,6 +142,7 @@ def select(
             PRM would (derived from q's definition, arXiv 2412.01981, eq. 2).
         sigmoid: w_i = 1 / (1 + exp(-v_i / temperature)), the weight of the released evaluation of arXiv 2412.01981:
             the probability of being right, for pairs trained with cross entropy on such labels.
+        Where every candidate has a `Node.weight`, which a ParticleFilter gives, those are the weights.
 
     A node casts `count` votes, one for each merged duplicate, and is represented in the result by the best node of its
     answer. Answers are the same where `equivalent` says so of the first that came up. A candidate without an answer,
@@ -173,8 +174,13 @@ def select(
     best = nodes[values.index(max(values))]
     if how == "best":
         return Selection(best, _answer(extract, best))
-    weights = [1.0] * len(nodes) if how == "majority" else _weights(values, weight, temperature)
-    if how == "weighted" and weight == "softmax":
+    own = [node.weight for node in nodes if node.weight is not None]
+    by_strategy = how == "weighted" and len(own) == len(nodes)
+    if by_strategy:
+        weights = [share / node.count for share, node in zip(own, nodes, strict=True)]
+    else:
+        weights = [1.0] * len(nodes) if how == "majority" else _weights(values, weight, temperature)
+    if how == "weighted" and weight == "softmax" and not by_strategy:
         total = math.fsum(w * node.count for w, node in zip(weights, nodes, strict=True))
         weights = [w / total for w in weights]
 

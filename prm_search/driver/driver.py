@@ -64,6 +64,7 @@ class Driver:
         limits = Budget.of(budget)
         deadline = math.inf if limits.seconds is None else self._clock() + limits.seconds
         search = Search(tree, sampling, limits, value, deadline)
+        tree.seed = sampling.seed
         self._searches[tree] = search
         try:
             self._start(search, strategy.run(tree.root), Purse(limits.tokens, limits.nodes))

@@ -55,6 +55,11 @@ class Result:
         """Value of the chosen path, in the unit of the rewards (beta * nats)."""
         return None if self.node is None else self.node.value
 
+    @property
+    def log_z(self) -> float | None:
+        """Estimate of log sum_y policy(y) exp(value(y) / temperature), nats, of a ParticleFilter; else None."""
+        return self.tree.log_z
+
     def __repr__(self) -> str:
         value = "None" if self.value is None else f"{self.value:.4g}"
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."

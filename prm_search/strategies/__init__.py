@@ -7,6 +7,9 @@ from .beam import Beam
 from .best_of_n import BestOfN
 from .dvts import DVTS
 from .lookahead import Lookahead
+from .mcts import MCTS
+from .particle_filter import ParticleFilter
+from .rebase import Rebase
 from .steer import Steer
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -14,12 +17,15 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "beam": Beam,
     "lookahead": Lookahead,
     "dvts": DVTS,
+    "particle_filter": ParticleFilter,
+    "mcts": MCTS,
+    "rebase": Rebase,
     "steer": Steer,
 }
 
 __all__ = [
-    "DVTS", "STRATEGIES", "Beam", "BestOfN", "Expand", "Lookahead", "Parallel", "Run", "Steer", "Strategy",
-    "resolve_strategy",
+    "DVTS", "MCTS", "STRATEGIES", "Beam", "BestOfN", "Expand", "Lookahead", "Parallel", "ParticleFilter", "Rebase",
+    "Run", "Steer", "Strategy", "resolve_strategy",
 ]  # fmt: skip
 
 

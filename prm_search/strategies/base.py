@@ -7,7 +7,10 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from ..tree import Node
+import numpy as np
+
+from ..rng import strategy_uniforms
+from ..tree import Node, SearchTree
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,24 @@ class Strategy(Protocol):
         candidates, in an order that depends on the draws alone: every finished node it was sent, or at least all
         that could be chosen."""
         ...
+
+
+class OwnNumbers:
+    """Uniform numbers that a strategy draws for itself: a function of the search's seed and its tree alone.
+
+    Args:
+        tree: of the search.
+        purpose: which of the strategy's sequences.
+    """
+
+    def __init__(self, tree: SearchTree, purpose: int = 0) -> None:
+        self._tree, self._purpose, self._used = tree, purpose, 0
+
+    def __call__(self, n: int) -> np.ndarray:
+        """Return the next n numbers, [n] float64 in [0, 1)."""
+        numbers = strategy_uniforms(self._tree.seed, self._tree.stream, self._purpose, self._used, n)
+        self._used += n
+        return numbers
 
 
 def at_least(name: str, value: object, least: int = 1) -> None:
