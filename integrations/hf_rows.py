@@ -20,7 +20,7 @@ import torch
 from prm_search.engine.sampler import Sampler
 
 if TYPE_CHECKING:
-    from prm_search.engine.decoder import DecodingRow
+    from prm_search.engine.decoding_row import DecodingRow
     from prm_search.engine.language_model import LanguageModel
     from prm_search.tree import SearchTree
 

@@ -76,8 +76,12 @@ class TokenText:
         A character whose tokens are split over two calls is lost in both: render a whole path in one call where that
         matters.
         """
+        return self.text_bytes(ids).decode("utf-8", "replace")
+
+    def text_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of the text that these ids add, without special tokens. Those of two calls join to the whole text."""
         pieces, special = self._pieces, self.special
-        return b"".join([pieces[i] for i in ids if i not in special]).decode("utf-8", "replace")
+        return b"".join([pieces[i] for i in ids if i not in special])
 
     def _read(self, token_id: int) -> bytes:
         if token_id < 0:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from prm_search.protocols import BlockingPolicy, Request, Sampling, Segment, commit
+from prm_search.drawing import Draw, Segment, commit, nodes_of
+from prm_search.protocols import BlockingPolicy, Request, Sampling
 from prm_search.rng import uniforms
 from prm_search.steps import StepRule
 from prm_search.tree import Node, Prompt, SearchTree
@@ -64,65 +65,48 @@ class ToyLM:
         return weights / weights.sum()
 
 
-@dataclass
-class Child:
-    """A child while it is drawn, one token at a time."""
+class ByteTokens:
+    """The vocabulary of the fakes, as Draw asks for it."""
 
-    request: Request
-    place: int
-    lm: ToyLM
-    chain: list[Segment] = field(default_factory=lambda: [Segment()])
-    drawn: int = 0
-    ended: bool = False
+    piece = staticmethod(piece)
 
-    def __post_init__(self) -> None:
-        node = self.request.node
-        self.context = [*node.tree.prompt_ids, *node.path_ids()]
-        self.matcher = self.request.sampling.steps.matcher(piece, node)
+    @staticmethod
+    def text_bytes(token_ids: Iterable[int]) -> bytes:
+        return b"".join(map(piece, token_ids))
 
-    def step(self) -> None:
-        request, lm = self.request, self.lm
-        raw = lm.probs(self.context)
-        how = request.sampling
-        if self.chain[-1].token_ids and self.matcher.uncertain(float(raw.max())):
-            self.matcher.cut()
-            if self._end_step():
-                return
+
+@dataclass(eq=False)
+class Child(Draw):
+    """A child while it is drawn, one token of a ToyLM at a time."""
+
+    def step(self, lm: ToyLM) -> None:
+        request, how = self.request, self.request.sampling
+        raw = lm.probs(self.ids())
+        if self.cut_before(float(raw.max())):
+            return
         if how.temperature == 0:
             place = int(raw.argmax())
         else:
             probs = raw ** (1 / how.temperature)
-            position = request.node.end + self.drawn
-            stream = request.node.tree.stream
-            (u,) = uniforms([how.seed], [stream], [request.lineages[self.place]], [position])
+            (u,) = uniforms([how.seed], [request.node.tree.stream], [self.lineage], [self.position])
             place = int(np.searchsorted(np.cumsum(probs / probs.sum())[:-1], u, side="right"))
-        token = lm.vocabulary[place]
-        self.context.append(token)
-        self.drawn += 1
-        segment = self.chain[-1]
-        segment.token_ids.append(token)
-        segment.logprobs.append(float(np.log(raw[place])))
-        segment.text = text_of(segment.token_ids)
-        step_ended = self.matcher.feed(token)
-        if token == EOS:
-            segment.finish, self.ended = "stop", True
-        elif self.drawn == request.caps[self.place]:
-            segment.finish, self.ended = request.cap_reasons[self.place], True
-        elif step_ended:
-            self._end_step()
+        self.take(lm.vocabulary[place], float(np.log(raw[place])))
 
-    def _end_step(self) -> bool:
-        if self.request.until == "step":
-            self.ended = True
-        else:
-            self.chain.append(Segment())
-        return self.ended
+
+def children_of(request: Request) -> list[Child]:
+    return Child.of(request, ByteTokens(), frozenset({EOS}))
 
 
 def finish(request: Request, children: Sequence[Child], sampler: Hashable) -> list[Node]:
     """Commit what the children drew and count it."""
-    request.node.tree.meter.add("sampled", sampler, sum(child.drawn for child in children))
-    return [nodes[-1] for nodes in commit(request, [child.chain for child in children], sampler)]
+    return [nodes[-1] for _, nodes in nodes_of(request, children, sampler)]
+
+
+def interrupt(request: Request, children: Sequence[Child], sampler: Hashable) -> list[Node]:
+    """The same where they have to end now."""
+    for child in children:
+        child.interrupt()
+    return finish(request, children, sampler)
 
 
 class FakePolicy:
@@ -166,28 +150,20 @@ class FakePolicy:
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.trees.add(request.node.tree)
-            self.requests[request] = [Child(request, i, self.lm) for i in range(len(request.lineages))]
+            self.requests[request] = children_of(request)
 
     def advance(self) -> list[tuple[Request, list[Node]]]:
         self.forward_calls += 1
         if self.forward_calls == self.fail_at:
             raise RuntimeError("the policy failed")
-        waiting = [child for children in self.requests.values() for child in children if not child.ended]
+        waiting = [child for children in self.requests.values() for child in children if not child.done]
         for child in self.order(waiting)[: self.rows]:
-            child.step()
-        ended = [r for r, children in self.requests.items() if all(child.ended for child in children)]
+            child.step(self.lm)
+        ended = [r for r, children in self.requests.items() if all(child.done for child in children)]
         return [(request, finish(request, self.requests.pop(request), self.id)) for request in ended]
 
     def interrupt(self, request: Request) -> list[Node]:
-        children = self.requests.pop(request)
-        kept = [child for child in children if child.drawn]
-        request = replace(request, lineages=tuple(request.lineages[child.place] for child in kept))
-        for child in kept:
-            if not child.ended:
-                if not child.chain[-1].token_ids:
-                    child.chain.pop()
-                child.chain[-1].finish = "budget"
-        return finish(request, kept, self.id)
+        return interrupt(request, self.requests.pop(request), self.id)
 
     def release(self, tree: SearchTree) -> None:
         self.trees.discard(tree)
@@ -207,10 +183,10 @@ class FakeBlockingPolicy(BlockingPolicy):
     def run(self, requests: Sequence[Request]) -> list[list[Node]]:
         answers = []
         for request in requests:
-            children = [Child(request, i, self.lm) for i in range(len(request.lineages))]
+            children = children_of(request)
             for child in children:
-                while not child.ended:
-                    child.step()
+                while not child.done:
+                    child.step(self.lm)
             answers.append(finish(request, children, self.id))
         return answers
 
@@ -331,18 +307,16 @@ class FakeAsyncPolicy:
         try:
             for _ in range(self.pauses(request)):
                 await asyncio.sleep(0)
-            children = [Child(request, i, self.lm) for i in range(len(request.lineages))]
-            while not all(child.ended for child in children) and request not in self.interrupted:
+            children = children_of(request)
+            while not all(child.done for child in children) and request not in self.interrupted:
                 for child in children:
-                    if not child.ended:
-                        child.step()
+                    if not child.done:
+                        child.step(self.lm)
                 await asyncio.sleep(0)
         finally:
             self.running.discard(request)
         if request in self.interrupted:
-            whole = FakePolicy(self.lm, id=self.id)
-            whole.requests[request] = children
-            return whole.interrupt(request)
+            return interrupt(request, children, self.id)
         return finish(request, children, self.id)
 
     def interrupt(self, request: Request) -> None:

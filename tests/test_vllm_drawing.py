@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fake_vllm import FakeAsyncLLM, FakeEngine, FakeLLM, install
-from fakes import RULE, Child, Clock, FakeScorer, ToyLM, finish, ids, sampling
+from fakes import RULE, Clock, FakeScorer, ToyLM, children_of, finish, ids, sampling
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from prm_search.driver.budget import Budget
@@ -50,10 +50,10 @@ def steps_of(children: list[Node], top: Node) -> list[list[tuple[Any, ...]]]:
 
 def expected(lm: ToyLM, request: Request) -> list[Node]:
     """The same draws by the fakes' own decoder, token by token."""
-    children = [Child(request, i, lm) for i in range(len(request.lineages))]
+    children = children_of(request)
     for child in children:
-        while not child.ended:
-            child.step()
+        while not child.done:
+            child.step(lm)
     return finish(request, children, "toy")
 
 

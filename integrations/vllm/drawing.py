@@ -9,14 +9,14 @@ end sees a token and tells the engine to abort.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from math import exp
 from typing import Any
 
+from prm_search.drawing import Draw, nodes_of
 from prm_search.integrations.vllm.engines import EngineFacts, Ledger
-from prm_search.protocols import Request, Segment, commit
 from prm_search.rng import stream
-from prm_search.steps import StepMatcher
+from prm_search.sampling import Request
 from prm_search.tokens import TokenText
 from prm_search.tree import Node
 
@@ -24,31 +24,21 @@ _SEEDS = (1 << 63) - 1  # vLLM's seeds are signed 64-bit integers, and -1 means 
 
 
 @dataclass(eq=False)
-class EngineRow:
+class EngineRow(Draw):
     """One child being drawn.
 
     Attributes:
-        request, index: its place in what was asked for.
-        matcher: where its steps end.
-        left: tokens it may still draw.
-        chain: the steps drawn, the last one under way; closed where `fresh`.
-        fresh: the next token starts a new step.
-        drawn: tokens in the chain.
         dropped: tokens the engine drew beyond its end.
         cached: tokens of its prompt that the engine had cached; None before its first output.
-        done: it draws no more.
     """
 
-    request: Request
-    index: int
-    matcher: StepMatcher
-    left: int
-    chain: list[Segment] = field(default_factory=list)
-    fresh: bool = True
-    drawn: int = 0
     dropped: int = 0
     cached: int | None = None
-    done: bool = False
+
+    @property
+    def sampled(self) -> int:
+        """Tokens the engine drew for it."""
+        return self.drawn + self.dropped
 
 
 class Drawing:
@@ -86,14 +76,13 @@ class Drawing:
         if sampling.temperature > 2:
             raise ValueError(f"temperature={sampling.temperature}: vLLM samples at temperatures in [0, 2]")
         self.request = request
-        self._facts, self._text, self._stop_ids, self._ledger = facts, text, stop_ids, ledger
+        self._facts, self._stop_ids, self._ledger = facts, stop_ids, ledger
         self._stop, self._alpha = stop, alpha
         self._seeded = seeded and sampling.temperature > 0
         self._confidence = sampling.steps.confidence is not None
         node = request.node
         self.token_ids = [*node.tree.prompt_ids, *node.path_ids()]
-        matcher = sampling.steps.matcher(text.piece, node)
-        self.rows = [EngineRow(request, i, matcher.copy(), cap) for i, cap in enumerate(request.caps)]
+        self.rows = EngineRow.of(request, text, stop_ids)
         self.failed: str | None = None
 
     @property
@@ -127,9 +116,7 @@ class Drawing:
         """A seed from everything that a draw depends on. vLLM's generators begin anew with each request, so the
         response position is part of it, even where a child goes on in its parent's lineage."""
         node = self.request.node
-        return (
-            stream((self.request.sampling.seed, node.tree.stream, self.request.lineages[row.index], node.end)) & _SEEDS
-        )
+        return stream((self.request.sampling.seed, node.tree.stream, row.lineage, node.end)) & _SEEDS
 
     def take(self, row: EngineRow, output: Any) -> None:
         """Feed a child what the engine has drawn for it since the last time.
@@ -152,48 +139,22 @@ class Drawing:
         if reason is None or row.done:
             return
         if reason == "length" and row.chain:  # of the context, which ends before the cap
-            row.chain[-1].finish, row.done = "length", True
-            self._close(row)
+            row.interrupt("length")
         else:
             self.failed = f"vLLM ended a request before its step was complete: {reason}"
 
     def _draw(self, row: EngineRow, token: int, table: Any) -> None:
-        """One token of a child; the same decisions in the same order as the HF engine's decoder takes."""
-        if self._confidence and not row.fresh and row.matcher.uncertain(_top_prob(table)):
-            row.matcher.cut()
-            self._close(row)
-            if self.request.until == "step":
-                row.done = True
-                row.dropped += 1
-                return
-        if row.fresh:
-            row.chain.append(Segment())
-            row.fresh = False
-        segment = row.chain[-1]
-        segment.token_ids.append(token)
-        segment.logprobs.append(float(table[token].logprob))
-        row.drawn += 1
-        row.left -= 1
-        step = row.matcher.feed(token)
-        if token in self._stop_ids or (self._stop is not None and self._stop([row])[0]):
-            segment.finish, row.done = "stop", True
-        elif row.left == 0:
-            segment.finish, row.done = self.request.cap_reasons[row.index], True
-        elif step:
-            segment.finish, row.done = "step", self.request.until == "step"
-        if row.done or step:
-            self._close(row)
-
-    def _close(self, row: EngineRow) -> None:
-        row.fresh = True
-        row.chain[-1].text = self._text.text(row.chain[-1].token_ids)
+        """One token of a child."""
+        if self._confidence and row.cut_before(_top_prob(table)):
+            row.dropped += 1
+            return
+        row.record(token, float(table[token].logprob))
+        row.settle(self._stop is not None and self._stop([row])[0])
 
     def interrupt(self) -> list[Node]:
         """What has been drawn so far as nodes; a child that has drawn nothing gives none."""
         for row in self.rows:
-            if not row.done and row.chain:
-                row.chain[-1].finish, row.done = "budget", True
-                self._close(row)
+            row.interrupt()
         return self.finish()
 
     def finish(self) -> list[Node]:
@@ -204,15 +165,10 @@ class Drawing:
         """
         if self.failed is not None:
             raise RuntimeError(self.failed)
-        rows = [row for row in self.rows if row.chain]
-        self.request.node.tree.meter.add("sampled", self._facts.id, sum(row.drawn + row.dropped for row in self.rows))
-        if not rows:
-            return []
-        kept = replace(self.request, lineages=tuple(self.request.lineages[row.index] for row in rows))
-        made = commit(kept, [row.chain for row in rows], self._facts.id)
-        for row, nodes in zip(rows, made, strict=True):
-            self._ledger.drawn(nodes, row.drawn + row.dropped)
-        return [nodes[-1] for nodes in made]
+        made = nodes_of(self.request, self.rows, self._facts.id)
+        for row, nodes in made:
+            self._ledger.drawn(nodes, row.sampled)
+        return [nodes[-1] for _, nodes in made]
 
 
 def _top_prob(table: Any) -> float:

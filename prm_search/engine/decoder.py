@@ -8,63 +8,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from ..protocols import Request, Segment, commit
-from ..steps import StepMatcher
+from ..drawing import Tokens, nodes_of
+from ..sampling import Request
 from ..tree import Node, SearchTree
-from .kv_tree import Branch
+from .decoding_row import DecodingRow
 from .language_model import LanguageModel
 from .memo import node_logprobs
 from .sampler import Sampler
 from .to_device import to_device
 
 # Combines the rows' log-softmax under each model, [R, V] each, into the scores to draw from, [R, V].
-Combine = Callable[[Sequence[torch.Tensor], Sequence["DecodingRow"]], torch.Tensor]
-
-
-@dataclass(eq=False)
-class DecodingRow:
-    """One child being drawn.
-
-    Attributes:
-        request, index: the child's place in what was asked for.
-        lineage: its random stream.
-        matcher: where its steps end.
-        chain: the steps drawn, the last one under way; closed where `fresh`.
-        branches: for each step, its branch in each model.
-        scored: for each step and model beside the first, the drawn tokens' log-probs.
-        left: tokens it may still draw.
-        fresh: the next token starts a new step.
-        token: drawn, not encoded yet; None before the first.
-    """
-
-    request: Request
-    index: int
-    lineage: int
-    matcher: StepMatcher
-    left: int
-    chain: list[Segment] = field(default_factory=list)
-    branches: list[list[Branch]] = field(default_factory=list)
-    scored: list[list[list[float]]] = field(default_factory=list)
-    fresh: bool = True
-    token: int | None = None
-    drawn: int = 0
-    done: bool = False
-
-    @property
-    def position(self) -> int:
-        """Response position of the next token."""
-        return self.request.node.end + self.drawn
-
-    def ids(self) -> list[int]:
-        """Prompt and response so far."""
-        node = self.request.node
-        own = [i for segment in self.chain for i in segment.token_ids]
-        return [*node.tree.prompt_ids, *node.path_ids(), *own]
+Combine = Callable[[Sequence[torch.Tensor], Sequence[DecodingRow]], torch.Tensor]
 
 
 class Decoder:
@@ -74,9 +32,8 @@ class Decoder:
         lms: the policy's model first, then models whose distributions `combine` needs.
         combine: how scores come from their distributions; None: the policy's own.
         sampler: draws tokens.
+        tokens: the policy's vocabulary.
         stop_ids: tokens that end a response.
-        piece: bytes of a token id.
-        text: text of token ids.
         max_rows: rows decoded at once.
         stop: further stop condition: which of these rows, each with a new token, end here. Asked once a round.
     """
@@ -87,18 +44,16 @@ class Decoder:
         *,
         combine: Combine | None,
         sampler: Sampler,
+        tokens: Tokens,
         stop_ids: frozenset[int],
-        piece: Callable[[int], bytes],
-        text: Callable[[Sequence[int]], str],
         max_rows: int,
         stop: Callable[[Sequence[DecodingRow]], Sequence[bool]] | None = None,
     ) -> None:
         self.lms = lms
         self.combine = combine
         self.sampler = sampler
+        self.tokens = tokens
         self.stop_ids = stop_ids
-        self.piece = piece
-        self.text = text
         self.max_rows = max_rows
         self.stop = stop
         self._jobs: dict[Request, list[DecodingRow]] = {}
@@ -113,12 +68,7 @@ class Decoder:
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue the rows of these requests."""
         for request in requests:
-            matcher = request.sampling.steps.matcher(self.piece, request.node)
-            rows = [
-                DecodingRow(request, i, lineage, matcher.copy(), cap)
-                for i, (lineage, cap) in enumerate(zip(request.lineages, request.caps, strict=True))
-            ]
-            self._jobs[request] = rows
+            rows = self._jobs[request] = DecodingRow.of(request, self.tokens, self.stop_ids)
             self._waiting.extend(rows)
 
     def advance(self) -> list[tuple[Request, list[Node]]]:
@@ -147,10 +97,10 @@ class Decoder:
             drawn = [table.gather(1, chosen.long().to(table.device)).squeeze(1) for table in spread]
             values = torch.stack([column.double().to(at.device) for column in drawn], dim=1).tolist()  # one transfer
             for row, token, columns in zip(rows, tokens, values, strict=True):
-                self._take(row, token, columns)
+                self._record(row, token, columns)
             stopped = [False] * len(rows) if self.stop is None else self.stop(rows)
             for row, stop in zip(rows, stopped, strict=True):
-                self._settle(row, bool(stop))
+                row.settle(bool(stop))
         self._active = [row for row in self._active if not row.done]
         ended = [request for request, job in self._jobs.items() if all(row.done for row in job)]
         return [(request, self._finish(request, self._jobs.pop(request))) for request in ended]
@@ -159,19 +109,9 @@ class Decoder:
         """End a request now; see Policy.interrupt."""
         job = self._jobs.pop(request)
         self._forget(job)
-        kept = []
         for row in job:
-            if not row.done and row.chain:
-                row.chain[-1].finish = "budget"
-                self._close(row)
-            if row.chain:
-                kept.append(row)
-            else:
-                self._drop(row)
-        if not kept:
-            return []
-        request = replace(request, lineages=tuple(row.lineage for row in kept))
-        return self._finish(request, kept)
+            row.interrupt()
+        return self._finish(request, job)
 
     def drop(self, requests: Sequence[Request]) -> None:
         """Forget requests and what was drawn for them; those that are answered already are no error."""
@@ -251,43 +191,16 @@ class Decoder:
         if not any(row.request.sampling.steps.confidence is not None for row in rows):
             return list(rows)
         top = logprobs.max(dim=-1).values.exp().tolist()
-        drawing = []
-        for row in rows:
-            if not row.fresh and row.matcher.uncertain(top[index[id(row)]]):
-                row.matcher.cut()
-                self._close(row)
-                if row.request.until == "step":
-                    row.done = True
-                    continue
-            drawing.append(row)
-        return drawing
+        return [row for row in rows if not row.cut_before(top[index[id(row)]])]
 
-    def _take(self, row: DecodingRow, token: int, values: Sequence[float]) -> None:
-        """Record a drawn token."""
+    def _record(self, row: DecodingRow, token: int, values: Sequence[float]) -> None:
+        """Record a drawn token with its log-prob under each model."""
         if row.fresh:
             self._open(row)
-        segment = row.chain[-1]
-        segment.token_ids.append(token)
-        segment.logprobs.append(values[0])
+        row.record(token, values[0])
         for k, value in enumerate(values):
             row.scored[-1][k].append(value)
         row.token = token
-        row.drawn += 1
-        row.left -= 1
-
-    def _settle(self, row: DecodingRow, stop: bool) -> None:
-        """See whether the newest token ends the step or the row."""
-        segment = row.chain[-1]
-        token = segment.token_ids[-1]
-        step = row.matcher.feed(token)
-        if stop or token in self.stop_ids:
-            segment.finish, row.done = "stop", True
-        elif row.left == 0:
-            segment.finish, row.done = row.request.cap_reasons[row.index], True
-        elif step:
-            segment.finish, row.done = "step", row.request.until == "step"
-        if row.done or step:
-            self._close(row)
 
     def _open(self, row: DecodingRow) -> None:
         """Start a step: an empty fork, in each model, of what the row has read so far."""
@@ -298,27 +211,19 @@ class Decoder:
             above = [lm.memo(node.tree).branch(node) for lm in self.lms]
         row.branches.append([lm.tree.fork(branch) for lm, branch in zip(self.lms, above, strict=True)])
         row.scored.append([[] for _ in self.lms])
-        row.chain.append(Segment())
-        row.fresh = False
-
-    def _close(self, row: DecodingRow) -> None:
-        row.fresh = True
-        row.chain[-1].text = self.text(row.chain[-1].token_ids)
 
     # --- the end of a request --------------------------------------------------------------------------------------
 
     def _finish(self, request: Request, job: Sequence[DecodingRow]) -> list[Node]:
         """Put what was drawn into the tree, and its branches into the memos."""
-        meter = request.node.tree.meter
-        meter.add("sampled", self.lms[0].id, sum(row.drawn for row in job))
-        made = commit(request, [row.chain for row in job], self.lms[0].id)
-        for row, nodes in zip(job, made, strict=True):
+        made = nodes_of(request, job, self.lms[0].id)
+        for row, nodes in made:
             for node, branches, scored in zip(nodes, row.branches, row.scored, strict=True):
                 for lm, branch, values in zip(self.lms, branches, scored, strict=True):
                     # The last token of a row has not been encoded: it is, should the node be expanded.
                     branch.token_ids.extend(node.token_ids[len(branch.token_ids) :])
                     lm.memo(node.tree).adopt(node, branch, np.asarray(values, np.float32))
-        return [nodes[-1] for nodes in made]
+        return [nodes[-1] for _, nodes in made]
 
     def _forget(self, job: Sequence[DecodingRow]) -> None:
         gone = {id(row) for row in job}

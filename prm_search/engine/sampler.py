@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..rng import uniforms
-
-if TYPE_CHECKING:
-    from ..protocols import Sampling
-    from .decoder import DecodingRow
-
+from ..sampling import Sampling
+from .decoding_row import DecodingRow
 
 COLDEST = 1e-30  # temperatures below are this one: the smallest floats are 0 where tensors are divided by them
 

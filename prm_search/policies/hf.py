@@ -11,7 +11,8 @@ import torch
 
 from ..checks import integer, strength
 from ..engine.adapters import AUTO
-from ..engine.decoder import Decoder, DecodingRow
+from ..engine.decoder import Decoder
+from ..engine.decoding_row import DecodingRow
 from ..engine.language_model import LanguageModel
 from ..engine.sampler import Sampler
 from ..protocols import Request, Sampling
@@ -114,9 +115,8 @@ class HFPolicy:
             lms,
             combine=combine,
             sampler=self.sampler,
+            tokens=self.token_text,
             stop_ids=self.stop_ids,
-            piece=self.token_text.piece,
-            text=self.token_text.text,
             max_rows=self.max_rows,
             stop=self._stop,
         )

@@ -1,0 +1,109 @@
+"""Sampling and Request: what a policy is asked to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .checks import integer, number
+from .rng import child_lineage
+from .steps import StepRule
+from .tree import Node
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a policy draws tokens. Filters apply in HF's order: temperature, top-k, top-p, min-p.
+
+    Args:
+        steps: where a step ends.
+        temperature: > 0 divides the logits; 0 takes the most probable token.
+        top_p: in (0, 1]; 1 keeps all.
+        top_k: 0 keeps all.
+        min_p: in [0, 1]; 0 keeps all.
+        max_new_tokens: response tokens of a path, all steps together.
+        seed: 64-bit seed of every draw.
+
+    Raises:
+        ValueError: a number is out of range or not finite.
+        TypeError: what should be a number is none.
+    """
+
+    steps: StepRule
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_new_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        number("temperature", self.temperature, "a finite number >= 0", lambda value: 0 <= value < float("inf"))
+        number("top_p", self.top_p, "a number in (0, 1]", lambda value: 0 < value <= 1)
+        number("min_p", self.min_p, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+        integer("top_k", self.top_k, 0, "an integer >= 0 (0 keeps all)")
+        integer("max_new_tokens", self.max_new_tokens, 1, "an integer >= 1")
+
+
+@dataclass(eq=False)
+class Request:
+    """Children to draw for one node.
+
+    Attributes:
+        node: an unfinished node.
+        sampling: how to draw.
+        lineages: the random stream of each child; their number is the number of children.
+        caps: tokens each child may add at most, all >= 1.
+        cap_reasons: the finish ("length" or "budget") of a child that its cap cuts.
+        until: "step" or "end" (see strategies.Expand).
+        rollout: mark the children.
+        merge: count identical children on one node.
+    """
+
+    node: Node
+    sampling: Sampling
+    lineages: tuple[int, ...]
+    caps: tuple[int, ...]
+    cap_reasons: tuple[str, ...]
+    until: Literal["step", "end"] = "step"
+    rollout: bool = False
+    merge: bool = True
+
+    @classmethod
+    def draw(
+        cls,
+        node: Node,
+        n: int | Sequence[int],
+        sampling: Sampling,
+        *,
+        until: Literal["step", "end"] = "step",
+        caps: Sequence[int] | None = None,
+        cap_reason: str = "length",
+        rollout: bool = False,
+        merge: bool = True,
+    ) -> Request:
+        """The next children of a node, lineage by lineage; advances node.drawn.
+
+        Args:
+            n: children of each lineage, or one number a lineage (lineages beyond the last number get none).
+            caps: one a child; None for what sampling.max_new_tokens leaves.
+            cap_reason: the finish of a child that its cap cuts before sampling.max_new_tokens does.
+        """
+        counts = [n] * node.count if isinstance(n, int) else list(n)
+        if len(counts) > node.count:
+            raise ValueError(f"n has {len(counts)} numbers for {node.count} lineages")
+        lineages = tuple(
+            child_lineage(lineage, node.end, node.drawn + i)
+            for lineage, count in zip(node.lineages, counts, strict=False)
+            for i in range(count)
+        )
+        room = sampling.max_new_tokens - node.end
+        given = [room] * len(lineages) if caps is None else list(caps)
+        if len(given) != len(lineages):
+            raise ValueError(f"caps has {len(given)} numbers for {len(lineages)} children")
+        if any(min(cap, room) < 1 for cap in given):
+            raise ValueError(f"no room for children: caps {given} after {node.end} of {sampling.max_new_tokens} tokens")
+        node.drawn += max(counts, default=0)
+        reasons = tuple("length" if cap >= room else cap_reason for cap in given)
+        return cls(node, sampling, lineages, tuple(min(cap, room) for cap in given), reasons, until, rollout, merge)
