@@ -20,6 +20,7 @@ _PUBLIC = {
     "Beam": ".strategies",
     "DVTS": ".strategies",
     "Lookahead": ".strategies",
+    "AdaptiveBranch": ".strategies",
     "MCTS": ".strategies",
     "ParticleFilter": ".strategies",
     "Rebase": ".strategies",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from .strategies import (
         DVTS as DVTS,
         MCTS as MCTS,
+        AdaptiveBranch as AdaptiveBranch,
         Beam as Beam,
         BestOfN as BestOfN,
         Expand as Expand,

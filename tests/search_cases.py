@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fakes import RULE, FakeBlockingPolicy, FakePolicy, FakeScorer, ToyLM
+from fakes import RULE, FakeBlockingPolicy, FakePolicy, FakeScorer, ScriptedPolicy, ToyLM, step_scores
 from hypothesis import strategies as st
 
 from prm_search.driver.driver import Driver
@@ -14,7 +14,7 @@ from prm_search.driver.records import Outcome, chain
 from prm_search.driver.result import Result
 from prm_search.protocols import Request
 from prm_search.search import search
-from prm_search.strategies import DVTS, MCTS, Beam, BestOfN, Lookahead, ParticleFilter, Rebase
+from prm_search.strategies import DVTS, MCTS, AdaptiveBranch, Beam, BestOfN, Lookahead, ParticleFilter, Rebase, Strategy
 from prm_search.tree import Node, Prompt, SearchTree
 
 small = st.integers(1, 3)
@@ -55,6 +55,13 @@ ALL = st.one_of(
         rollout_steps=st.integers(0, 2),
         leaves=small,
         merge=merging,
+    ),
+    st.builds(
+        AdaptiveBranch,
+        draws=st.integers(1, 8),
+        prior=st.sampled_from(["gaussian", "beta"]),
+        until=st.sampled_from(["end", "step"]),
+        batch=small,
     ),
     st.builds(Rebase, width=st.integers(1, 6), temperature=st.sampled_from([0.05, 1.0]), merge=merging),
 )
@@ -116,3 +123,24 @@ def facts(result: Result) -> object:
     return result.token_ids, result.value, result.stopped, result.tree.prompt, result.usage.sampled_tokens, [
         (node.path_ids(), node.value, node.count, node.finish) for node in result.candidates
     ]  # fmt: skip
+
+
+LETTERS = {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0, "e": -4.0}
+
+
+def play(
+    script: Mapping[str, Sequence[str]], strategy: Strategy, scores: Mapping[str, float] = LETTERS, **options: object
+) -> tuple[Result, ScriptedPolicy]:
+    policy = ScriptedPolicy(script)
+    (result,) = search(
+        ["?"], policy=policy, scorer=FakeScorer(step_scores(scores)), strategy=strategy, steps=RULE, **options
+    )
+    return result, policy
+
+
+def texts(nodes: Sequence[Node]) -> list[str]:
+    return [node.path_text() for node in nodes]
+
+
+def nodes_by_text(result: Result) -> dict[str, Node]:
+    return {node.path_text(): node for node in result.tree.nodes[1:]}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pytest
-from fakes import RULE, FakePolicy, FakeScorer, ScriptedPolicy, ToyLM, fraction, step_scores
+from fakes import RULE, FakePolicy, FakeScorer, ToyLM, fraction
 from hypothesis import given, strategies as st
-from search_cases import ALL, BEAMS, DVTSS, SEEDS, drawn_paths, merging
+from search_cases import ALL, BEAMS, DVTSS, LETTERS, SEEDS, drawn_paths, merging, nodes_by_text, play, texts
 
 from prm_search.driver.budget import Budget
 from prm_search.search import Result, search
@@ -27,27 +27,6 @@ from prm_search.strategies import (
 )
 from prm_search.strategies.base import Run
 from prm_search.tree import Node
-
-LETTERS = {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0, "e": -4.0}
-
-
-def play(
-    script: Mapping[str, Sequence[str]], strategy: Strategy, scores: Mapping[str, float] = LETTERS, **options: object
-) -> tuple[Result, ScriptedPolicy]:
-    policy = ScriptedPolicy(script)
-    (result,) = search(
-        ["?"], policy=policy, scorer=FakeScorer(step_scores(scores)), strategy=strategy, steps=RULE, **options
-    )
-    return result, policy
-
-
-def texts(nodes: Sequence[Node]) -> list[str]:
-    return [node.path_text() for node in nodes]
-
-
-def nodes_by_text(result: Result) -> dict[str, Node]:
-    return {node.path_text(): node for node in result.tree.nodes[1:]}
-
 
 # -- by hand ----------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adaptive_branch import AdaptiveBranch
 from .base import Expand, Parallel, Run, Strategy
 from .beam import Beam
 from .best_of_n import BestOfN
@@ -19,13 +20,14 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "dvts": DVTS,
     "particle_filter": ParticleFilter,
     "mcts": MCTS,
+    "adaptive_branch": AdaptiveBranch,
     "rebase": Rebase,
     "steer": Steer,
 }
 
 __all__ = [
-    "DVTS", "MCTS", "STRATEGIES", "Beam", "BestOfN", "Expand", "Lookahead", "Parallel", "ParticleFilter", "Rebase",
-    "Run", "Steer", "Strategy", "resolve_strategy",
+    "DVTS", "MCTS", "STRATEGIES", "AdaptiveBranch", "Beam", "BestOfN", "Expand", "Lookahead", "Parallel",
+    "ParticleFilter", "Rebase", "Run", "Steer", "Strategy", "resolve_strategy",
 ]  # fmt: skip
 
 

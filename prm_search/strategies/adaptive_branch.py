@@ -1,0 +1,186 @@
+"""AB-MCTS-A: whether to go wider or deeper is drawn from what was found so far."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ..rng import strategy_lineage
+from ..tree import Node
+from ..values import Value, resolve_value
+from .base import Expand, Run, at_least, distinct
+from .beam import value_of
+
+Prior = Literal["gaussian", "beta"]
+
+
+@dataclass(frozen=True)
+class AdaptiveBranch:
+    """Draw each new child where Thompson sampling says: beside a node's children, or below one of them.
+
+    Every node has two arms, GEN (a new child) and CONT (below a child), and each child an arm of its own. A walk from
+    the root samples what each arm may give from its posterior and takes the larger, until it takes GEN; the score of
+    what was drawn there is an observation of that node's GEN, and of CONT and of the child on the way at each ancestor.
+    Source: Y. Inoue et al., "Wider or Deeper? Scaling LLM Inference-Time Compute with Adaptive Branching Tree Search"
+    (AB-MCTS-A, arXiv 2503.04412), and its released code (treequest), whose priors these are: normal-inverse-chi-square
+    with m = 0, kappa = 1, nu = 1, tau^2 = .1, or Beta(1/2, 1/2).
+
+    Values enter on a scale of [0, 1] between the lowest and the highest seen in the tree so far. There a node was a
+    whole answer; here it is a step, and what is drawn goes on to the end of a response (until="end"), so that scores
+    compare whole answers and a walk chooses the step from which the next one branches off; until="step" draws single
+    steps.
+
+    Args:
+        draws: children drawn in all.
+        prior: "gaussian" or "beta".
+        until: "end" or "step"; see above.
+        batch: walks at once, each from the same posterior, so that batches stay full.
+        value: the score; None for what the search ranks by.
+
+    Raises:
+        ValueError: a number is below 1, or a name is unknown.
+    """
+
+    draws: int = 32
+    prior: Prior = "gaussian"
+    until: Literal["end", "step"] = "end"
+    batch: int = 4
+    value: Value | str | None = None
+
+    def __post_init__(self) -> None:
+        at_least("draws", self.draws)
+        at_least("batch", self.batch)
+        if self.prior not in ("gaussian", "beta"):
+            raise ValueError(f"prior={self.prior!r}: it is 'gaussian' or 'beta'")
+        if self.until not in ("end", "step"):
+            raise ValueError(f"until={self.until!r}: it is 'end' or 'step'")
+        if self.value is not None:
+            resolve_value(self.value)
+
+    def run(self, root: Node) -> Run:
+        walks = _Walks(root, self.prior)
+        finished: list[Node] = []
+        drawn = 0
+        while drawn < self.draws and walks.root.open:
+            places = [walks.choose() for _ in range(min(self.batch, self.draws - drawn))]
+            counts = {place: places.count(place) for place in places}
+            drawn += len(places)
+            # One request a place: its children are told apart by their parent.
+            ends = yield Expand(
+                [place.node for place in counts], list(counts.values()), until=self.until, merge=False, alive=[root]
+            )
+            finished += [end for end in ends if end.finished]
+            walks.learn(list(counts), ends)
+        if not finished:
+            end = walks.best_open()
+            finished += yield Expand([end], 1, until="end", merge=False, alive=[end])
+        return distinct(finished)
+
+
+@dataclass
+class _Moments:
+    """What an arm has given: number, sum and sum of squares of scores, in the unit of the values."""
+
+    n: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, score: float) -> None:
+        self.n, self.total, self.squares = self.n + 1, self.total + score, self.squares + score * score
+
+
+@dataclass(eq=False)
+class _Arms:
+    """A node's arms. `own` is its parent's arm for it; `open` says whether anything below can still be drawn."""
+
+    node: Node
+    parent: _Arms | None
+    own: _Moments = field(default_factory=_Moments)
+    gen: _Moments = field(default_factory=_Moments)
+    cont: _Moments = field(default_factory=_Moments)
+    children: list[_Arms] = field(default_factory=list)
+    open: bool = True
+
+
+class _Walks:
+    """The arms of a search, and the walks over them."""
+
+    def __init__(self, root: Node, prior: Prior) -> None:
+        self.root = _Arms(root, None)
+        self._arms = {root: self.root}
+        self._prior = prior
+        tree = root.tree
+        key = (tree.seed ^ tree.stream ^ strategy_lineage(2)) & (2**64 - 1)
+        self._numbers = np.random.Generator(np.random.Philox(key=key))
+        self._low, self._high = math.inf, -math.inf
+
+    def choose(self) -> _Arms:
+        """Walk from the root to the node that gets a new child."""
+        place = self.root
+        while going := [child for child in place.children if child.open]:
+            if self._sample(place.gen) >= self._sample(place.cont):
+                return place
+            place = max(going, key=lambda child: self._sample(child.own))
+        return place
+
+    def learn(self, places: list[_Arms], ends: list[Node]) -> None:
+        """Take in what was drawn at these places, which ends with these nodes."""
+        for end in ends:
+            score = value_of(end)
+            if not math.isfinite(score):
+                score = (self._low if score < 0 else self._high) if self._low <= self._high else 0.0
+            self._low, self._high = min(self._low, score), max(self._high, score)
+            if end in self._arms:  # the budget let its place have no child
+                self._close(self._arms[end])
+                continue
+            self._plant(end, score)
+        for place in places:
+            if not place.children and place.parent is not None and place.node.finished:
+                self._close(place)
+
+    def best_open(self) -> Node:
+        """The unfinished node without children of the largest value; the root where there is none."""
+        leaves = [arms.node for arms in self._arms.values() if not arms.node.finished and not arms.children]
+        return max((leaf for leaf in leaves if leaf.parent is not None), key=value_of, default=self.root.node)
+
+    def _plant(self, end: Node, score: float) -> None:
+        """Add the chain that ends here, and tell every arm that leads to it."""
+        path = end.path()
+        new = [node for node in path if node not in self._arms]
+        place = self._arms[new[0].parent or self.root.node]
+        place.gen.add(score)
+        for node in new:
+            parent = self._arms[node.parent or self.root.node]
+            arms = self._arms[node] = _Arms(node, parent, open=not node.finished)
+            parent.children.append(arms)
+            arms.own.add(score)
+            if parent is not place:
+                parent.cont.add(score)
+        above = place
+        while above.parent is not None:
+            above.own.add(score)
+            above.parent.cont.add(score)
+            above = above.parent
+
+    def _close(self, arms: _Arms) -> None:
+        arms.open = False
+
+    def _sample(self, moments: _Moments) -> float:
+        """What an arm may give: one draw from its posterior, scores on the scale of [0, 1]."""
+        n, width = moments.n, self._high - self._low
+        if n == 0 or width <= 0:
+            mean, spread = 0.5 * (n > 0), 0.0
+        else:
+            mean = (moments.total / n - self._low) / width
+            spread = max(0.0, moments.squares / n - (moments.total / n) ** 2) / width**2
+        if self._prior == "beta":
+            good = n * min(max(mean, 0.0), 1.0)
+            return float(self._numbers.beta(0.5 + good, 0.5 + n - good))
+        kappa, nu = 1.0 + n, 1.0 + n
+        centre = n * mean / kappa
+        scale = (0.1 + n * spread + n * mean**2 / kappa) / nu
+        variance = nu * scale / float(self._numbers.chisquare(nu))
+        return centre + math.sqrt(variance / kappa) * float(self._numbers.standard_normal())
