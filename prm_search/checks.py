@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
+from typing import Any, NoReturn, Self
 
 
 def number(name: str, given: object, needed: str, fits: Callable[[float], bool]) -> None:
@@ -39,3 +40,21 @@ def integer(name: str, given: object, least: int, needed: str) -> None:
     """Check an integer (numpy's too); a float is none, whole or not. Raises as `number`."""
     whole = isinstance(given, Real) and hasattr(given, "__index__")
     number(name, given, needed, lambda value: whole and value >= least)
+
+
+class HoldsModels:
+    """Base of objects that hold models: they are not pickled and not deep-copied, and say so by their name.
+
+    A shallow copy (`copy.copy`) shares the models.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} holds models: it cannot be pickled or deep-copied. Make one in each process, "
+            "from the names of its models; results of searches can be sent"
+        )
+
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin

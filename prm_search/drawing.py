@@ -35,11 +35,14 @@ class Tokens(Protocol):
 
 @dataclass
 class Segment:
-    """A step a policy drew: one node of a chain, before it is in the tree. Fields as in Node."""
+    """A step a policy drew: one node of a chain, before it is in the tree. Fields as in Node.
+
+    `text` is bytes where it may begin or end inside a character.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    text: str = ""
+    text: str | bytes = ""
     finish: str = "step"
 
 
@@ -161,7 +164,7 @@ class Draw:
     def _close(self) -> None:
         self.fresh = True
         segment = self.chain[-1]
-        segment.text = self.tokens.text_bytes(segment.token_ids).decode("utf-8", "replace")
+        segment.text = self.tokens.text_bytes(segment.token_ids)
 
 
 AnyDraw = TypeVar("AnyDraw", bound=Draw)

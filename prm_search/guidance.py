@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 from .answers import Answer, Select
+from .checks import HoldsModels
 from .driver.budget import Budget
 from .driver.participants import require
 from .driver.search_settings import SearchSettings
@@ -18,10 +19,10 @@ from .values import Value
 
 
 @dataclass(frozen=True)
-class PRMGuidance:
+class PRMGuidance(HoldsModels):
     """A search, but for its prompts, its policy and how that draws tokens. The fields mean what they mean to `search`.
 
-    Pass it as an argument of each call, never inside a config object: configs are deep-copied, models and all.
+    Pass it as an argument of each call, never inside a config object: configs are deep-copied, and it cannot be.
 
     Args:
         pair: an ImplicitPRM, or another Scorer.

@@ -7,89 +7,18 @@ are the truth and text is a rendering of them, so what was sampled is what is sc
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
-from operator import index
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .prompt import Prompt, plain_ids
 from .rng import stream
 from .usage import Meter
 
+__all__ = ["FINISHES", "Node", "Prompt", "SearchTree", "plain_ids"]
+
 FINISHES = ("step", "stop", "length", "budget")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a search answers: plain text, chat messages, or token ids.
-
-    Args:
-        text: plain text, tokenised as it is by the policy.
-        messages: chat messages (`{"role": ..., "content": ...}`), rendered by the policy's chat template.
-        token_ids: the policy's token ids; given alone, or filled in beside text or messages once tokenised.
-
-    Raises:
-        ValueError: nothing was given, text and messages both were, or what was given is empty.
-        TypeError: something is of the wrong kind.
-    """
-
-    text: str | None = None
-    messages: tuple[Mapping[str, Any], ...] | None = None
-    token_ids: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.text is not None and self.messages is not None:
-            raise ValueError("Prompt takes text or messages, not both")
-        if self.text is None and self.messages is None and self.token_ids is None:
-            raise ValueError("Prompt needs one of text, messages or token_ids")
-        if self.text is not None and not isinstance(self.text, str):
-            raise TypeError(f"text must be a str, got {type(self.text).__name__}")
-        for name in ("messages", "token_ids"):
-            given = getattr(self, name)
-            if given is not None and (isinstance(given, str | bytes | Mapping) or not hasattr(given, "__len__")):
-                raise TypeError(f"{name} must be a list, got {type(given).__name__}")
-        for name in ("text", "messages", "token_ids"):
-            given = getattr(self, name)
-            if given is not None and len(given) == 0:
-                raise ValueError(f"empty prompt: {name} is {given!r}; at least one token is needed")
-        if self.messages is not None:
-            odd = next((message for message in self.messages if not isinstance(message, Mapping)), None)
-            if odd is not None:
-                raise TypeError(f"messages must be dicts with role and content, got {odd!r:.80}")
-            object.__setattr__(self, "messages", tuple(self.messages))
-        if self.token_ids is not None:
-            object.__setattr__(self, "token_ids", plain_ids(self.token_ids))
-
-    @classmethod
-    def of(cls, given: Prompt | str | Sequence[int] | Sequence[Mapping[str, Any]]) -> Prompt:
-        """A Prompt from what users pass: a Prompt, a string, chat messages, or token ids."""
-        if isinstance(given, Prompt):
-            return given
-        if isinstance(given, str):
-            return cls(text=given)
-        # Bytes hold integers too, and sets hold them in no order.
-        if hasattr(given, "__iter__") and not isinstance(given, bytes | bytearray | Set | Mapping):
-            items: list[Any] = list(given)
-            if items and all(isinstance(item, Mapping) for item in items):
-                return cls(messages=tuple(items))
-            if all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items):
-                return cls(token_ids=tuple(int(item) for item in items))
-        raise TypeError(
-            f"prompt must be a str, a list of token ids or chat messages, or a Prompt, got {type(given).__name__}"
-        )
-
-    def with_ids(self, token_ids: Sequence[int]) -> Prompt:
-        """The same prompt with its token ids filled in."""
-        return replace(self, token_ids=plain_ids(token_ids))
-
-
-def plain_ids(token_ids: Iterable[Any]) -> tuple[int, ...]:
-    """Token ids as plain integers. Raises TypeError for anything that would have to be rounded or read."""
-    try:
-        return tuple(map(index, token_ids))
-    except TypeError as error:
-        raise TypeError(f"token_ids must be integers: {error}") from error
 
 
 class Node:
@@ -98,7 +27,9 @@ class Node:
     Attributes:
         parent, children: the tree; the root's parent is None.
         token_ids: the step's tokens, in the policy's vocabulary; empty for the root.
-        text: their decoding, without special tokens.
+        text: their decoding, without special tokens; U+FFFD where a character begins in an earlier step or ends in a
+            later one (`path_text` shows it whole).
+        text_bytes: the bytes they add to the text, which may begin or end inside a character.
         logprobs: [T] fp32, nats: raw (before temperature and every processor) log-probabilities of the tokens
             under the policy that sampled them; None for nodes built by hand.
         sampler: id of the model that sampled the tokens; a scorer whose model has this id reads logprobs.
@@ -118,8 +49,8 @@ class Node:
 
     __slots__ = (
         "__weakref__", "_q", "_reward", "children", "depth", "drawn", "end", "finish", "index", "lineages",
-        "logprobs", "parent", "reward_ids", "rewards", "rollout", "sampler", "start", "text", "token_ids", "tree",
-        "value", "weight",
+        "logprobs", "parent", "reward_ids", "rewards", "rollout", "sampler", "start", "text_bytes", "token_ids",
+        "tree", "value", "weight",
     )  # fmt: skip
 
     def __init__(self, tree: SearchTree, parent: Node | None, token_ids: Sequence[int]) -> None:
@@ -127,7 +58,7 @@ class Node:
         self.parent = parent
         self.children: list[Node] = []
         self.token_ids: tuple[int, ...] = tuple(token_ids)
-        self.text = ""
+        self.text_bytes = b""
         self.logprobs: np.ndarray | None = None
         self.sampler: Hashable | None = None
         self.rewards: dict[str, np.ndarray] = {}
@@ -144,6 +75,15 @@ class Node:
         self.index = -1
         self._reward: dict[str, float] = {}
         self._q: dict[str, float] = {}
+
+    @property
+    def text(self) -> str:
+        """The step's own text."""
+        return self.text_bytes.decode("utf-8", "replace")
+
+    @text.setter
+    def text(self, text: str | bytes) -> None:
+        self.text_bytes = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
 
     @property
     def count(self) -> int:
@@ -230,8 +170,11 @@ class Node:
         return [i for node in self.path() for i in node.token_ids]
 
     def path_text(self) -> str:
-        """Response text from the root to this node's end."""
-        return "".join(node.text for node in self.path())
+        """Response text from the root to this node's end: the decoding of the steps' joined bytes."""
+        return b"".join([node.text_bytes for node in self.path()]).decode("utf-8", "replace")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _node_at, (self.tree, self.index)
 
     def __repr__(self) -> str:
         value = "" if self.value is None else f" value={self.value:.4g}"
@@ -290,7 +233,7 @@ class SearchTree:
         parent: Node,
         token_ids: Sequence[int],
         *,
-        text: str = "",
+        text: str | bytes = "",
         logprobs: np.ndarray | None = None,
         sampler: Hashable | None = None,
         finish: str = "step",
@@ -302,7 +245,8 @@ class SearchTree:
         Args:
             parent: a node of this tree that is not finished.
             token_ids: [T >= 1] the step's tokens.
-            text, logprobs, sampler, finish, rollout: see Node.
+            text: what they add to the text; bytes where that may begin or end inside a character.
+            logprobs, sampler, finish, rollout: see Node.
             lineage: the random stream that drew the step.
 
         Raises:
@@ -322,13 +266,18 @@ class SearchTree:
             raise ValueError(f"logprobs has {len(logprobs)} entries for {len(token_ids)} tokens")
         ids = plain_ids(token_ids)
         node = Node(self, parent, ids)
-        node.text, node.sampler, node.finish, node.rollout = text, sampler, finish, rollout
+        node.text = text
+        node.sampler, node.finish, node.rollout = sampler, finish, rollout
         node.logprobs = None if logprobs is None else np.asarray(logprobs, np.float32)
         node.lineages = (lineage,)
         return self._append(node)
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies hold one flat record a node: a long path is as deep as a short one."""
+        return _replanted, (self.prompt, self.occurrence, self.primary, self.meter, list(map(_state, self.nodes)))
 
     def to_json(self, indent: int | None = None) -> str:
         """The whole tree as JSON: prompt, and for each node its tokens, text, rewards, value and finish."""
@@ -368,11 +317,40 @@ class SearchTree:
         return tree
 
 
+_LINKS = {"__weakref__", "children", "parent", "tree"}  # drawn anew between the nodes of a copy
+
+
+def _state(node: Node) -> dict[str, Any]:
+    """A node without its links but for the parent's index."""
+    values = {name: getattr(node, name) for name in Node.__slots__ if name not in _LINKS}
+    own = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return own | {"parent": None if node.parent is None else node.parent.index}
+
+
+def _replanted(prompt: Prompt, occurrence: int, primary: str, meter: Meter, states: list[dict[str, Any]]) -> SearchTree:
+    """The tree of these states."""
+    tree = SearchTree(prompt, occurrence=occurrence)
+    tree.primary, tree.meter = primary, meter
+    for state in states:
+        parent = state.pop("parent")
+        node = tree.root if parent is None else tree._append(Node(tree, tree.nodes[parent], state["token_ids"]))
+        for name, value in state.items():
+            setattr(node, name, value)
+    return tree
+
+
+def _node_at(tree: SearchTree, index: int) -> Node:
+    return tree.nodes[index]
+
+
 def _node_record(node: Node) -> dict[str, Any]:
+    text = node.text
+    cut = text.encode() != node.text_bytes  # inside a character: the text alone does not tell the bytes
     return {
         "parent": None if node.parent is None else node.parent.index,
         "token_ids": list(node.token_ids),
-        "text": node.text,
+        "text": text,
+        **({"text_bytes": node.text_bytes.hex()} if cut else {}),
         "logprobs": None if node.logprobs is None else node.logprobs.tolist(),
         "sampler": None if node.sampler is None else str(node.sampler),
         "rewards": {name: values.tolist() for name, values in node.rewards.items()},
@@ -389,8 +367,12 @@ def _node_record(node: Node) -> dict[str, Any]:
 
 
 def _restore(node: Node, item: Mapping[str, Any]) -> None:
-    node.text, node.value, node.finish = item["text"], item["value"], item["finish"]
-    node.weight = item.get("weight")
+    node.text = item["text"]
+    if "text_bytes" in item:
+        node.text_bytes = bytes.fromhex(item["text_bytes"])
+        if node.text != item["text"]:
+            raise ValueError(f"text_bytes {item['text_bytes']!r} do not spell the text {item['text']!r}")
+    node.value, node.finish, node.weight = item["value"], item["finish"], item.get("weight")
     node.logprobs = None if item["logprobs"] is None else np.asarray(item["logprobs"], np.float32)
     node.sampler = item["sampler"]
     node.rewards = {name: np.asarray(values, np.float32) for name, values in item["rewards"].items()}

@@ -65,6 +65,33 @@ class ToyLM:
         return weights / weights.sum()
 
 
+@dataclass(frozen=True)
+class SpelledLM:
+    """Says one text, byte by byte, and then ends; its most probable next token has the probability `top`.
+
+    Args:
+        text: what it says.
+        prompt: tokens of the prompts it is asked.
+    """
+
+    text: str
+    prompt: int = 1
+    top: float = 1.0
+
+    @property
+    def vocabulary(self) -> tuple[int, ...]:
+        return (EOS, *sorted(set(self.text.encode())))
+
+    def probs(self, context: Sequence[int]) -> np.ndarray:
+        """[V] float64, sums to 1."""
+        said, vocabulary = self.text.encode(), self.vocabulary
+        at = len(context) - self.prompt
+        rest = (1 - self.top) / (len(vocabulary) - 1)
+        probs = np.full(len(vocabulary), rest)
+        probs[vocabulary.index(said[at] if at < len(said) else EOS)] = self.top
+        return probs
+
+
 class ByteTokens:
     """The vocabulary of the fakes, as Draw asks for it."""
 

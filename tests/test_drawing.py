@@ -204,7 +204,7 @@ def test_a_stop_condition_of_the_engine_ends_the_response_with_its_token() -> No
     draw.take(0, -1.0)
     draw.take(1, -1.0)
     draw.take(0, -1.0, stop=True)
-    assert [(s.text, s.finish) for s in draw.chain] == [("a;", "step"), ("a", "stop")]
+    assert [(s.text, s.finish) for s in draw.chain] == [(b"a;", "step"), (b"a", "stop")]
     assert draw.ids() == [1, 2, 0, 1, 0]
 
 

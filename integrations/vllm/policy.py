@@ -9,7 +9,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, Literal
 
-from prm_search.checks import strength
+from prm_search.checks import HoldsModels, strength
 from prm_search.integrations.vllm.drawing import Drawing, EngineRow
 from prm_search.integrations.vllm.engines import (
     PROCESSOR,
@@ -28,7 +28,7 @@ from prm_search.tree import Node, Prompt, SearchTree
 Stop = Callable[[Sequence[EngineRow]], Sequence[bool]]
 
 
-class _Base:
+class _Base(HoldsModels):
     """What both policies have in common."""
 
     def __init__(

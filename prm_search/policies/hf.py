@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..checks import integer, strength
+from ..checks import HoldsModels, integer, strength
 from ..engine.adapters import AUTO
 from ..engine.decoder import Decoder
 from ..engine.decoding_row import DecodingRow
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..scorers.implicit.implicit_prm import ImplicitPRM
 
 
-class HFPolicy:
+class HFPolicy(HoldsModels):
     """A transformers causal LM that samples steps.
 
     The model's KV is kept in a tree: children of one node share it, each token is encoded once, and rows are decoded
