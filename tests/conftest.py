@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 HERE = Path(__file__).parent
+HELPERS = (HERE, HERE.parent / "examples" / "grade_school")  # modules by name, for tests
 
 # What a bare GPU machine lacks, which has torch, triton, transformers and pytest: files that need one of these are not
 # collected there, so that `pytest -m gpu` runs the rest. The header names them; where all is installed nothing changes.
@@ -54,14 +55,17 @@ def pytest_report_header() -> str | None:
 
 
 class _Helpers:
-    """Makes the helper modules beside the tests (fakes.py ...) importable by name, with nothing put on sys.path."""
+    """Makes the helper modules beside the tests (fakes.py ...) and the example's scripts importable by name.
+
+    Nothing is put on sys.path.
+    """
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        file = HERE / f"{name}.py"
-        if "." in name or name.startswith(("test_", "conftest")) or not file.is_file():
+        if "." in name or name.startswith(("test_", "conftest")):
             return None
-        return importlib.util.spec_from_file_location(name, file)
+        file = next((folder / f"{name}.py" for folder in HELPERS if (folder / f"{name}.py").is_file()), None)
+        return None if file is None else importlib.util.spec_from_file_location(name, file)
 
 
 sys.meta_path.append(_Helpers)  # type: ignore[arg-type]

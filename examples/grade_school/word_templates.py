@@ -1,4 +1,4 @@
-"""Templates of `prm_search.demo.words`: stories with slots, a paragraph each of ``stories/<split>.txt``.
+"""Templates of `words.py`: stories with slots, a paragraph each of ``stories/<split>.txt``.
 
 A paragraph has the template's name; the question, on one line or more; its steps, ``label: left op right = result``,
 the last of which gives the answer; and the lowest and highest of each number that is drawn. A question and a label
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 
 SPLITS = ("policy", "prm", "test")
 NAMES = (
@@ -66,7 +66,7 @@ class Template:
 
 def templates(split: str) -> tuple[Template, ...]:
     """The templates of a split, one of `SPLITS`."""
-    text = (files(__package__) / "stories" / f"{split}.txt").read_text(encoding="utf-8")
+    text = (Path(__file__).with_name("stories") / f"{split}.txt").read_text(encoding="utf-8")
     return tuple(_template(*paragraph.split("\n")) for paragraph in text.strip().split("\n\n"))
 
 

@@ -1,4 +1,4 @@
-"""Grade-school word problems with worked answers: ``python -m prm_search.demo.words --split policy --n 4000 --out F``.
+"""Grade-school word problems with worked answers: ``python words.py --split policy --n 4000 --out F``.
 
 A template (`word_templates`) is a story with slots and its steps. Names, nouns and numbers are drawn until every result
 is a whole number from 1 to `LARGEST`; the worked answer has one step a line, then the final answer in GSM8K's form::
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .word_templates import NAMES, NOUNS, SPLITS, Step, Template, templates
+from word_templates import NAMES, NOUNS, SPLITS, Step, Template, templates
 
 LARGEST = 999
 STEPS = range(2, 6)  # how many the templates have
@@ -53,7 +53,7 @@ class Problem:
         return "\n".join((*self.steps, f"#### {self.answer}"))
 
     def record(self, name: str) -> dict[str, Any]:
-        """As a line of a JSON Lines file has it; `prm-search rollout` and `prm_search.demo.sft` read that."""
+        """As a line of a JSON Lines file has it; `prm-search rollout` and `sft.py` read that."""
         return {"id": name, "question": self.question, "answer": self.worked, "template": self.template}
 
 
@@ -134,9 +134,7 @@ def _work(steps: Sequence[Step], given: dict[str, int]) -> list[str] | None:
 
 def parser() -> argparse.ArgumentParser:
     """What the command takes."""
-    made = argparse.ArgumentParser(
-        prog="python -m prm_search.demo.words", description="Grade-school word problems with worked answers."
-    )
+    made = argparse.ArgumentParser(description="Grade-school word problems with worked answers.")
     made.add_argument("--split", choices=SPLITS, required=True, help="whose templates; no template is in two")
     made.add_argument("--n", type=int, required=True, help="problems")
     made.add_argument("--seed", type=int, default=0)
