@@ -54,6 +54,19 @@ def train(
     lora: Annotated[
         int | None, typer.Option(help="Rank of a LoRA adapter. Default: all weights.", rich_help_panel=_OPTIMISER)
     ] = None,
+    freeze_layers: Annotated[
+        int,
+        typer.Option(help="Leave the embeddings and so many lowest layers as they are.", rich_help_panel=_OPTIMISER),
+    ] = 0,
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack",
+            help="Compute a problem's responses behind their one prompt, common beginnings once; batches then count "
+            "problems. The loss is the same.",
+            rich_help_panel=_OPTIMISER,
+        ),
+    ] = False,
     learning_rate: Annotated[
         float | None,
         typer.Option("--lr", help="Default: 5e-7, with --lora 1e-4.", rich_help_panel=_OPTIMISER),
@@ -81,7 +94,8 @@ def train(
     recipe = Recipe(
         objective=objective, beta=beta, balanced=balanced, margin=margin, lora=lora, learning_rate=learning_rate,
         epochs=epochs, batch=batch, micro_batch=micro_batch, max_length=max_length, negatives=negatives,
-        problems=problems, per_problem=per_problem, holdout=holdout, seed=seed, bf16=bf16, save_steps=save_steps,
+        problems=problems, per_problem=per_problem, freeze_layers=freeze_layers, pack=pack,
+        holdout=holdout, seed=seed, bf16=bf16, save_steps=save_steps,
     )  # fmt: skip
     more = None if arguments is None else _arguments(arguments)
 

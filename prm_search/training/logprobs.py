@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from ..engine.head import Head
 from .data import Item, LabelledResponse, collate
+from .packing import Pack, collate_packs, packs
+
+# What `response_forward` takes of a batch.
+FORWARD = ("input_ids", "attention_mask", "response_mask", "position_ids", "sources", "targets", "places")
 
 
 @contextmanager
@@ -24,6 +28,8 @@ def response_forward(module: Any) -> Iterator[None]:
     """Within this context `module.forward` gives log-probabilities of response tokens.
 
         forward(input_ids, attention_mask, response_mask) -> [R, L - 1] fp32, nats; 0 where response_mask is False
+
+    A batch of `packing.collate_packs` gives the same of its rows, [R, S].
 
     It is the module's own forward that changes, so that wrappers (PEFT, DDP, autocast) do what they do to any forward.
     The head runs on the response's rows alone, through `linear_logprob`, outside autocast.
@@ -38,12 +44,30 @@ def response_forward(module: Any) -> Iterator[None]:
     check_head(module, head)
 
     def forward(
-        self: Any, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, **others: object
+        self: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        response_mask: Tensor,
+        sources: Tensor | None = None,
+        targets: Tensor | None = None,
+        places: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **others: object,
     ) -> Tensor:
-        hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
-        rows = hidden[:, :-1][response_mask].to(head.linear.weight.dtype)
+        packed = {} if position_ids is None else {"position_ids": position_ids}
+        if packed and self.config._attn_implementation == "eager":  # which adds its mask to the scores
+            low = torch.finfo(torch.float32).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=torch.float32).masked_fill(~attention_mask, low)
+        hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)[0]
+        if sources is None:
+            rows, targets = hidden[:, :-1][response_mask], input_ids[:, 1:][response_mask]
+        else:
+            rows = hidden.flatten(0, 1)[sources]
+        rows = rows.to(head.linear.weight.dtype)
         with torch.autocast(rows.device.type, enabled=False):
-            found = head.logprobs(rows, input_ids[:, 1:][response_mask])
+            found = head.logprobs(rows, targets)
+        if places is not None:
+            found = found[places]
         return found.new_zeros(response_mask.shape).masked_scatter(response_mask, found)
 
     module.forward = MethodType(forward, module)
@@ -83,9 +107,36 @@ def without_dropout(module: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
+def freeze(module: Any, layers: int) -> None:
+    """Take the embeddings and the lowest layers out of training; a head that is tied to the embeddings goes with them.
+
+    Args:
+        module: a transformers causal LM; PEFT's layers may be in it already.
+        layers: how many; 0 changes nothing, the embeddings included.
+
+    Raises:
+        ValueError: the model has no list of layers, or not more than so many.
+    """
+    if not layers:
+        return
+    depth = module.config.get_text_config().num_hidden_layers
+    stacks = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
+    if not stacks or layers >= depth:
+        reason = f"has {depth}, of which at least one is trained" if stacks else "has no list of layers"
+        raise ValueError(f"freeze_layers={layers}: {type(module).__name__} {reason}")
+    embeddings = [part for part in module.base_model.modules() if isinstance(part, nn.Embedding)]
+    for part in [*embeddings, *(layer for stack in stacks for layer in stack[:layers])]:
+        part.requires_grad_(False)
+
+
 @torch.no_grad()
 def row_logprobs(
-    module: Any, rows: Sequence[LabelledResponse], *, bf16: bool = False, batch_tokens: int = 1 << 14
+    module: Any,
+    rows: Sequence[LabelledResponse],
+    *,
+    bf16: bool = False,
+    batch_tokens: int = 1 << 14,
+    pack: int | None = None,
 ) -> list[np.ndarray]:
     """log p of each row's response tokens under a model within `response_forward`, as it is evaluated in training.
 
@@ -94,32 +145,73 @@ def row_logprobs(
         rows: any.
         bf16: under autocast.
         batch_tokens: of one padded forward, at most (a longer row makes one by itself).
+        pack: tokens of a pack, at most; None: every row is computed by itself.
 
     Returns:
         [len(response_ids)] fp32 a row, nats.
     """
+    items = [Item((row,), row.label) for row in rows]
+    places = {id(item): place for place, item in enumerate(items)}
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
     device = next(module.parameters()).device
     training = module.training
     module.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    while order:
+    units: list[Any] = sorted(packs(items, pack) if pack else items, key=lambda unit: _tokens(unit))
+    while units:
         count = 1
-        while count < len(order) and (count + 1) * len(rows[order[count]]) <= batch_tokens:
+        while count < len(units) and (count + 1) * _tokens(units[count]) <= batch_tokens:
             count += 1
-        chosen, order = order[:count], order[count:]
-        batch = collate([Item((rows[i],), rows[i].label) for i in chosen])
-        names = ("input_ids", "attention_mask", "response_mask")
+        chosen, units = units[:count], units[count:]
+        batch = collate_packs(chosen) if pack else collate(chosen)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            values = module(**{name: batch[name].to(device) for name in names})
-        for i, line, mask in zip(chosen, values.float().cpu(), batch["response_mask"], strict=True):
-            found[i] = line[mask].numpy()
+            values = module(**{name: batch[name].to(device) for name in FORWARD if name in batch})
+        of_rows = [item for unit in chosen for item in unit.items] if pack else chosen
+        for item, line, mask in zip(of_rows, values.float().cpu(), batch["response_mask"], strict=True):
+            found[places[id(item)]] = line[mask].numpy()
     module.train(training)
     return found
 
 
+def _tokens(unit: Pack | Item) -> int:
+    return len(unit) if isinstance(unit, Pack) else len(unit.rows[0])
+
+
+def check_packs(module: Any, made: Sequence[Pack]) -> None:
+    """Compare the longest row of the packs, as its pack has it, with that row by itself.
+
+    Args:
+        module: within `response_forward`.
+        made: at least one.
+
+    Raises:
+        ValueError: they differ, so the model's attention is not that of a mask and positions alone (ALiBi, recurrent
+            layers, a window shorter than the row).
+    """
+    if module.config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"pack: attn_implementation={module.config._attn_implementation!r} takes no mask; it is sdpa or eager"
+        )
+    pack, item = max(((pack, item) for pack in made for item in pack.items), key=lambda each: len(each[1].rows[0]))
+    others = [other.rows[0] for other in pack.items if other is not item][:7]
+    rows = [*others, item.rows[0]]  # the longest one last: away from its prompt
+    whole = sum(map(len, rows))
+    packed, alone = row_logprobs(module, rows, pack=whole), row_logprobs(module, rows)
+    gap = max(float(np.abs(ours - theirs).max()) for ours, theirs in zip(packed, alone, strict=True))
+    if not gap < 1e-3:
+        raise ValueError(
+            f"pack: {type(module).__name__} gives log-probabilities that differ by {gap:.3g} nats where responses are "
+            "behind one prompt; train without pack"
+        )
+
+
 def add_reference(
-    module: Any, rows: Sequence[LabelledResponse], identity: object, folder: Path, *, bf16: bool = False
+    module: Any,
+    rows: Sequence[LabelledResponse],
+    identity: object,
+    folder: Path,
+    *,
+    bf16: bool = False,
+    pack: int | None = None,
 ) -> bool:
     """Fill in `LabelledResponse.reference`: from a file, or by one pass of the model, whose result is filed.
 
@@ -128,7 +220,7 @@ def add_reference(
         rows: any.
         identity: says which weights these are; plain values.
         folder: where the file is, or will be: `reference-<digest of rows and identity>.safetensors`.
-        bf16: see row_logprobs.
+        bf16, pack: see row_logprobs.
 
     Returns:
         Whether they were known.
@@ -146,7 +238,7 @@ def add_reference(
         ends = np.cumsum([len(row.response_ids) for row in rows])
         values: Sequence[np.ndarray] = np.split(flat, ends[:-1])
     else:
-        values = row_logprobs(module, rows, bf16=bf16)
+        values = row_logprobs(module, rows, bf16=bf16, pack=pack)
         part = path.with_suffix(f".{os.getpid()}")
         save_file({"logprobs": np.concatenate(values)}, part)
         os.replace(part, path)  # whole or not at all

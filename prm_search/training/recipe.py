@@ -21,11 +21,15 @@ class Recipe:
             (arXiv 2402.01306 weighs the labels for the same reason).
         margin: ipvrm only.
         lora: rank of a LoRA adapter on all linear layers but the head; None: all weights are trained.
+        freeze_layers: leave the embeddings (a head that is tied to them included) and so many of the lowest layers as
+            they are: steps are faster and take less memory.
         learning_rate: None: 5e-7, with lora 1e-4.
         epochs: passes over the items.
         batch: items of one step, over all devices.
         micro_batch: items of one forward on one device.
-        max_length: tokens; longer rows are left out.
+        pack: compute all responses to a problem behind their one prompt, and what they begin with once; batch and
+            micro_batch then count problems. The loss is the same; see packing.
+        max_length: tokens; longer rows are left out, and no pack is longer.
         negatives: responses to other problems, as wrong ones, for each response (see negatives.cross_prompt).
         problems, per_problem: train on so many problems, and responses to each; None: all.
         holdout: share of the problems to measure on.
@@ -39,10 +43,12 @@ class Recipe:
     balanced: str | None = None
     margin: float = 0.0
     lora: int | None = None
+    freeze_layers: int = 0
     learning_rate: float | None = None
     epochs: float = 1.0
     batch: int = 64
     micro_batch: int = 2
+    pack: bool = False
     max_length: int = 8192
     negatives: float = 0.0
     problems: int | None = None
@@ -71,6 +77,8 @@ class Recipe:
             given = getattr(self, name)
             if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
                 raise ValueError(f"{name}={given!r}: an integer >= 1 is needed")
+        if isinstance(self.freeze_layers, bool) or not isinstance(self.freeze_layers, int) or self.freeze_layers < 0:
+            raise ValueError(f"freeze_layers={self.freeze_layers!r}: an integer >= 0 is needed")
         if not 0 <= self.margin < float("inf"):
             raise ValueError(f"margin={self.margin!r}: a finite number >= 0 is needed")
         if not 0 <= self.negatives < float("inf"):

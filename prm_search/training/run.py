@@ -190,7 +190,8 @@ def _run(
     import torch
     from transformers import AutoModelForCausalLM, TrainingArguments
 
-    from .logprobs import add_reference, response_forward, row_logprobs, without_dropout
+    from .logprobs import add_reference, check_packs, freeze, response_forward, row_logprobs, without_dropout
+    from .packing import packs
     from .trainer import PRMTrainer
 
     given = {
@@ -227,16 +228,24 @@ def _run(
         )
     without_dropout(lm)
     lm.to(args.device)
+    pack = recipe.max_length if recipe.pack else None
+    made: list[Any] = packs(data.items, recipe.max_length) if pack else data.items
     with response_forward(lm):
+        if pack:
+            check_packs(lm, made)
+            if log is not None and args.process_index == 0:
+                rows_of = (row for item in data.items for row in item.rows)
+                log(f"packed {sum(map(len, rows_of))} tokens into {sum(map(len, made))}, {len(made)} problems")
         identity = [os.path.realpath(source.path) if source.local else source.path, source.revision, source.stamp()]
         with args.main_process_first(desc="reference"):
             for rows in filter(None, (data.rows, data.made_up)):
-                known = add_reference(lm, rows, identity, cache, bf16=recipe.bf16)
+                known = add_reference(lm, rows, identity, cache, bf16=recipe.bf16, pack=pack)
                 if log is not None and args.process_index == 0:
                     log(f"reference log-probabilities of {len(rows)} rows {'read' if known else 'computed'}")
         trained = lm if recipe.lora is None else _adapted(lm, recipe.lora, source)
+        freeze(lm, recipe.freeze_layers)
         trainer = PRMTrainer(
-            trained, args, data.items, objective=recipe.objective, beta=recipe.scale, margin=recipe.margin, log=log
+            trained, args, made, objective=recipe.objective, beta=recipe.scale, margin=recipe.margin, log=log
         )
         trainer.train(resume_from_checkpoint=last)
         trained.eval()
@@ -245,7 +254,7 @@ def _run(
             "held_out_pair_accuracy": None,
         }
         if data.held:
-            values = row_logprobs(trained, data.held, bf16=recipe.bf16)
+            values = row_logprobs(trained, data.held, bf16=recipe.bf16, pack=pack)
             sums = [float((v - row.reference).sum()) for v, row in zip(values, data.held, strict=True)]
             metrics["held_out_pair_accuracy"] = pair_accuracy(data.held, sums)
     trainer.save_model(str(folder))

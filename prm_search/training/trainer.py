@@ -12,7 +12,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .data import Item, collate
+from .logprobs import FORWARD
 from .objectives import ce, dpo, ipvrm, kto, nca
+from .packing import Pack, collate_packs
 
 
 class PRMTrainer(Trainer):
@@ -21,7 +23,7 @@ class PRMTrainer(Trainer):
     Args:
         model: the LM or its PEFT wrapper.
         args: remove_unused_columns must be False.
-        items: see data.Item.
+        items: see data.Item; or packs of items, which then are what a batch counts.
         objective: one of recipe.OBJECTIVES.
         beta: scale of the log-ratios.
         margin: of ipvrm.
@@ -32,14 +34,15 @@ class PRMTrainer(Trainer):
         self,
         model: Any,
         args: TrainingArguments,
-        items: Sequence[Item],
+        items: Sequence[Item] | Sequence[Pack],
         *,
         objective: str,
         beta: float,
         margin: float = 0.0,
         log: Callable[[str], object] | None = None,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=items, data_collator=collate)
+        collator = collate_packs if isinstance(items[0], Pack) else collate
+        super().__init__(model=model, args=args, train_dataset=items, data_collator=collator)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over items: divide it by the accumulation steps
         self.objective, self.beta, self.margin = objective, beta, margin
         self._seen: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -55,10 +58,8 @@ class PRMTrainer(Trainer):
         label, weight = inputs["label"], inputs["weight"]
         mask = inputs["response_mask"]
         if self.objective == "kto":
-            own, other = _halves(inputs, len(label))
-            with torch.no_grad():
-                baseline = self._token_rewards(model, other).sum(1).mean().clamp(min=0)
-            tokens = self._token_rewards(model, own)
+            tokens, others = self._kto_rewards(model, inputs, len(label))
+            baseline = others.sum(1).mean().clamp(min=0)
         else:
             tokens = self._token_rewards(model, inputs)
         rewards = tokens.sum(1)
@@ -77,9 +78,18 @@ class PRMTrainer(Trainer):
         loss = (losses * weight).mean()
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
+    def _kto_rewards(self, model: Any, inputs: dict[str, Tensor], items: int) -> tuple[Tensor, Tensor]:
+        """Token rewards of the responses, and without gradients those of the mismatched ones."""
+        if "places" in inputs:  # one forward has both
+            own, other = self._token_rewards(model, inputs).chunk(2)
+            return own, other.detach()
+        first, second = _halves(inputs, items)
+        with torch.no_grad():
+            other = self._token_rewards(model, second)
+        return self._token_rewards(model, first), other
+
     def _token_rewards(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        names = ("input_ids", "attention_mask", "response_mask")
-        logprobs = model(**{name: inputs[name] for name in names})
+        logprobs = model(**{name: inputs[name] for name in FORWARD if name in inputs})
         return self.beta * (logprobs - inputs["reference"])  # 0 - 0 outside the response
 
     def log(self, logs: dict[str, float], *given: Any, **options: Any) -> None:
