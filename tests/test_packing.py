@@ -1,4 +1,4 @@
-"""Packing and freezing: the tree of tokens, the loss and gradients of separate rows, what stays as it was."""
+"""Packing, freezing, the sampled reference: the loss and gradients of separate rows, what stays as it was."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from models import tiny
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from prm_search.cli import main
 from prm_search.training.data import LabelledResponse, collate, mismatched, pairs, singles
 from prm_search.training.logprobs import check_packs, freeze, response_forward, row_logprobs
 from prm_search.training.packing import collate_packs, packs
@@ -198,3 +199,58 @@ def test_an_adapter_of_a_frozen_layer_stays_without_effect(folder, tmp_path):
 def test_bad_numbers_of_layers_are_named(given):
     with pytest.raises(ValueError, match="freeze_layers"):
         Recipe(**given)
+
+
+# -- the reference that sampled ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sampled(folder: Path, tmp_path: Path) -> list[dict]:
+    """Rollouts of the model itself, as records."""
+    (tmp_path / "problems.jsonl").write_text(
+        "".join(json.dumps({"question": str(k), "answer": "1"}) + "\n" for k in range(6))
+    )
+    status = main(
+        ["rollout", "--policy", str(folder / "model"), "--data", str(tmp_path / "problems.jsonl"), "--n", "3",
+         "--temperature", "0.7", "--top-k", "20", "--max-new-tokens", "6", "--label", "exact", "--out", str(tmp_path / "sampled.jsonl")]
+    )  # fmt: skip
+    assert status == 0
+    records = [json.loads(line) for line in (tmp_path / "sampled.jsonl").read_text().splitlines()]
+    for record in records:
+        record["label"] = record["sample"] % 2
+    return records
+
+
+def train_on(
+    folder: Path, records: list[dict], out: Path, **given: object
+) -> tuple[list[str], dict[str, torch.Tensor]]:
+    file = out.with_suffix(".jsonl")
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    said: list[str] = []
+    recipe = Recipe(learning_rate=1e-3, batch=4, micro_batch=4, holdout=0.2, **given)
+    train(str(folder / "model"), file, out, recipe, log=said.append)
+    return said, load_file(out / "model.safetensors")
+
+
+def test_the_policys_log_probabilities_are_the_reference(folder, sampled, tmp_path):
+    for record in sampled:
+        assert len(record["logprobs"]) == len(record["response_ids"])
+    said, weights = train_on(folder, sampled, tmp_path / "read", sampled_reference=True)
+    assert not any("reference" in line for line in said)
+    computed, others = train_on(folder, sampled, tmp_path / "computed")
+    assert any("computed" in line for line in computed)
+    for name, weight in weights.items():
+        assert torch.allclose(weight, others[name], atol=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(lambda record: record.pop("logprobs"), "18 of 18 rollouts have no logprobs"),
+     (lambda record: record.update(logprobs=[each - 1 for each in record["logprobs"]]), "differ from the model's by 1"),
+     (lambda record: record.update(logprobs=record["logprobs"][1:]), "a finite number a response id")],
+)  # fmt: skip
+def test_log_probabilities_of_another_model_or_none_are_refused(folder, sampled, tmp_path, change, said):
+    for record in sampled:
+        change(record)
+    with pytest.raises(ValueError, match=said):
+        train_on(folder, sampled, tmp_path / "out", sampled_reference=True)

@@ -119,6 +119,14 @@ def evaluate(
             rich_help_panel=_PLAN,
         ),
     ] = None,
+    uncapped: Annotated[
+        bool,
+        typer.Option(
+            "--uncapped",
+            help="Do not cut beam and lookahead at the tokens of the samples; their shape makes budgets alike.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = False,
     lookahead_steps: Annotated[int, typer.Option(help="Steps of a rollout.", rich_help_panel=_PLAN)] = 1,
     lookahead_rollouts: Annotated[int, typer.Option(help="Rollouts of a child.", rich_help_panel=_PLAN)] = 1,
     delimiter: options.Delimiter = None,
@@ -190,6 +198,7 @@ def evaluate(
         weights=listed(weights),
         weight_temperature=weight_temperature,
         shapes=_shapes(shape or []),
+        capped=not uncapped,
         lookahead_steps=lookahead_steps,
         lookahead_rollouts=lookahead_rollouts,
         steps=make_steps(

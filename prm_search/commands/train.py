@@ -67,6 +67,14 @@ def train(
             rich_help_panel=_OPTIMISER,
         ),
     ] = False,
+    sampled_reference: Annotated[
+        bool,
+        typer.Option(
+            "--sampled-reference",
+            help="--model sampled the rollouts: take its log-probabilities from them, not from a pass of its own.",
+            rich_help_panel=_DATA,
+        ),
+    ] = False,
     learning_rate: Annotated[
         float | None,
         typer.Option("--lr", help="Default: 5e-7, with --lora 1e-4.", rich_help_panel=_OPTIMISER),
@@ -95,6 +103,7 @@ def train(
         objective=objective, beta=beta, balanced=balanced, margin=margin, lora=lora, learning_rate=learning_rate,
         epochs=epochs, batch=batch, micro_batch=micro_batch, max_length=max_length, negatives=negatives,
         problems=problems, per_problem=per_problem, freeze_layers=freeze_layers, pack=pack,
+        sampled_reference=sampled_reference,
         holdout=holdout, seed=seed, bf16=bf16, save_steps=save_steps,
     )  # fmt: skip
     more = None if arguments is None else _arguments(arguments)

@@ -66,7 +66,8 @@ class Plan:
     """What to evaluate.
 
     A budget N is the policy tokens of N whole samples: majority, best_of_n and weighted choose among the first N
-    samples of a problem; beam and lookahead may sample, on that problem and seed, as many tokens as those N took.
+    samples of a problem; beam and lookahead may sample, on that problem and seed, as many tokens as those N took, or
+    without a cap what their shape takes.
 
     Args:
         strategies: of STRATEGIES.
@@ -77,6 +78,8 @@ class Plan:
         weights: "softmax", "sigmoid" or both, of weighted votes.
         weight_temperature: see answers.select.
         shapes: budget -> (width, expansions) of beam and lookahead; the others are chosen by `shape`.
+        capped: cut a search of beam or lookahead at the tokens of the samples it is compared with; a cut search is
+            wrong. False: the shape alone makes budgets alike, on average and not problem by problem.
         lookahead_steps, lookahead_rollouts: see strategies.Lookahead.
         steps, temperature, top_p, top_k, min_p, max_new_tokens: see Sampling; the same for samples and searches.
 
@@ -92,6 +95,7 @@ class Plan:
     weights: Sequence[str] = ("softmax",)
     weight_temperature: float = 1.0
     shapes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    capped: bool = True
     lookahead_steps: int = 1
     lookahead_rollouts: int = 1
     steps: StepRule = field(default_factory=StepRule)

@@ -20,8 +20,8 @@ METHOD = f"""\
   **total** is their sum. **seconds**: wall time of all problems; forwards that several searches share count in equal
   parts, and of n samples the part that n have in the tokens of all.
 * Budget N: majority, best_of_n and weighted choose among the first N samples of a problem; beam and lookahead may
-  sample as many tokens as those N samples took on that problem and seed. **cut**: share of answers whose search that
-  limit cut.
+  sample as many tokens as those N samples took on that problem and seed; without a cap (`capped` in the plan is false)
+  what their shape takes, which policy tokens tells. **cut**: share of answers whose search that limit cut.
 * **to oracle**: pass@N minus the accuracy. pass@k is the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374) from
   all samples of a problem and seed; its interval is a percentile bootstrap over problems.
 * **vs majority**, **vs best_of_n**: difference of the accuracies at the same budget, by a paired bootstrap: problems

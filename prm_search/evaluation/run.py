@@ -137,7 +137,8 @@ class _Run:
         sampling, budget = self.plan.sampling(unit.seed or 0), Budget()
         if unit.kind == "search" and unit.cell is not None:
             strategy = self.plan.strategy(unit.cell)
-            budget = Budget(tokens=tokens[unit.problem, unit.seed, unit.cell.n])
+            if self.plan.capped:
+                budget = Budget(tokens=tokens[unit.problem, unit.seed, unit.cell.n])
         else:
             strategy = BestOfN(self.plan.most if unit.kind == "samples" else 1)
         settings = SearchSettings.make(

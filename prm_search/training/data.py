@@ -27,12 +27,14 @@ class LabelledResponse:
         response_ids: [T >= 1] int32; a sampled end of sequence is one of them.
         label: whether the response is right.
         reference: [T] fp32, nats, log p of the response's tokens under the reference; None before it is known.
+        logprobs: [T] fp32, nats, the same under the policy that sampled them; None where that is not known.
     """
 
     prompt_ids: tuple[int, ...]
     response_ids: np.ndarray
     label: bool
     reference: np.ndarray | None = field(default=None, repr=False)
+    logprobs: np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.response_ids = np.asarray(self.response_ids, np.int32)
@@ -83,10 +85,14 @@ def _row(line: str, where: str, number: int) -> tuple[int, LabelledResponse]:
         ids = np.array(prompt), np.array(response)
         if any(part.ndim != 1 or part.dtype.kind != "i" or part.min() < 0 for part in ids) or label not in (0, 1):
             raise ValueError
-        row = LabelledResponse(tuple(ids[0].tolist()), ids[1], bool(label))
+        logprobs = None if record.get("logprobs") is None else np.array(record["logprobs"], np.float32)
+        if logprobs is not None and (logprobs.shape != ids[1].shape or not np.isfinite(logprobs).all()):
+            raise ValueError
+        row = LabelledResponse(tuple(ids[0].tolist()), ids[1], bool(label), logprobs=logprobs)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{where}: no rollout: prompt_ids and response_ids, lists of at least one id, and label, 0 or 1, are needed"
+            f"{where}: no rollout: prompt_ids and response_ids, lists of at least one id, and label, 0 or 1, are "
+            "needed; logprobs, where there are any, are a finite number a response id"
         ) from error
     return int(record.get("index", number)), row
 

@@ -204,6 +204,33 @@ def check_packs(module: Any, made: Sequence[Pack]) -> None:
         )
 
 
+def sampled_reference(module: Any, rows: Sequence[LabelledResponse], *, bf16: bool = False) -> None:
+    """Fill in `LabelledResponse.reference` with what the rollouts say of the policy that sampled them.
+
+    Args:
+        module: that policy, within `response_forward`.
+        rows: at least one.
+        bf16: see row_logprobs.
+
+    Raises:
+        ValueError: a row has no log-probabilities, or those of the eight longest rows are not the module's: they differ
+            by a mean of more than 0.1 nat a token.
+    """
+    lacking = sum(row.logprobs is None for row in rows)
+    if lacking:
+        raise ValueError(f"sampled_reference: {lacking} of {len(rows)} rollouts have no logprobs; sample them again")
+    some = sorted(rows, key=len)[-8:]
+    computed = np.concatenate(row_logprobs(module, some, bf16=bf16))
+    gap = np.abs(computed - np.concatenate([row.logprobs for row in some if row.logprobs is not None])).mean()
+    if not gap < 0.1:
+        raise ValueError(
+            f"sampled_reference: the log-probabilities in the rollouts differ from the model's by {gap:.2g} nats a "
+            "token: another model, or another state of it, sampled them"
+        )
+    for row in rows:
+        row.reference = row.logprobs
+
+
 def add_reference(
     module: Any,
     rows: Sequence[LabelledResponse],

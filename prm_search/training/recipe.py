@@ -29,6 +29,8 @@ class Recipe:
         micro_batch: items of one forward on one device.
         pack: compute all responses to a problem behind their one prompt, and what they begin with once; batch and
             micro_batch then count problems. The loss is the same; see packing.
+        sampled_reference: the model itself sampled the rollouts: take the reference's log-probabilities from them. A
+            few are computed and compared.
         max_length: tokens; longer rows are left out, and no pack is longer.
         negatives: responses to other problems, as wrong ones, for each response (see negatives.cross_prompt).
         problems, per_problem: train on so many problems, and responses to each; None: all.
@@ -49,6 +51,7 @@ class Recipe:
     batch: int = 64
     micro_batch: int = 2
     pack: bool = False
+    sampled_reference: bool = False
     max_length: int = 8192
     negatives: float = 0.0
     problems: int | None = None

@@ -10,7 +10,7 @@ from typing import Any
 from ..driver.participants import require
 from ..problems import Problem
 from ..protocols import Policy, Request, Sampling
-from ..tree import Prompt, SearchTree
+from ..tree import Node, Prompt, SearchTree
 
 __all__ = ["Label", "Problem", "Rollout", "sample_rollouts"]
 
@@ -29,6 +29,8 @@ class Rollout:
         finish: "stop", or "length" where max_new_tokens or the context cut it.
         answer: the final answer that was found, or None.
         label: whether it is right. A response that was cut gave no answer: False.
+        logprobs: nats, log p of the response's tokens under the policy before temperature and filters; None where the
+            policy does not say.
     """
 
     problem: int
@@ -39,6 +41,7 @@ class Rollout:
     finish: str
     answer: str | None
     label: bool
+    logprobs: tuple[float, ...] | None = None
 
     def record(self) -> dict[str, Any]:
         """As a line of rollouts.jsonl has it."""
@@ -51,6 +54,7 @@ class Rollout:
             "finish": self.finish,
             "answer": self.answer,
             "label": int(self.label),
+            **({} if self.logprobs is None else {"logprobs": [round(each, 6) for each in self.logprobs]}),
         }
 
 
@@ -144,10 +148,19 @@ def _sample(
                 if not left[tree]:
                     del left[tree]
                     policy.release(tree)
-                yield Rollout(i, k, tree.prompt_ids, ids, text, str(node.finish), found, right)
+                logprobs = _logprobs(node)
+                yield Rollout(i, k, tree.prompt_ids, ids, text, str(node.finish), found, right, logprobs)
     finally:
         for tree in left:
             policy.release(tree)
+
+
+def _logprobs(end: Node) -> tuple[float, ...] | None:
+    """Log-probabilities of a path's tokens, where each node has its own."""
+    parts = [node.logprobs for node in end.path()]
+    if any(part is None for part in parts):
+        return None
+    return tuple(each for part in parts if part is not None for each in part.tolist())
 
 
 def _within(sampling: Sampling, context: int | None, prompt: int) -> Sampling:

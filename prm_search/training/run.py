@@ -190,7 +190,7 @@ def _run(
     import torch
     from transformers import AutoModelForCausalLM, TrainingArguments
 
-    from .logprobs import add_reference, check_packs, freeze, response_forward, row_logprobs, without_dropout
+    from .logprobs import check_packs, freeze, response_forward, row_logprobs, without_dropout
     from .packing import packs
     from .trainer import PRMTrainer
 
@@ -238,10 +238,7 @@ def _run(
                 log(f"packed {sum(map(len, rows_of))} tokens into {sum(map(len, made))}, {len(made)} problems")
         identity = [os.path.realpath(source.path) if source.local else source.path, source.revision, source.stamp()]
         with args.main_process_first(desc="reference"):
-            for rows in filter(None, (data.rows, data.made_up)):
-                known = add_reference(lm, rows, identity, cache, bf16=recipe.bf16, pack=pack)
-                if log is not None and args.process_index == 0:
-                    log(f"reference log-probabilities of {len(rows)} rows {'read' if known else 'computed'}")
+            _add_reference(lm, data, recipe, identity, cache, log if args.process_index == 0 else None)
         trained = lm if recipe.lora is None else _adapted(lm, recipe.lora, source)
         freeze(lm, recipe.freeze_layers)
         trainer = PRMTrainer(
@@ -264,6 +261,21 @@ def _run(
         (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
     metrics["process"] = args.process_index
     return metrics
+
+
+def _add_reference(
+    lm: Any, data: Data, recipe: Recipe, identity: object, cache: Path, log: Callable[[str], object] | None
+) -> None:
+    """Fill in what the reference says of all rows."""
+    from .logprobs import add_reference, sampled_reference
+
+    if recipe.sampled_reference:
+        sampled_reference(lm, data.rows, bf16=recipe.bf16)
+    pack = recipe.max_length if recipe.pack else None
+    for rows in filter(None, ([] if recipe.sampled_reference else data.rows, data.made_up)):
+        known = add_reference(lm, rows, identity, cache, bf16=recipe.bf16, pack=pack)
+        if log is not None:
+            log(f"reference log-probabilities of {len(rows)} rows {'read' if known else 'computed'}")
 
 
 def steps_logged(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
