@@ -212,7 +212,8 @@ def sampled(folder: Path, tmp_path: Path) -> list[dict]:
     )
     status = main(
         ["rollout", "--policy", str(folder / "model"), "--data", str(tmp_path / "problems.jsonl"), "--n", "3",
-         "--temperature", "0.7", "--top-k", "20", "--max-new-tokens", "6", "--label", "exact", "--out", str(tmp_path / "sampled.jsonl")]
+         "--temperature", "0.7", "--top-k", "20", "--max-new-tokens", "6", "--label", "exact", "--out",
+         str(tmp_path / "sampled.jsonl")]
     )  # fmt: skip
     assert status == 0
     records = [json.loads(line) for line in (tmp_path / "sampled.jsonl").read_text().splitlines()]
