@@ -3,7 +3,7 @@
 Stages, each with its outputs in the folder as they come: fine-tune a policy on worked answers (`policy/`); find the
 length of problems at which a verifier can help (`gate.json`); sample and label rollouts; train a PRM on them (`prm/`);
 choose the temperature of the weighted vote (`vote.json`); evaluate on problems of which nothing was seen (`eval/`,
-`steps/`). `report.py` makes the page of `benchmarks/results/grade_school/` from the folder.
+`steps/`). `page.py` makes the page of `benchmarks/results/grade_school/` from the folder.
 """
 
 from __future__ import annotations
@@ -232,7 +232,8 @@ def first_wrong(text: str, steps: Sequence[str]) -> int:
 
 
 def evaluate_steps(out: Path, file: Path, steps: int, settings: Settings) -> None:
-    """Find first wrong steps in the gate's responses, which no training saw: `steps/`."""
+    """Find first wrong steps in the gate's responses, which no training saw: `steps/`. Those with empty lines are left
+    out."""
     solutions = out / "solutions.jsonl"
     problems = events.problems(settings.gate, split="gate", steps=steps)
     distinct = {(each["problem"], each["response"]): each for each in lines(file)}.values()
@@ -243,6 +244,7 @@ def evaluate_steps(out: Path, file: Path, steps: int, settings: Settings) -> Non
                 "label": first_wrong(each["response"], problems[each["problem"]].steps),
             }) + "\n"
             for each in sorted(distinct, key=lambda each: each["index"])
+            if all(each["response"].split("\n"))
         )
     )  # fmt: skip
     command("eval-steps", "--pair", out / "prm", "--data", solutions, "--out", out / "steps", "--resume")
