@@ -59,7 +59,7 @@ def response_forward(module: Any) -> Iterator[None]:
             low = torch.finfo(torch.float32).min
             attention_mask = torch.zeros_like(attention_mask, dtype=torch.float32).masked_fill(~attention_mask, low)
         hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)[0]
-        if sources is None:
+        if sources is None or targets is None:
             rows, targets = hidden[:, :-1][response_mask], input_ids[:, 1:][response_mask]
         else:
             rows = hidden.flatten(0, 1)[sources]
