@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from codecs import utf_8_decode
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -44,9 +45,9 @@ class StepRule:
             (AdaptiveStep, arXiv 2502.13943, section 3); `confidence_quantile` calibrates it.
 
     Raises:
-        ValueError: a delimiter or the regex is or matches the empty string, max_tokens < 1, or confidence is outside
-            [0, 1].
-        TypeError: a delimiter is not a string, max_tokens not an integer, or confidence no number.
+        ValueError: a delimiter or the regex is or matches the empty string, the regex is not a pattern, max_tokens < 1,
+            or confidence is outside [0, 1].
+        TypeError: a delimiter or the regex is not a string, max_tokens not an integer, or confidence no number.
     """
 
     delimiter: str | Sequence[str] | None = "\n\n"
@@ -78,18 +79,20 @@ class StepRule:
         if self.confidence is not None:
             number("confidence", self.confidence, "a probability in [0, 1] or None", lambda given: 0 <= given <= 1)
         if self.regex is not None:
+            if not isinstance(self.regex, str):
+                raise TypeError(f"regex={self.regex!r}: a string or None is needed, not {type(self.regex).__name__}")
             try:
                 pattern = re.compile(self.regex)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"regex={self.regex!r} is not a pattern: {error}") from error
+            except (re.error, ValueError, OverflowError, RecursionError) as error:
+                raise ValueError(f"regex={self.regex!r:.200} is not a pattern: {error}") from error
             if pattern.search(""):
                 raise ValueError(f"regex={self.regex!r} matches the empty string, so it would end every step at once")
             object.__setattr__(self, "_pattern", pattern)
             object.__setattr__(self, "_settled", not _LOOKS_AHEAD.search(self.regex))
         if delimiters:
-            # One that holds another before its own last character can never complete first. With those gone,
-            # the leftmost match is the one that completes first, and of two that end together the longer.
-            first = [d for d in dict.fromkeys(delimiters) if not any(other in d[:-1] for other in delimiters)]
+            # With those that never complete first gone, the leftmost match is the one that completes first, and of
+            # two that end together the longer.
+            first = _completing_first(delimiters)
             object.__setattr__(self, "_literal", re.compile("|".join(map(re.escape, first))))
             object.__setattr__(self, "_keep", max(map(len, first)) - 1)
 
@@ -214,6 +217,39 @@ class StepMatcher:
         if found is None or (literal is not None and found.endpos == last and literal.start() < found.start()):
             return None if literal is None else literal.span()
         return found.start(), found.endpos
+
+
+def _completing_first(delimiters: Iterable[str]) -> list[str]:
+    """Return the delimiters that can complete first: none of the others lies in them before their last character.
+
+    Takes time linear in their total length, by the automaton of Aho and Corasick (CACM 18(6), 1975): a trie in which
+    each state links to the longest proper suffix of its text that is in the trie too.
+    """
+    children: list[dict[str, int]] = [{}]
+    whole: dict[int, str] = {}  # state -> the delimiter that it spells
+    for delimiter in delimiters:
+        state = 0
+        for character in delimiter:
+            following = children[state].setdefault(character, len(children))
+            if following == len(children):
+                children.append({})
+            state = following
+        whole[state] = delimiter
+    suffix, completed = [0] * len(children), [state in whole for state in range(len(children))]
+    reached, queue = [], deque([0])
+    while queue:
+        state = queue.popleft()
+        for character, following in children[state].items():
+            link = suffix[state]
+            while link and character not in children[link]:
+                link = suffix[link]
+            suffix[following] = children[link].get(character, 0) if state else 0
+            completed[following] |= completed[suffix[following]]
+            if following in whole:
+                reached.append(whole[following])
+            if not completed[following]:  # what is longer completes later
+                queue.append(following)
+    return reached
 
 
 def _solid(text: str) -> bool:

@@ -19,9 +19,9 @@ from search_cases import ALL, SEEDS
 
 from prm_search.protocols import Request
 from prm_search.search import search
-from prm_search.serving.app import BearerKeys
 from prm_search.serving.backend import ThreadEngine
 from prm_search.serving.errors import RequestError
+from prm_search.serving.keys import BearerKeys
 from prm_search.serving.metrics import Metrics
 from prm_search.serving.request import Limits
 from prm_search.serving.response import events, whole

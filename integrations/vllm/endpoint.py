@@ -12,13 +12,14 @@ import os
 from functools import partial
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prm_search.serving.backend import AsyncEngine
 from prm_search.serving.config import ServeConfig
+from prm_search.serving.errors import RequestError
 from prm_search.serving.metrics import Metrics
-from prm_search.serving.routes import ROUTES, path_of, respond
+from prm_search.serving.routes import ROUTES, outcome, path_of, read_body, refused, respond
 from prm_search.serving.service import Service
 from prm_search.serving.text import StopStrings
 from prm_search.tokens import TokenText
@@ -109,7 +110,10 @@ def _server(url: str) -> Any:
 
 
 class GuidedRoutes:
-    """Middleware: answers requests of the two routes whose body has prm_guidance, and lets all others pass."""
+    """Middleware: answers requests of the two routes whose body has prm_guidance, and lets all others pass.
+
+    Bodies of either kind may have as many bytes as the limits say: whether one is guided is known at its end.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -120,31 +124,31 @@ class GuidedRoutes:
         if route is None:
             await self._app(scope, receive, send)
             return
-        read: list[Message] = []
-        while True:
-            message = await receive()
-            read.append(message)
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                break
-        body = b"".join(message.get("body", b"") for message in read)
+        service: Service = scope["app"].state.prm_search
+        request = Request(scope, receive)
+        try:
+            body = await read_body(request, service.limits.body_bytes)
+        except ClientDisconnect:
+            return
+        except RequestError as error:
+            service.metrics.requests.labels(route, outcome(error)).inc()
+            await refused(error)(scope, receive, send)
+            return
+        if await asyncio.to_thread(is_guided, body):
+            await (await respond(service, route, request, body))(scope, receive, send)
+            return
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> Message:
-            return read.pop(0) if read else await receive()
+            return unread.pop() if unread else await receive()
 
-        if _is_guided(body):
-            request = Request(scope, again)
-            response = await respond(scope["app"].state.prm_search, route, request)
-            await response(scope, again, send)
-        else:
-            await self._app(scope, again, send)
+        await self._app(scope, again, send)
 
 
-def _is_guided(body: bytes) -> bool:
-    """Whether a JSON object has prm_guidance; what is no JSON is vLLM's to refuse."""
-    if b"prm_guidance" not in body:
-        return False
+def is_guided(body: bytes) -> bool:
+    """Return True for a JSON object with prm_guidance, however its key is spelled. Refusing other text is vLLM's."""
     try:
-        given = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError):
         return False
-    return isinstance(given, dict) and given.get("prm_guidance") is not None
+    return isinstance(fields, dict) and fields.get("prm_guidance") is not None

@@ -12,6 +12,7 @@ from . import BadInput, options
 from .options import make_steps
 
 _SERVER, _LIMITS = "Server", "Limits"
+_KEY = "PRM_SEARCH_API_KEY"  # environment variable
 
 
 def serve(
@@ -44,7 +45,7 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="PRM_SEARCH_API_KEY",
+            envvar=_KEY,
             help="Requests need it as a bearer token. Better in the variable, since everybody can read command lines.",
             show_envvar=True,
             rich_help_panel=_SERVER,
@@ -92,8 +93,9 @@ def serve(
     steps = make_steps(delimiter, step_tokens, step_regex, default=options.card_delimiter(pair))
     try:
         from ..serving.config import ServeConfig
+        from ..serving.keys import check_key
         from ..serving.request import Limits
-        from ..serving.run import listen, run
+        from ..serving.run import claim, listen, run
     except ImportError as error:
         raise BadInput(f"serving needs more packages ({error.name}): pip install 'prm-search[serve]'") from error
 
@@ -108,16 +110,18 @@ def serve(
     )
     config = ServeConfig(pair, prm, reference, beta, device, dtype, steps, limits)
     name = served_model_name or policy
-    sock = listen(host, port)
+    if api_key is not None or _KEY in os.environ:  # a variable that is set to nothing is no option for typer
+        check_key(f"--api-key or ${_KEY}", api_key or "")
     if engine == "vllm":
         from ..serving.vllm_command import vllm_command
 
-        sock.close()  # that it is free is known; vLLM opens it itself
+        claimed = claim(host, port)  # noqa: F841  # held by the program that replaces this one
         model = str(pair_dir() / "policy") if policy == "demo" else policy
         words, environment = vllm_command(
             model, config, host=host, port=port, name=name, api_key=api_key, extra=context.args
         )
         os.execve(words[0], words, environment)
+    sock = listen(host, port)
     from ..serving.app import make_app
     from ..serving.backend import ThreadEngine
     from .models import load_pair, load_policy, quiet

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.routing import Match
 
 from ..steps import StepRule
 from .backend import Backend
 from .errors import RequestError
+from .keys import BearerKeys, check_key
 from .metrics import Metrics
+from .openapi import STATUSES, errors, request_body
 from .request import Limits
-from .routes import ROUTES, outcome, path_of, refused, respond
-from .schema import ChatBody, CompletionBody
+from .routes import ROUTES, refused, respond
 from .service import Service
-
-BODIES = {"chat": ChatBody, "text": CompletionBody}
 
 
 def make_app(
@@ -42,7 +40,12 @@ def make_app(
 
     Returns:
         the app; while it runs, `app.state.service` is its Service.
+
+    Raises:
+        ValueError: a key is one that no request could carry; see check_key.
     """
+    for key in api_keys:
+        check_key("api_keys", key)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -58,62 +61,53 @@ def make_app(
 
     app = FastAPI(title="prm-search", lifespan=lifespan)
     for path, route in ROUTES.items():
-        app.add_api_route(path, _searching(route), methods=["POST"], openapi_extra=_documented(BODIES[route]))
-
-    @app.get("/v1/models")
-    async def list_models(request: Request) -> Response:
-        service: Service = request.app.state.service
-        return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.models]})
-
-    @app.get("/v1/models/{name:path}")
-    async def one_model(request: Request, name: str) -> Response:
-        service: Service = request.app.state.service
-        return JSONResponse(_card(service, name)) if name in service.models else refused(service.unknown(name))
-
-    @app.get("/health")
-    async def health(request: Request) -> Response:
-        service: Service = request.app.state.service
-        return Response(status_code=200 if service.engine.alive and not service.draining else 503)
-
-    @app.get("/metrics")
-    async def metrics(request: Request) -> Response:
-        return Response(request.app.state.service.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    @app.exception_handler(404)
-    @app.exception_handler(405)
-    async def no_such_route(request: Request, error: Any) -> Response:
-        said = f"{request.method} {request.url.path} is no route of this server"
-        return refused(RequestError(error.status_code, said, code="unknown_route"))
-
+        app.add_api_route(
+            path, _searching(route), methods=["POST"], openapi_extra=request_body(route), responses=errors(*STATUSES)
+        )
+    for path, answer, responses in READS:
+        app.add_api_route(path, answer, methods=["GET"], responses=responses)
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+    app.add_exception_handler(404, _no_such_route)
+    app.add_exception_handler(405, _no_such_route)
     if api_keys:
         app.add_middleware(BearerKeys, keys=tuple(api_keys))
     return app
 
 
-class BearerKeys:
-    """Middleware: requests of /v1 carry one of these keys."""
+async def _list_models(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.models]})
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self._app, self._keys = app, [key.encode() for key in keys]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 401."""
-        if scope["type"] != "http" or not path_of(scope).startswith("/v1") or self._allowed(Request(scope)):
-            await self._app(scope, receive, send)
-            return
-        error = RequestError(
-            401, "an API key is needed: Authorization: Bearer KEY", code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )  # fmt: skip
-        route = ROUTES.get(path_of(scope))
-        if route is not None:
-            scope["app"].state.service.metrics.requests.labels(route, outcome(error)).inc()
-        await refused(error)(scope, receive, send)
+async def _one_model(request: Request, name: str) -> Response:
+    service: Service = request.app.state.service
+    return JSONResponse(_card(service, name)) if name in service.models else refused(service.unknown(name))
 
-    def _allowed(self, request: Request) -> bool:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        matches = [hmac.compare_digest(key.encode(), each) for each in self._keys]  # all of them: in constant time
-        return scheme.lower() == "bearer" and any(matches)
+
+async def _health(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return Response(status_code=200 if service.engine.alive and not service.draining else 503)
+
+
+async def _metrics(request: Request) -> Response:
+    return Response(request.app.state.service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+READS: tuple[tuple[str, Callable[..., Any], dict[int | str, dict[str, Any]]], ...] = (
+    ("/v1/models", _list_models, errors(401)),
+    ("/v1/models/{name:path}", _one_model, errors(401, 404)),
+    ("/health", _health, {503: {"description": "It cannot answer requests."}}),
+    ("/metrics", _metrics, {}),
+)
+
+
+async def _no_such_route(request: Request, error: Any) -> Response:
+    said = f"{request.method} {request.url.path} is no route of this server"
+    headers = {}
+    if error.status_code == 405:  # each route knows its own methods only
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
+    return refused(RequestError(error.status_code, said, code="unknown_route", headers=headers))
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:
@@ -126,19 +120,3 @@ def _searching(route: Any) -> Callable[[Request], Any]:
         return await respond(request.app.state.service, route, request)
 
     return search
-
-
-def _documented(body: type[Any]) -> dict[str, Any]:
-    """The request's body for /docs; the route reads it itself, to word its errors as OpenAI does."""
-    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-    parts = schema.pop("$defs", {})
-    return {"requestBody": {"content": {"application/json": {"schema": _inlined(schema, parts)}}, "required": True}}
-
-
-def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
-    """A JSON schema with its references replaced by what they stand for (none of these is recursive)."""
-    if isinstance(schema, dict):
-        if "$ref" in schema:
-            return _inlined(parts[schema["$ref"].rsplit("/", 1)[1]], parts)
-        return {name: _inlined(value, parts) for name, value in schema.items()}
-    return [_inlined(each, parts) for each in schema] if isinstance(schema, list) else schema

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from ..driver.async_loop import AsyncSearchLoop
@@ -12,9 +13,10 @@ from ..driver.result import Event
 from ..protocols import AsyncPolicy, Policy, Scorer
 from ..strategies import Steer
 from ..tokens import TokenText
-from ..tree import Prompt, SearchTree
+from ..tree import SearchTree
 from .errors import RequestError
 from .model_thread import ModelThread, ThreadPolicy, ThreadScorer
+from .prompts import PromptLength
 from .text import StopStrings
 
 if TYPE_CHECKING:
@@ -22,19 +24,29 @@ if TYPE_CHECKING:
     from ..scorers.implicit.implicit_prm import ImplicitPRM
 
 Follower = Callable[[Event], object]
+ENCODERS = 4  # prompts tokenised at a time
 
 
 class Backend(ABC):
     """What a Service searches with.
 
-    Attributes:
+    Args:
+        policy: what samples; its context and tokenizer are read, where it has them.
         words: bytes of the policy's tokens.
-        context: tokens that prompt and response may have together, where the policy says so.
         stops: the policy's stop condition; None where responses cannot have stop strings.
+
+    Attributes:
+        words, stops: as given.
+        context: tokens that prompt and response may have together, where the policy says so.
+        prompt_length: refuses prompts that cannot fit.
+        encoders: threads in which prompts are tokenised.
     """
 
-    def __init__(self, words: TokenText, context: int | None, stops: StopStrings | None = None) -> None:
-        self.words, self.context, self.stops = words, context, stops
+    def __init__(self, policy: object, words: TokenText, stops: StopStrings | None = None) -> None:
+        self.words, self.stops = words, stops
+        self.context: int | None = getattr(policy, "context", None)
+        self.prompt_length = PromptLength(getattr(policy, "tokenizer", None), words, self.context)
+        self.encoders = ThreadPoolExecutor(ENCODERS, "prm-search prompts")
         self._followers: WeakKeyDictionary[SearchTree, Follower] = WeakKeyDictionary()
 
     @abstractmethod
@@ -54,8 +66,9 @@ class Backend(ABC):
         """Whether it can search."""
         return True
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Let go of what the engine itself started."""
+        self.encoders.shutdown(wait=False, cancel_futures=True)
 
     def follow(self, tree: SearchTree, tell: Follower) -> None:
         """Have tell called with every Event of a tree, on the event loop."""
@@ -78,7 +91,7 @@ class ThreadEngine(Backend):
     """
 
     def __init__(self, policy: Policy, scorer: Scorer, words: TokenText, stops: StopStrings | None = None) -> None:
-        super().__init__(words, getattr(policy, "context", None), stops)
+        super().__init__(policy, words, stops)
         self._thread = ModelThread()
         self._policy = ThreadPolicy(self._thread, policy)
         self._scorer = ThreadScorer(self._thread, scorer, policy)
@@ -130,6 +143,7 @@ class ThreadEngine(Backend):
 
     def close(self) -> None:
         """End the thread."""
+        super().close()
         self._thread.close()
 
 
@@ -152,7 +166,7 @@ class AsyncEngine(Backend):
         stops: StopStrings | None = None,
         steered: Callable[[float], AsyncPolicy] | None = None,
     ) -> None:
-        super().__init__(words, getattr(policy, "context", None), stops)
+        super().__init__(policy, words, stops)
         self._loop = AsyncSearchLoop(policy, scorer, on_event=self._tell)
         self._steered = steered
         self._loops: WeakValueDictionary[float, AsyncSearchLoop] = WeakValueDictionary()
@@ -175,18 +189,3 @@ class AsyncEngine(Backend):
     def costs(self) -> tuple[Mapping[str, float], Mapping[str, int]]:
         """See Engine.costs."""
         return self._loop.models.seconds, self._loop.models.forward_calls
-
-
-def encode(loop: AsyncSearchLoop, prompt: Prompt, param: str) -> Prompt:
-    """A prompt with the policy's token ids. Raises RequestError naming the field where it cannot have any."""
-    try:
-        return loop.models.encode(prompt)
-    except Exception as error:
-        if isinstance(error, ValueError | TypeError) or _is_template_error(error):
-            raise RequestError(400, f"{param}: {error}", param=param, code="invalid_value") from error
-        raise
-
-
-def _is_template_error(error: Any) -> bool:
-    """Whether a chat template refused the messages; the package jinja2 need not be imported for that."""
-    return any(each.__name__ == "TemplateError" for each in type(error).__mro__)

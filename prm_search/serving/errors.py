@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+LONGEST = 1000  # characters of a message
+
 
 class RequestError(Exception):
     """A request that is answered with an error.
 
     Args:
         status: of the HTTP response.
-        message: for people.
+        message: for people; cut where it repeats a very long value.
         param: the field that is at fault, as a path: "prm_guidance.width"; None where it is none.
         code: for programs: "invalid_value", "model_not_found", ...
         headers: of the HTTP response.
@@ -25,6 +27,7 @@ class RequestError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        message = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = headers or {}

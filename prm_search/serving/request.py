@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +20,9 @@ from .schema import Body, BudgetBody, ChatBody, CompletionBody, GuidanceBody, St
 T = TypeVar("T")
 
 COMPLETION_TOKENS = 16  # max_tokens of /v1/completions where a request names none, as in OpenAI's API
+DELIMITERS, STOPS = 64, 16  # strings of one request: what they cost is paid at every token
+LONGEST = 256  # characters of any of them
+LONGEST_PATTERN = 1000
 PLAIN_STEP = StepRule(delimiter=None, max_tokens=4)  # a plain answer is streamed in pieces of so many tokens
 
 
@@ -184,6 +187,8 @@ def _strategy(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | No
         if option not in names:
             said = f"strategy {name!r} has no such option; it takes {', '.join(names)}"
             raise RequestError(400, f"{param}: {said}", param=param, code="unknown_parameter")
+        if isinstance(given, list | dict):
+            raise invalid(param, f"a {type(given).__name__} is not taken here")
         if isinstance(fields[names[option]].default, bool) and not isinstance(given, bool):
             raise invalid(param, f"true or false is needed, got {given!r:.80}")
         if isinstance(given, int) and given > limits.children:
@@ -225,9 +230,13 @@ def _rule(given: StepsBody | str | list[str] | None, default: StepRule, limits: 
     if not isinstance(given, StepsBody):
         given = StepsBody(delimiter=given)
     said = {name: getattr(given, name) for name in given.model_fields_set}
+    delimiters = [given.delimiter] if isinstance(given.delimiter, str) else given.delimiter or ()
+    _bounded("prm_guidance.steps.delimiter", delimiters, DELIMITERS)
     if given.regex is not None and not limits.patterns:
         param = "prm_guidance.steps.regex"
         raise RequestError(400, f"{param}: this server takes no patterns", param=param, code="unsupported_parameter")
+    if given.regex is not None and len(given.regex) > LONGEST_PATTERN:
+        raise invalid("prm_guidance.steps.regex", f"{len(given.regex)} characters: at most {LONGEST_PATTERN} here")
     if given.regex is not None and "delimiter" not in said:
         said["delimiter"] = None
     return _within("prm_guidance.steps", lambda: replace(default, **said))
@@ -252,11 +261,19 @@ def _budget(given: BudgetBody | int | None, limits: Limits) -> Budget:
 
 def _stop(given: str | list[str] | None) -> tuple[str, ...]:
     stop = () if given is None else (given,) if isinstance(given, str) else tuple(given)
-    if len(stop) > 16:
-        raise invalid("stop", f"{len(stop)} strings: at most 16")
+    _bounded("stop", stop, STOPS)
     if not all(stop):
         raise invalid("stop", "an empty string stops nothing")
     return stop
+
+
+def _bounded(param: str, strings: Sequence[str], most: int) -> None:
+    """Refuse more strings, or longer ones, than a request may have."""
+    if len(strings) > most:
+        raise invalid(param, f"{len(strings)} strings: at most {most} here")
+    longest = max(map(len, strings), default=0)
+    if longest > LONGEST:
+        raise invalid(param, f"a string of {longest} characters: at most {LONGEST} here")
 
 
 def _within(param: str | None, make: Callable[[], T], names: dict[str, str] | None = None) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Sequence
@@ -118,8 +119,8 @@ def _candidate(job: Job, node: Node) -> dict[str, Any]:
 async def events(job: Job) -> AsyncIterator[tuple[str, bool]]:
     """The answer as server-sent events: deltas, an error where there is one, [DONE]; each with whether all is well."""
     try:
-        async for chunk in _Chunks(job).stream():
-            yield _event(chunk), True
+        async for event in _Chunks(job).stream():
+            yield event, True
     except Exception as error:
         yield _event(failure(error).body()), False
     yield "data: [DONE]\n\n", True
@@ -131,33 +132,34 @@ class _Chunks:
     def __init__(self, job: Job) -> None:
         self.job, self.ask = job, job.ask
         words = job.service.engine.words
-        self.texts = [TextStream(words, self.ask.stop) for _ in job.searches]
-        self.told: list[list[int]] = [[] for _ in job.searches]
+        self.texts = [TextStream(words, self.ask.stop) for _ in job.ask.prompts]
+        self.told: list[list[int]] = [[] for _ in job.ask.prompts]
         self.results: dict[int, Result] = {}
 
-    async def stream(self) -> AsyncIterator[dict[str, Any]]:
-        """Every chunk in order."""
+    async def stream(self) -> AsyncIterator[str]:
+        """Every chunk in order, as events. Those that grow with the search are made off the event loop."""
         ask, job = self.ask, self.job
+        await job.begun()
         if ask.kind == "chat" and ask.in_steps:
-            yield self._chunk(0, {"role": "assistant", "content": ""})
-        while len(self.results) < len(job.searches):
+            yield _event(self._chunk(0, {"role": "assistant", "content": ""}))
+        while len(self.results) < len(ask.prompts):
             number, event = await job.events.get()
             if isinstance(event, BaseException):
                 raise event
             if event.result is None:
                 if ask.progress:
-                    yield self._progress(number, event)
+                    yield await asyncio.to_thread(self._progress, number, event)
                 if ask.in_steps:
                     said = self._tell(number, job.searches[number].committed())
                     if said:
-                        yield self._chunk(number, self._delta(said))
+                        yield _event(self._chunk(number, self._delta(said)))
             else:
-                self.results[number] = answered(event.result)
-                for chunk in self._end(number, event.result):
+                self.results[number] = result = answered(event.result)
+                for chunk in await asyncio.to_thread(self._end, number, result):
                     yield chunk
         if ask.include_usage:
-            results = [self.results[number] for number in range(len(job.searches))]
-            yield self._chunk(None) | {"usage": usage(job, results)}
+            results = [self.results[number] for number in range(len(ask.prompts))]
+            yield _event(self._chunk(None) | {"usage": usage(job, results)})
 
     def _tell(self, number: int, steps: Sequence[Node]) -> str:
         """The text that these settled steps add to what was told."""
@@ -169,8 +171,8 @@ class _Chunks:
         told += fresh
         return self.texts[number].feed(fresh)
 
-    def _end(self, number: int, result: Result) -> list[dict[str, Any]]:
-        """What remains to be told of one prompt."""
+    def _end(self, number: int, result: Result) -> list[str]:
+        """What remains to be told of one prompt, as events."""
         ask, job = self.ask, self.job
         chunks = []
         for place, node in enumerate(chosen(ask, result)):
@@ -186,9 +188,9 @@ class _Chunks:
             chunks.append(self._chunk(index, {} if ask.kind == "chat" else {"text": ""}, finish_reason(node)))
         if chunks and ask.guided:
             chunks[-1]["prm_search"] = [search_facts(job, result)]
-        return chunks
+        return list(map(_event, chunks))
 
-    def _progress(self, number: int, event: Event) -> dict[str, Any]:
+    def _progress(self, number: int, event: Event) -> str:
         steps = [
             {
                 "text": node.text,
@@ -199,7 +201,7 @@ class _Chunks:
             }
             for node in event.nodes
         ]
-        return self._chunk(None) | {"prm_search": [{"prompt": number, "steps": steps}]}
+        return _event(self._chunk(None) | {"prm_search": [{"prompt": number, "steps": steps}]})
 
     def _delta(self, text: str) -> dict[str, Any]:
         return {"content": text} if self.ask.kind == "chat" else {"text": text}
@@ -219,5 +221,14 @@ def _head(job: Job, kind: str) -> dict[str, Any]:
     return {"id": job.id, "object": kind, "created": job.created, "model": job.ask.model or job.service.models[0]}
 
 
+def dumps(value: Any, depth: int = 5) -> str:
+    """JSON, made in pieces: one call for a whole answer would keep every other thread waiting, the event loop's too."""
+    if depth and value and isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key)}: {dumps(each, depth - 1)}' for key, each in value.items())}}}"
+    if depth and value and isinstance(value, list):
+        return f"[{', '.join(dumps(each, depth - 1) for each in value)}]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
 def _event(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n"
+    return f"data: {dumps(chunk)}\n\n"

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from .errors import RequestError, too_large
-from .response import events, whole
+from .response import dumps, events, whole
 from .schema import parse
 from .service import Job, Service
 
@@ -21,6 +21,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 Route = Literal["chat", "text"]
+FROM_BROWSERS = ("origin", "sec-fetch-site")  # headers
 ROUTES: dict[str, Route] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 
 
@@ -30,20 +31,28 @@ def path_of(scope: Scope) -> str:
     return path[len(root) :] if root and path.startswith(root + "/") else path  # as Starlette's router takes it
 
 
-async def respond(service: Service, route: Route, request: Request) -> Response:
+async def respond(service: Service, route: Route, request: Request, body: bytes | None = None) -> Response:
     """The response to a request of /v1/chat/completions ("chat") or /v1/completions ("text").
 
     Never raises: what is wrong is said in OpenAI's error schema. A client that goes away ends its search.
+
+    Args:
+        service: what answers.
+        route: which of the two.
+        request: the request.
+        body: its body, where it has been read.
     """
     began = time.perf_counter()
     job: Job | None = None
     try:
-        body = await read_body(request, service.limits.body_bytes)
+        need_json(request)
+        body = await read_body(request, service.limits.body_bytes) if body is None else body
         job = service.open(parse(route, body))
         if job.ask.stream:
+            await _unless_gone(request, job.begun())
             return EventStream(job, route, began)
         results = await _unless_gone(request, job.results())
-        answer = whole(job, results)
+        answer = await asyncio.to_thread(lambda: dumps(whole(job, results)))
     except (ClientDisconnect, asyncio.CancelledError) as gone:
         await _end(service, route, "disconnected", job)
         if isinstance(gone, asyncio.CancelledError):
@@ -57,7 +66,20 @@ async def respond(service: Service, route: Route, request: Request) -> Response:
         await _end(service, route, "error", job)
         return refused(RequestError(500, f"{type(error).__name__}: {error}", code="internal_error"))
     await _end(service, route, "ok", job, began)
-    return JSONResponse(answer)
+    return Response(answer, media_type="application/json")
+
+
+def need_json(request: Request) -> None:
+    """Refuse (415) what a page of another site can make a browser send: a body that does not say it is JSON.
+
+    A body without a type, or with the one that curl gives to all, passes where no browser sent it.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json" or kind.endswith("+json"):
+        return
+    if kind in ("", "application/x-www-form-urlencoded") and not any(map(request.headers.get, FROM_BROWSERS)):
+        return
+    raise RequestError(415, f"Content-Type: application/json is needed, got {kind!r}", code="unsupported_media_type")
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -69,7 +91,9 @@ async def read_body(request: Request, limit: int) -> bytes:
     async for part in request.stream():
         body += part
         if len(body) > limit:
-            raise too_large(None, f"the body has more than the {limit} bytes that are taken here")
+            error = too_large(None, f"the body has more than the {limit} bytes that are taken here")
+            error.headers["Connection"] = "close"  # or the rest, which may have no end, would be read all the same
+            raise error
     return bytes(body)
 
 

