@@ -8,14 +8,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 from ..protocols import AsyncPolicy, Request, Scorer
 from ..tree import Node, Prompt
 from .driver import Driver
-from .participants import Participants, new_nodes
+from .participants import Participants
+from .records import nodes_of, set_values
 from .result import Event, Result
 from .search_settings import SearchSettings
 
+T = TypeVar("T")
+MANY = 1000  # nodes of a tree
 Running = dict["asyncio.Task[list[Node]]", Request]
 
 
@@ -158,22 +162,33 @@ class AsyncSearch:
             while driver.active:
                 self._running |= {asyncio.create_task(loop.draw(request)): request for request in driver.pending()}
                 answered = await self._answers() if self._running else []
-                await loop.score(new_nodes(answered))
-                if not driver.active:  # cancelled while it was waiting
+                fresh = [await self._aside(nodes_of, request, children) for request, children in answered]
+                nodes = list(dict.fromkeys(node for each in fresh for node in each))
+                await loop.score(nodes)
+                if driver.active:  # it may be cancelled while it waits
+                    await self._aside(set_values, driver.value(self.tree), nodes)
+                if not driver.active:
                     break
-                for request, children in answered:
-                    driver.tell(request, children)
-                models.report(answered)
+                for (request, children), each in zip(answered, fresh, strict=True):
+                    driver.tell(request, children, each)
+                models.report(nodes)
             (outcome,) = driver.ended()
             await self._stop()
+            # Answers are read off texts and compared, by math-verify where they have to be, which takes seconds.
+            selection = await asyncio.to_thread(self._settings.choose, outcome.candidates)
             async with loop.quiet:
-                result = models.finish(outcome, self._settings)
+                result = models.finish(outcome, self._settings, selection)
             self._settled = [] if result.node is None else result.node.path()
             return result
         except BaseException:
             with suppress(Exception):  # the first error is the one to report
                 await asyncio.shield(asyncio.ensure_future(self._abandon()))
             raise
+
+    async def _aside(self, act: Callable[..., T], *args: object) -> T:
+        """What act(*args) returns. In a thread where the tree is large: whole responses in short steps are a million
+        nodes, which would keep every other search waiting."""
+        return await asyncio.to_thread(act, *args) if len(self.tree.nodes) > MANY else act(*args)
 
     async def _answers(self) -> list[tuple[Request, Sequence[Node]]]:
         """Wait until a request is answered or the time is up."""

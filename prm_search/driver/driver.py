@@ -22,7 +22,7 @@ from ..strategies.base import Expand, Parallel, Run, Strategy, distinct
 from ..tree import Node, SearchTree
 from ..values import Value
 from .budget import Budget, Purse
-from .records import Expansion, Join, Outcome, Search, Task, chain, step_by_step
+from .records import Expansion, Join, Outcome, Search, Task, nodes_of, set_values, step_by_step
 
 LIMITS = ("seconds", "tokens", "nodes", "depth")  # in the order in which Outcome.stopped names them
 
@@ -83,8 +83,17 @@ class Driver:
         late = [search for search in self._searches.values() if now >= search.deadline]
         return [request for search in late for request in search.requests]
 
-    def tell(self, request: Request, children: Sequence[Node]) -> None:
+    def value(self, tree: SearchTree) -> Value:
+        """What the nodes of a running search are ranked by."""
+        return self._searches[tree].value
+
+    def tell(self, request: Request, children: Sequence[Node], fresh: Sequence[Node] | None = None) -> None:
         """Hand in a request's scored children: the last node of every chain, twins repeated or not. Sets values.
+
+        Args:
+            request: it.
+            children: of its node.
+            fresh: the new nodes (`nodes_of`), where the caller has given them their values (`set_values`).
 
         Raises:
             KeyError: the request is not under way.
@@ -92,11 +101,9 @@ class Driver:
         """
         search = self._searches[request.node.tree]
         expansion, slots = search.requests.pop(request)
-        fresh = {node: None for child in children for node in chain(request.node, child)}
-        for node in fresh:
-            node.value = float(search.value(node))
-            if math.isnan(node.value):
-                raise ValueError(f"value: {node!r} was given NaN")
+        if fresh is None:
+            fresh = nodes_of(request, children)
+            set_values(search.value, fresh)
         late = self._clock() >= search.deadline
         by_lineage = {lineage: child for child in children for lineage in child.lineages}
         spent = 0

@@ -69,10 +69,11 @@ class SearchLoop:
         """One forward of the policy and the scoring of what it ended. Returns the results of searches that ended."""
         try:
             answered = self._draw()
-            self.models.score(new_nodes(answered))
+            nodes = new_nodes(answered)
+            self.models.score(nodes)
             for request, children in answered:
                 self._driver.tell(request, children)
-            self.models.report(answered)
+            self.models.report(nodes)
             self._collect()
         except BaseException:
             self._abandon()

@@ -8,13 +8,14 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, Literal, TypeVar
 
+from ..answers import Selection
 from ..protocols import AsyncPolicy, Policy, Request, Scorer
 from ..strategies import Steer
 from ..tree import Node, Prompt, SearchTree
 from ..usage import Usage
 from ..values import Advantage, Value, q, resolve_value
 from .driver import Driver
-from .records import Outcome, chain
+from .records import Outcome, nodes_of
 from .result import Event, Result
 from .search_settings import SearchSettings
 
@@ -84,10 +85,16 @@ class Participants(Generic[P]):
         )
         return tree
 
-    def finish(self, outcome: Outcome, settings: SearchSettings) -> Result:
-        """The result of a search that ended; every model forgets its tree."""
+    def finish(self, outcome: Outcome, settings: SearchSettings, selection: Selection | None = None) -> Result:
+        """The result of a search that ended; every model forgets its tree.
+
+        Args:
+            outcome: how it ended.
+            settings: its own.
+            selection: what `settings.choose` said of its candidates; None where it has not been asked.
+        """
         try:
-            selection = settings.choose(outcome.candidates)
+            selection = selection or settings.choose(outcome.candidates)
             candidates = settings.rank(outcome.candidates, None if selection is None else selection.node)
             result = Result(candidates, outcome.tree, self.usage(outcome.tree), outcome.stopped, selection)
             self.event("done", outcome.tree, result=result)
@@ -149,12 +156,12 @@ class Participants(Generic[P]):
         if self.on_event is not None and tree in self._numbers:
             self.on_event(Event(kind, self._numbers[tree], tree, tuple(nodes), result))
 
-    def report(self, answered: Sequence[tuple[Request, Sequence[Node]]]) -> None:
-        """Tell the caller of the nodes that these answers brought."""
-        nodes: dict[SearchTree, list[Node]] = {}
-        for node in new_nodes(answered) if self.on_event is not None else ():
-            nodes.setdefault(node.tree, []).append(node)
-        for tree, fresh in nodes.items():
+    def report(self, nodes: Sequence[Node]) -> None:
+        """Tell the caller of new nodes."""
+        of_tree: dict[SearchTree, list[Node]] = {}
+        for node in nodes if self.on_event is not None else ():
+            of_tree.setdefault(node.tree, []).append(node)
+        for tree, fresh in of_tree.items():
             self.event("steps", tree, fresh)
 
     @contextmanager
@@ -196,8 +203,7 @@ def protocol_members(protocol: type) -> set[str]:
 
 def new_nodes(answered: Sequence[tuple[Request, Sequence[Node]]]) -> list[Node]:
     """The distinct nodes that these answers brought, parents first."""
-    found = {node: None for request, children in answered for child in children for node in chain(request.node, child)}
-    return list(found)
+    return list(dict.fromkeys(node for request, children in answered for node in nodes_of(request, children)))
 
 
 def _nothing(node: Node) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..protocols import Request, Sampling
@@ -100,3 +102,16 @@ def chain(start: Node, end: Node) -> list[Node]:
         nodes.append(node)
         node = node.parent
     return nodes[::-1]
+
+
+def nodes_of(request: Request, children: Sequence[Node]) -> list[Node]:
+    """The distinct nodes that an answer brought, parents first."""
+    return list({node: None for child in children for node in chain(request.node, child)})
+
+
+def set_values(value: Value, nodes: Sequence[Node]) -> None:
+    """Give scored nodes their values. Raises ValueError where one is not a number."""
+    for node in nodes:
+        node.value = float(value(node))
+        if math.isnan(node.value):
+            raise ValueError(f"value: {node!r} was given NaN")
