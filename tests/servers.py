@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -67,15 +68,15 @@ class Served:
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[Served]:
-    """An app served by a thread of this process."""
-    sock = listen("127.0.0.1", 0)
+def serving(app: FastAPI, sock: socket.socket | None = None) -> Iterator[Served]:
+    """An app served by a thread of this process, at a free port or at a socket that listens."""
+    sock = sock or listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=asyncio.run, args=[server.serve(sockets=[sock])])
     thread.start()
     try:
         until(lambda: server.started or not thread.is_alive())
-        yield Served(sock.getsockname()[1], app.state.service)
+        yield Served(sock.getsockname()[1], getattr(app.state, "service", None))
     finally:
         server.should_exit = True
         thread.join(SECONDS)

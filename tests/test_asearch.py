@@ -17,6 +17,7 @@ from prm_search.driver.result import Event, Result
 from prm_search.driver.search_settings import SearchSettings
 from prm_search.protocols import AsyncPolicy, Request
 from prm_search.search import AsyncSearchLoop, asearch, search
+from prm_search.steps import StepRule
 from prm_search.strategies import Beam, BestOfN, Lookahead, Steer, Strategy
 from prm_search.tree import Node, Prompt, SearchTree
 
@@ -71,6 +72,36 @@ def test_usage_and_events() -> None:
         assert result.usage.encoded_tokens == {"prm": encoded, "reference": encoded}
         assert result.usage.forward_calls == {"policy": policy.calls, "scorer": scorer.calls}
         assert result.usage.seconds["policy"] > 0
+
+
+def test_answers_are_read_and_large_trees_valued_beside_the_loop() -> None:
+    turned, valued_at = threading.Event(), set()
+
+    def answer(text: str) -> str:
+        assert turned.wait(60)  # for ever, where the loop could not turn meanwhile
+        return text
+
+    def value(node: Node) -> float:
+        valued_at.add(asyncio._get_running_loop() is not None)
+        return node.q
+
+    async def main() -> list[Result]:
+        strategy = BestOfN(40, value=value)
+        given: dict[str, Any] = {"steps": StepRule(None, max_tokens=1), "max_new_tokens": 60, "answer": answer}
+        policy = FakeAsyncPolicy(ToyLM("ab"))
+        task = asyncio.create_task(
+            asearch([[1]], policy=policy, scorer=FakeScorer(), strategy=strategy, select="majority", **given)
+        )
+        while not policy.released:
+            await asyncio.sleep(0)
+            if valued_at:
+                turned.set()
+        return await task
+
+    (result,) = asyncio.run(main())
+    assert len(result.tree.nodes) > 1000
+    assert valued_at == {False}
+    assert result.answer
 
 
 def test_searches_are_scored_together() -> None:

@@ -95,6 +95,11 @@ MADE: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: ps.StepRule(delimiter=5), TypeError, "delimiter=5: a string, strings or None"),  # type: ignore[arg-type]
     (lambda: ps.StepRule(max_tokens=0), ValueError, "max_tokens=0: an integer >= 1 or None"),
     (lambda: ps.StepRule(regex="("), ValueError, r"regex='\(' is not a pattern"),
+    (lambda: ps.StepRule(regex="a{99999999999}"), ValueError, r"regex='a.* is not a pattern: .*too large"),
+    (lambda: ps.StepRule(regex="(" * 9000 + ")" * 9000), ValueError, r"regex='\(\(.* is not a pattern"),
+    (lambda: ps.StepRule(regex="(?P<" + "a" * 9000), ValueError, r"regex='\(\?P.* is not a pattern"),
+    (lambda: ps.StepRule(regex=5), TypeError, "regex=5: a string or None is needed, not int"),  # type: ignore[arg-type]
+    (lambda: ps.StepRule(regex=b";"), TypeError, "regex=b';': a string or None"),  # type: ignore[arg-type]
     (lambda: ps.StepRule(confidence=2), ValueError, r"confidence=2: a probability in \[0, 1\] or None"),
     (lambda: ps.StepRule(confidence="x"), TypeError, "confidence='x': a probability"),  # type: ignore[arg-type]
     (lambda: ps.values.Advantage(NAN), ValueError, "alpha=nan: a finite number"),

@@ -6,17 +6,20 @@ import http.client
 import json
 import signal
 import socket
+import subprocess
 import sys
 from importlib.metadata import entry_points
 from typing import Any
 
 import openai
 import pytest
-from servers import SECONDS, command
+from fastapi import FastAPI
+from servers import SECONDS, command, serving
 
 from prm_search.cli import main
 from prm_search.serving.config import ServeConfig
 from prm_search.serving.request import Limits
+from prm_search.serving.run import claim, listen
 from prm_search.serving.vllm_command import vllm_command
 from prm_search.steps import StepRule
 
@@ -67,6 +70,9 @@ def test_killed_and_started_again_and_stopped_in_the_middle_of_a_stream() -> Non
         ([*DEMO, "--timeout", "0"], "--timeout 0"),
         ([*DEMO, "--", "--enforce-eager"], "--enforce-eager"),
         ([*DEMO, "--host", "256.0.0.1"], "256.0.0.1"),
+        ([*DEMO, "--api-key", ""], "--api-key"),
+        ([*DEMO, "--api-key", "two words"], "--api-key"),
+        ([*DEMO, "--api-key", "", "--engine", "vllm"], "--api-key"),
         (["--policy", "./none", "--pair", "demo", "--port", "0"], "none"),
     ],
 )
@@ -85,6 +91,62 @@ def test_a_port_in_use_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
             error = capsys.readouterr().err
             assert f"127.0.0.1:{port}" in error
             assert error.count("\n") == 1
+
+
+def test_an_empty_key_in_the_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PRM_SEARCH_API_KEY", "")
+    assert main(["serve", *DEMO, "--port", "0"]) == 2
+    assert "$PRM_SEARCH_API_KEY: an empty API key would let everybody in" in capsys.readouterr().err
+
+
+def test_of_two_servers_on_one_port_the_second_gives_up_before_it_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first has not begun to accept: its models are still loaded."""
+    first = listen("127.0.0.1", 0)
+    try:
+        port = first.getsockname()[1]
+        with pytest.raises(OSError, match=f"127.0.0.1:{port} cannot be listened at"):
+            listen("127.0.0.1", port)
+        for engine in ("hf", "vllm"):
+            assert main(["serve", "--policy", "./none", "--pair", "demo", "--port", str(port), "--engine", engine]) == 2
+            assert f"127.0.0.1:{port} cannot be listened at" in capsys.readouterr().err
+    finally:
+        first.close()
+
+
+def test_a_client_that_comes_while_models_load_waits_for_its_answer() -> None:
+    app = FastAPI()
+
+    @app.get("/health")
+    async def health() -> str:
+        return "well"
+
+    sock = listen("127.0.0.1", 0)
+    connection = http.client.HTTPConnection("127.0.0.1", sock.getsockname()[1], timeout=SECONDS)
+    connection.request("GET", "/health")  # is taken, though nobody accepts it yet
+    with serving(app, sock):
+        assert connection.getresponse().read() == b'"well"'
+    connection.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="claims are names in Linux's abstract namespace")
+def test_a_claim_lasts_as_long_as_the_program_that_holds_it() -> None:
+    """Behind vLLM the port is opened by vLLM, when its models are loaded."""
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    claimed = claim("127.0.0.1", port)
+    assert claimed is not None
+    hold = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(hold, stdin=subprocess.PIPE, pass_fds=[claimed.fileno()]) as replaced:
+        assert claimed.get_inheritable()
+        claimed.close()
+        with pytest.raises(OSError, match=f"127.0.0.1:{port} cannot be listened at: another server loads its models"):
+            claim("127.0.0.1", port)
+        replaced.communicate(b"\n", SECONDS)
+    again = claim("127.0.0.1", port)
+    assert again is not None
+    again.close()
 
 
 # -- what vLLM's server is started with -------------------------------------------------------------------------------
@@ -125,6 +187,8 @@ def test_the_command_for_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment["A"] == "1"
     assert environment["VLLM_PLUGINS"].split(",")[-1] == "prm_search"
     assert ServeConfig.find(environment, None) == config
+    with pytest.raises(ValueError, match=r"--api-key: .*outside ASCII"):
+        vllm_command("model", config, **options | {"api_key": "schlüssel"}, extra=[])
     _, environment = vllm_command("model", config, **options, extra=[], environment={"VLLM_PLUGINS": "x,prm_search"})
     assert environment["VLLM_PLUGINS"] == "x,prm_search"
 

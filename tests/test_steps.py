@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 from hypothesis import assume, example, given, settings, strategies as st
 
-from prm_search.steps import StepRule, confidence_quantile
+from prm_search.steps import StepRule, _completing_first, confidence_quantile
 from prm_search.tree import SearchTree
 
 
@@ -110,6 +111,31 @@ class TestDelimiters:
     def test_one_within_another(self):
         assert ending(StepRule(["ab;", "b"]), ["xa", "b", ";"]) == [1]
         assert ending(StepRule(["x;", ";"]), ["x", ";", "y", "x", ";"]) == [4]  # the first is nothing but delimiter
+
+    def test_many_cost_their_length_and_no_more(self):
+        def lines_run(delimiters: list[str]) -> int:
+            count = 0
+
+            def trace(frame, event, argument):
+                nonlocal count
+                count += event == "line"
+                return trace
+
+            sys.settrace(trace)
+            try:
+                StepRule(delimiters)
+            finally:
+                sys.settrace(None)
+            return count
+
+        for make in (lambda n: [f"d{i:05}" for i in range(n)], lambda n: ["a" * n + "b", "a" * n + "c", "b" + "a" * n]):
+            few, many = lines_run(make(100)), lines_run(make(800))
+            assert many < 9 * few
+
+    @given(st.lists(st.text(alphabet="ab;é", min_size=1, max_size=5), min_size=1, max_size=7))
+    def test_those_that_can_complete_first(self, delimiters):
+        kept = {one for one in delimiters if not any(other in one[:-1] for other in delimiters)}
+        assert sorted(_completing_first(delimiters)) == sorted(kept)
 
     def test_multi_byte_delimiters_split_over_tokens(self):
         end = "。".encode()
