@@ -1,41 +1,129 @@
-"""KVTree alone: slots are never shared by two tokens, never lost, taken from the least recently used, and all freed."""
+"""KVTree: slots are never shared by two tokens, never lost, taken from the least recently used, and all freed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from models import tiny
 
+from prm_search.engine.encoder import Encoder
 from prm_search.engine.kv_tree import Branch, KVTree
-from prm_search.engine.waves import missing, next_batch
+from prm_search.engine.waves import Piece, missing, next_batch
+
+
+class Ledger(KVTree):
+    """A KVTree that checks what it evicts: unpinned leaves, the least recently used first."""
+
+    live: list[Branch]
+
+    def resident(self) -> list[Branch]:
+        known: dict[int, Branch] = {}
+        for branch in self.live:
+            known.update((id(b), b) for b in branch.lineage() if b.encoded)
+        return list(known.values())
+
+    def reserve(self, slots: int, needed: Sequence[tuple[Branch, int]] = ()) -> list[Branch]:
+        resident = {id(b): b for b in self.resident()}
+        pinned = {id(b) for b in resident.values() if b.pins}
+        evicted = super().reserve(slots, needed)
+        for branch in evicted:
+            assert id(branch) not in pinned
+            parents = {id(b.parent) for b in resident.values() if b.parent is not None}
+            leaves = [b for b in resident.values() if id(b) not in parents and id(b) not in pinned]
+            assert any(b is branch for b in leaves)
+            ticks = {id(b): max([b.tick, *(e.tick for e in evicted if self.under(e, b))]) for b in leaves}
+            assert ticks[id(branch)] == min(ticks.values())
+            del resident[id(branch)]
+        return evicted
+
+    @staticmethod
+    def under(branch: Branch, above: Branch) -> bool:
+        return any(b is above for b in branch.lineage() if b is not branch)
+
+
+class Paper:
+    """A model in place of Runner and Head: the hidden row of a token is the number of the path up to it.
+
+    A token's log-probability is the number of the path before it. `written` is what the pools hold, slot -> the path
+    up to a token, so that a slot that moved or was written over shows.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[int, ...], float] = {}
+        self.written: dict[int, tuple[int, ...]] = {}
+        self.faults: list[str] = []  # of the next forwards: "" (none), "raise" or "nan"
+        self.nan = False
+        self.vocab = 1 << 40
+
+    def number(self, path: Sequence[int]) -> float:
+        return self.numbers.setdefault(tuple(path), float(len(self.numbers)))
+
+    def plan(self, wave: Sequence[Piece], slots: Sequence[np.ndarray]) -> Any:
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "raise":
+            raise MemoryError("no memory left")
+        self.nan = self.nan or fault == "nan"
+        order = list(reversed(range(len(wave))))
+        rows: list[float] = []
+        for i in order:
+            path = wave[i].branch.path_ids()
+            first = wave[i].branch.start + wave[i].begin
+            for at, slot in enumerate(slots[i].tolist(), first + 1):
+                self.written[slot] = tuple(path[:at])
+                rows.append(self.number(path[:at]))
+        for i in order:
+            path, end = wave[i].branch.path_ids(), wave[i].branch.start + wave[i].end
+            held = wave[i].branch.path_slots()[:end].tolist()
+            assert [self.written[slot] for slot in held] == [tuple(path[: at + 1]) for at in range(end)]
+        hidden = torch.tensor(rows, dtype=torch.float64)[:, None]
+        run = lambda tables: (hidden, [torch.as_tensor(table) for table in tables])  # noqa: E731
+        return SimpleNamespace(order=order, run=run)
+
+    def logprobs(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        assert len(rows) == len(ids)
+        return rows[:, 0] * torch.nan if self.nan else rows[:, 0]
+
+
+@lru_cache(maxsize=1)
+def module() -> Any:
+    return tiny("llama")
 
 
 class Trees(RuleBasedStateMachine):
-    """Grows, forks, encodes and releases branches at random, as a LanguageModel does, with the tokens written down.
+    """Grows, forks, extends and releases branches at random, under an Encoder whose forwards are on Paper.
 
-    `written` is what the pools hold: slot -> (the path up to a token, as ids), so that a slot that moved or was
-    written over shows.
+    Whatever has happened before, a call gives what the same paths would give in a fresh tree.
     """
 
-    @initialize(capacity=st.integers(8, 24))
-    def start(self, capacity: int) -> None:
-        self.tree = KVTree(capacity)
-        self.live: list[Branch] = [self.tree.root([1, 2, 3])]
+    @initialize(capacity=st.integers(8, 24), forward_tokens=st.sampled_from([4096, 7, 4]))
+    def start(self, capacity: int, forward_tokens: int) -> None:
+        self.paper = Paper()
+        self.encoder = Encoder(module(), None, "paper", capacity, forward_tokens, "torch")
+        self.encoder.tree = self.tree = Ledger(capacity)
+        self.encoder.runner = self.encoder.head = self.paper  # type: ignore[assignment]
+        self.tree.live = self.live = [self.tree.root([1, 2, 3])]
         self.dead: list[Branch] = []
-        self.written: dict[int, tuple[int, ...]] = {}
         self.next = 4
 
     def new_ids(self, count: int) -> list[int]:
         self.next += count
         return list(range(self.next - count, self.next))
 
-    @rule(count=st.integers(1, 5))
-    def root(self, count: int) -> None:
+    @rule(data=st.data())
+    def root(self, data: st.DataObject) -> None:
+        count = data.draw(st.integers(1, 5) | st.integers(1, self.tree.capacity))
         self.live.append(self.tree.root(self.new_ids(count)))
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), count=st.integers(0, 5), inside=st.booleans(), encoded=st.booleans())
+    @rule(data=st.data(), count=st.sampled_from([0, 0, 1, 2, 5]), inside=st.booleans(), encoded=st.booleans())
     def fork(self, data: st.DataObject, count: int, inside: bool, encoded: bool) -> None:
         parent = data.draw(st.sampled_from(self.live))
         edges = st.sampled_from([min(parent.start + i, parent.length) for i in (0, 1, 2)])
@@ -48,60 +136,43 @@ class Trees(RuleBasedStateMachine):
         assert (self.tree.free, self.tree.used, branch.encoded) == (free, used, 0)  # nothing taken, nothing copied
         self.live.append(branch)
         if encoded:
-            self.encode_all([branch])
+            self.call([(branch, 0)])
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), count=st.integers(1, 4))
-    def append(self, data: st.DataObject, count: int) -> None:
-        data.draw(st.sampled_from(self.live)).token_ids.extend(self.new_ids(count))
+    @rule(data=st.data(), fault=st.sampled_from(["", "", "", "raise", "nan"]), before=st.integers(0, 2))
+    def extend(self, data: st.DataObject, fault: str, before: int) -> None:
+        """Up to five branches in any order: ends that are shared, nothing new for some, more than fits at once."""
+        branches = data.draw(st.lists(st.sampled_from(self.live), min_size=1, max_size=5, unique_by=id))
+        job = [(branch, data.draw(st.sampled_from([0, 0, 1, 4]))) for branch in branches]
+        if fault:
+            self.failing_call(job, ["" for _ in range(before)] + [fault])
+        self.call(job)
 
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def encode(self, data: st.DataObject) -> None:
-        self.encode_all(data.draw(st.lists(st.sampled_from(self.live), min_size=1, max_size=4, unique_by=id)))
+    def call(self, job: list[tuple[Branch, int]]) -> None:
+        job = [(branch, new) for branch, new in job if 0 < branch.length + new <= self.tree.capacity]
+        ids = [self.new_ids(new) for _, new in job]
+        branches = [branch for branch, _ in job]
+        paths = [branch.path_ids() for branch in branches]
+        values = self.encoder.extend(branches, ids)
+        for branch, path, new, logprobs in zip(branches, paths, ids, values, strict=True):  # type: ignore[arg-type]
+            assert branch.path_ids() == path + new
+            number = [self.paper.number((path + new)[:at]) if at else np.nan for at in range(len(path + new))]
+            np.testing.assert_array_equal(logprobs, number[len(path) :])
+            assert branch.end_row().item() == self.paper.number(path + new)
 
-    def encode_all(self, wanted: list[Branch]) -> None:
-        """What LanguageModel does for one call, without a model."""
-        pending = [b for b in wanted if 0 < b.length <= self.tree.capacity and missing(b)]
-        while pending:
-            batch = next_batch(pending, self.tree.capacity, self.tree.free, 1000)
-            pinned = {id(branch) for branch, _ in batch.path}
-            for branch in pending[: batch.branches]:
-                self.tree.touch(branch)
-            for branch, _ in batch.path:
-                branch.pins += 1
-            before = self.resident()
-            evicted = self.tree.reserve(sum(p.end - p.begin for p in batch.pieces), batch.path)
-            self.check_eviction(before, evicted, pinned)
-            for piece in batch.pieces:
-                slots = self.tree.take(piece.branch, piece.end - piece.begin)
-                path = piece.branch.path_ids()
-                for slot, own in zip(slots.tolist(), range(piece.begin, piece.end), strict=True):
-                    self.written[slot] = tuple(path[: piece.branch.start + own + 1])
-            for branch, _ in batch.path:
-                branch.pins -= 1
-            for branch in pending[: batch.branches]:
-                path = branch.path_ids()
-                slots = branch.path_slots()
-                assert [self.written[s] for s in slots.tolist()] == [tuple(path[: i + 1]) for i in range(len(path))]
-                branch.hidden, branch.hidden_at = object(), len(branch.token_ids)  # type: ignore[assignment]
-            pending = pending[batch.branches :]
-
-    def check_eviction(self, before: list[Branch], evicted: list[Branch], pinned: set[int]) -> None:
-        """Only what was unpinned goes, leaves first, and least recently used first among the leaves of that time."""
-        resident = {id(b): b for b in before}
-        for branch in evicted:
-            assert id(branch) not in pinned
-            parents = {id(b.parent) for b in resident.values() if b.parent is not None}
-            leaves = [b for b in resident.values() if id(b) not in parents and id(b) not in pinned]
-            assert any(b is branch for b in leaves)
-            ticks = {id(b): max([b.tick, *(e.tick for e in evicted if self.under(e, b))]) for b in leaves}
-            assert ticks[id(branch)] == min(ticks.values())
-            del resident[id(branch)]
-
-    @staticmethod
-    def under(branch: Branch, above: Branch) -> bool:
-        return any(b is above for b in branch.lineage() if b is not branch)
+    def failing_call(self, job: list[tuple[Branch, int]], faults: list[str]) -> None:
+        """Leaves tokens and rows as they were, and takes no slot; a call of too few forwards to fail is a call."""
+        job = [(branch, new) for branch, new in job if 0 < branch.length + new <= self.tree.capacity]
+        before = [(branch.path_ids(), branch.row()) for branch in self.live]
+        self.paper.faults = faults
+        try:
+            self.encoder.extend([branch for branch, _ in job], [self.new_ids(new) for _, new in job])
+        except (MemoryError, ValueError):
+            for branch, (path, row) in zip(self.live, before, strict=True):
+                assert branch.path_ids() == path
+                assert branch.row() is row
+                assert not branch.pins
+        self.paper.faults, self.paper.nan = [], False
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -111,22 +182,16 @@ class Trees(RuleBasedStateMachine):
         self.tree.release(branch)  # again changes nothing
         self.dead.append(branch)
 
-    def resident(self) -> list[Branch]:
-        known: dict[int, Branch] = {}
-        for branch in self.live:
-            known.update((id(b), b) for b in branch.lineage() if b.encoded)
-        return list(known.values())
-
     @invariant()
     def slots_are_conserved_and_never_shared(self) -> None:
-        resident = self.resident()
+        resident = self.tree.resident()
         held = [slot for branch in resident for slot in branch.slots[: branch.encoded].tolist()]
         assert len(set(held)) == len(held) == self.tree.used
         assert sorted(held + self.tree._free[: self.tree.free].tolist()) == list(range(self.tree.capacity))
 
     @invariant()
     def what_is_resident_stands_on_what_is_resident(self) -> None:
-        for branch in self.resident():
+        for branch in self.tree.resident():
             if branch.start:
                 assert branch.parent is not None
                 assert branch.parent.start < branch.start <= branch.parent.start + branch.parent.encoded

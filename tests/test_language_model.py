@@ -174,6 +174,43 @@ def test_forks_near_their_parents_start(model: Any, at: int) -> None:
     np.testing.assert_allclose(said[0], expected, rtol=0, atol=NATS)
 
 
+SHARED_ENDS = {  # (capacity, forward_tokens), forks as (parent, own tokens), calls as (branches, new tokens of each)
+    "the second batch left nothing to encode for the third": (
+        (16, 4096), [(None, 3), (0, 5), (1, 0), (None, 14)], [([1, 3, 2], [0, 0, 0])],
+    ),
+    "a parent after its child": ((16, 5), [(None, 3), (0, 5)], [([1, 0], [2, 0])]),
+    "an empty fork beside its growing parent": ((40, 4096), [(None, 3), (0, 5), (1, 0)], [([2, 1], [0, 2])]),
+    "an empty fork after its parent has grown": ((40, 4096), [(None, 3), (0, 5), (1, 0)], [([1], [2]), ([2], [0])]),
+    "a fork scored after its parent has grown": ((24, 4), [(None, 3), (0, 5), (1, 0)], [([1], [2]), ([2], [4])]),
+    "empty forks of an empty fork, evicted between": (
+        (16, 4096),
+        [(None, 3), (0, 4), (1, 0), (2, 0), (None, 16)],
+        [([1], [3]), ([4], [0]), ([3, 4, 2], [0, 0, 1]), ([2, 3], [0, 2])],
+    ),
+    "many that end at one place, with what evicts it among them": (
+        (12, 4096), [(None, 6), (0, 0), (0, 0), (1, 0), (None, 12)], [([0, 4, 1, 2, 3], [0, 0, 0, 3, 0])],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("want", ["target", "log_softmax"])
+@pytest.mark.parametrize("name", SHARED_ENDS)
+def test_shared_ends_give_what_a_fresh_tree_gives(model: Any, name: str, want: Any) -> None:
+    (capacity, forward_tokens), forks, calls = SHARED_ENDS[name]
+    lm = LanguageModel(model, None, capacity=capacity, forward_tokens=forward_tokens)
+    made: list[Any] = []
+    for seed, (parent, own) in enumerate(forks):
+        new = ids(own, seed)
+        made.append(lm.tree.root(new) if parent is None else lm.tree.fork(made[parent], new))
+    for picked, counts in calls:
+        before = [made[i].length for i in picked]
+        said: Any = lm.extend([made[i] for i in picked], [ids(n, seed=50 + n) for n in counts], want=want)
+        for i, start, values in zip(picked, before, said, strict=True):
+            path = made[i].path_ids()
+            expected = naive_logprobs(model, path)[start:] if want == "target" else naive_rows(model, path)[-1]
+            np.testing.assert_allclose(values, expected, rtol=0, atol=NATS)
+
+
 # --- what is asked for ---------------------------------------------------------------------------------------------
 
 

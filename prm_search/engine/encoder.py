@@ -297,7 +297,8 @@ class Encoder:
             finally:
                 for branch, _ in batch.path:
                     branch.pins -= 1
-            pending = pending[batch.branches :]
+            # What this batch encoded may have been all that a later branch lacked.
+            pending = [branch for branch in pending[batch.branches :] if missing(branch)]
         return launched
 
     def _forward(self, wave: Sequence[Piece], targets: Mapping[int, tuple[int, int]], launched: Launched) -> None:
@@ -307,7 +308,7 @@ class Encoder:
         rows = WaveRows(wave, forward.order, targets)
         hidden, (ends, ids) = forward.run([rows.ends, rows.targets.ids])
         self.forwards += 1
-        rows.bound(hidden)
+        rows.keep_at_forks(hidden)
         before = rows.scored(hidden)
         if before is not None:
             launched.add(rows, self.head.logprobs(before, ids))

@@ -61,20 +61,13 @@ class WaveRows:
                 parts.append((i, low, high))
         return Targets(np.array(ids, dtype=np.int64), parts)
 
-    def bound(self, hidden: torch.Tensor) -> None:
-        """Fill in the boundary rows of branches whose parents end in this very forward, [T, D] rows of which these
-        are."""
-        rows: dict[int, tuple[int, Piece]] | None = None
-        for piece in self.wave:
-            branch = piece.branch
-            if piece.begin or branch.parent is None or branch.before() is not None:
-                continue
-            if rows is None:
-                rows = {id(p.branch): (self._first[i] - p.begin, p) for i, p in enumerate(self.wave)}
-            at = branch.start - branch.parent.start  # own tokens of the parent before the fork
-            offset, above = rows.get(id(branch.parent), (0, None))
-            if above is not None and above.begin < at <= above.end:
-                branch.boundary = hidden[offset + at - 1].clone()
+    def keep_at_forks(self, hidden: torch.Tensor) -> None:
+        """Keep the rows, of these [T, D], that forks inside this forward's pieces go on from."""
+        for i, piece in enumerate(self.wave):
+            rows = piece.branch.fork_rows
+            for own, known in rows.items():
+                if known is None and piece.begin < own <= piece.end:
+                    rows[own] = hidden[self._first[i] + own - piece.begin - 1].clone()
 
     def scored(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """[N, D] the row before each target, or None without targets; before `keep`, which overwrites rows that new

@@ -29,14 +29,17 @@ class Branch:
         seen: how many were ever encoded; encoding those again is counted as "reencoded".
         slots: [>= encoded] int64 slots of its own tokens.
         hidden: [D] last hidden row of its last token, once that was encoded; kept when the KV is evicted.
-        boundary: [D] hidden row of the token before its first, from which the first token is scored.
+        boundary: [D] hidden row of the token before its first, where that was known when the branch was made.
+        fork_rows: own tokens after which a fork stands that was made before their hidden row was known -> that row,
+            [D], kept for the fork once it has been computed.
         meter: where its tokens are counted.
         epoch: grows when it gives slots back: until then, the slots of its path stay what they are.
     """
 
     __slots__ = (
-        "__weakref__", "_path", "boundary", "children", "encoded", "epoch", "hidden", "hidden_at", "meter", "parent",
-        "pins", "queued", "released", "resident_children", "seen", "slots", "start", "tick", "token_ids", "tree",
+        "__weakref__", "_path", "boundary", "children", "encoded", "epoch", "fork_rows", "hidden", "hidden_at",
+        "meter", "parent", "pins", "queued", "released", "resident_children", "seen", "slots", "start", "tick",
+        "token_ids", "tree",
     )  # fmt: skip
 
     def __init__(self, tree: KVTree, parent: Branch | None, start: int, meter: Meter | None) -> None:
@@ -52,6 +55,7 @@ class Branch:
         self.hidden: torch.Tensor | None = None
         self.hidden_at = -1  # own tokens up to which `hidden` speaks
         self.boundary: torch.Tensor | None = None
+        self.fork_rows: dict[int, torch.Tensor | None] = {}
         self.children = 0
         self.resident_children = 0
         self.pins = 0
@@ -106,10 +110,13 @@ class Branch:
 
     def before(self) -> torch.Tensor | None:
         """[D] hidden row of the token before this branch's first, or None where it has not been computed yet."""
-        parent = self.parent
-        if self.boundary is None and parent is not None and parent.hidden_at == self.start - parent.start:
-            self.boundary = parent.hidden
-        return self.boundary
+        if self.boundary is not None or self.parent is None:
+            return self.boundary
+        return self.parent.row_after(self.start - self.parent.start)
+
+    def row_after(self, own: int) -> torch.Tensor | None:
+        """[D] hidden row after this many of its own tokens, or None where it is not kept or not computed yet."""
+        return self.hidden if self.hidden_at == own else self.fork_rows.get(own)
 
     def __repr__(self) -> str:
         return f"<Branch start={self.start} tokens={len(self.token_ids)} encoded={self.encoded}>"
@@ -175,6 +182,8 @@ class KVTree:
             branch.seen = 1
         elif start:
             branch.boundary = parent.row()
+            if branch.boundary is None and branch.parent is not None:  # the parent may grow before it is encoded
+                branch.parent.fork_rows.setdefault(start - branch.parent.start, None)
         branch.token_ids += [int(i) for i in token_ids]
         if branch.parent is not None:
             branch.parent.children += 1
@@ -277,6 +286,7 @@ class KVTree:
                 tip.pins = 0
                 self.evict(tip)
                 tip.hidden = tip.boundary = None
+                tip.fork_rows.clear()
                 parent = tip.parent
                 if parent is not None:
                     parent.children -= 1

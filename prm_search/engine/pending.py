@@ -44,7 +44,7 @@ class _Before:
     encoded: int
     hidden: torch.Tensor | None
     hidden_at: int
-    boundary: torch.Tensor | None
+    fork_rows: set[int]
     seen: int
 
 
@@ -61,9 +61,8 @@ class Undo:
 
     def note(self, branch: Branch) -> None:
         """Remember a branch as it is now."""
-        self._before.append(
-            _Before(branch, branch.encoded, branch.hidden, branch.hidden_at, branch.boundary, branch.seen)
-        )
+        known = {own for own, row in branch.fork_rows.items() if row is not None}
+        self._before.append(_Before(branch, branch.encoded, branch.hidden, branch.hidden_at, known, branch.seen))
 
     def roll_back(self) -> None:
         """Back to what was noted, the newest first. What was evicted or released meanwhile stays so."""
@@ -75,7 +74,8 @@ class Undo:
                 if branch.encoded > before.encoded:  # what was put on top in this call has just been taken back
                     self._tree.give_back(branch, branch.encoded - before.encoded)
                 branch.hidden, branch.hidden_at, branch.seen = before.hidden, before.hidden_at, before.seen
-                branch.boundary = before.boundary
+                for own in branch.fork_rows.keys() - before.fork_rows:
+                    branch.fork_rows[own] = None
             self._before.clear()
 
 
