@@ -142,7 +142,10 @@ BAD = {
     "no response": (["score", "--pair", "demo", "--data", "half.jsonl"], "half.jsonl, line 1"),
     "response too long": (["score", "--pair", "demo", "--data", "long.jsonl"], "long.jsonl, line 2: 26"),
     "html nowhere": (["score", "--pair", "demo", "--data", "responses.jsonl", "--html", "no/x.html"], "no/x.html"),
-    "out nowhere": (["score", "--pair", "demo", "--data", "responses.jsonl", "--out", "no/x.jsonl"], "no/x.jsonl"),
+    "out below a file": (
+        ["score", "--pair", "demo", "--data", "responses.jsonl", "--out", "half.jsonl/x.jsonl"],
+        "half.jsonl/x.jsonl",
+    ),
     "no problems": (["demo", "--problems", "0"], "--problems 0"),
     "data for the wrong model": (["demo", "--data", "x"], "--data"),
     "unknown demo": (["demo", "--model", "gpt"], "--model"),

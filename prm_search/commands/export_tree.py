@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files import Distinct, one_writer
 from ..training.trees import NODES, tree_records
 from ..tree import Prompt, SearchTree
 from . import BadInput, options
@@ -52,17 +53,28 @@ def export_tree(
     options.one_of("--nodes", nodes, NODES)
     if system is not None and not chat:
         raise BadInput("--system needs --chat")
-    if Path(out).exists():
-        raise BadInput(f"{out} exists: name another file")
     judge = None if data is None else make_judge(label, answer)
     answers: dict[str, Item] = {}
     if data is not None:
         text = None if template is None else options.unescape(template)
         items = read_problems(data, config=config, split=split, template=text, chat=chat, system=system)
         answers = {_asked(item.prompt): item for item in items}
-    part = Path(f"{out}.part")
-    count = 0
     found: list[dict[str, Any]] = []
+    try:
+        with one_writer(out):
+            count = _write(Path(out), trees, data, answers, judge, nodes, found)
+    except OSError as error:
+        raise BadInput(f"--out {out} cannot be written: {reason(error)}") from error
+    print(summary(found) if data is not None else f"{count} records, without labels", file=sys.stderr)
+
+
+def _write(
+    out: Path, trees: list[str], data: str | None, answers: Mapping[str, Item], judge: Any, nodes: str, found: list[Any]
+) -> int:
+    """Write the records of all trees, the file whole or not at all. Returns their number; labels go to `found`."""
+    if out.exists():
+        raise BadInput(f"{out} exists: name another file")
+    part, count = Path(f"{out}.part"), 0
     try:
         with part.open("w", encoding="utf-8", newline="\n") as file:
             for problem, (where, tree, extra) in enumerate(_trees(trees)):
@@ -79,11 +91,9 @@ def export_tree(
         if not count:
             raise BadInput(f"{', '.join(trees)}: no tree has a whole response")
         os.replace(part, out)
-    except OSError as error:
-        raise BadInput(f"--out {out} cannot be written: {reason(error)}") from error
     finally:
         part.unlink(missing_ok=True)
-    print(summary(found) if data is not None else f"{count} records, without labels", file=sys.stderr)
+    return count
 
 
 def _records(where: str, tree: SearchTree, answer: str | None, judge: Any, nodes: str) -> Iterator[dict[str, Any]]:
@@ -96,8 +106,9 @@ def _records(where: str, tree: SearchTree, answer: str | None, judge: Any, nodes
 def _trees(paths: list[str]) -> Iterator[tuple[str, SearchTree, dict[str, Any]]]:
     """Trees with what to call them, and the id of the prompt."""
     for path in paths:
-        whole = _whole(path)
+        whole, once = _whole(path), Distinct()
         for where, record in [(path, whole)] if whole is not None else json_lines(path):
+            once.add(where, record)
             tree = record.get("tree", record)
             if not isinstance(tree, dict) or "nodes" not in tree:
                 raise BadInput(f'{where}: there is no "tree": was it generated with --tree?')

@@ -8,11 +8,13 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..files import Distinct, one_writer, parse_json
 from ..tree import Prompt
 from . import BadInput
 
@@ -66,10 +68,7 @@ def lines_of(path: str) -> Iterator[tuple[str, str]]:
 def json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The records of a JSON Lines file, each with what to call it. Raises BadInput where a line is no JSON object."""
     for where, line in lines_of(path):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+        record = parse_json(line, where)
         if not isinstance(record, dict):
             raise BadInput(f"{where}: a JSON object is needed, got {type(record).__name__}")
         yield where, record
@@ -144,6 +143,8 @@ def _is_message(given: object) -> bool:
 class RecordFile:
     """A JSON Lines file of results. Each record is on disk before the next one is made, and a stopped run can go on.
 
+    One process writes it at a time. A file that was made here and holds nothing at the end is deleted.
+
     Args:
         path: the file.
         keys: the key of each input (`digests`), in order; a record carries its input's "index" and "key".
@@ -155,45 +156,66 @@ class RecordFile:
     Raises:
         BadInput: the file exists and `resume` is False, it holds results of other inputs or settings, or it cannot be
             written.
+        ValueError: it holds a record twice, or another process is writing it.
     """
 
     def __init__(self, path: str, keys: Sequence[str], *, resume: bool) -> None:
         self.path, self.keys = Path(path), list(keys)
         self.done: dict[int, dict[str, Any]] = {}
-        self._empty = not self.path.exists()  # goes again if nothing is written
-        if not self._empty and self.path.stat().st_size:
-            if not resume:
-                raise BadInput(f"{path} exists: --resume goes on with it, otherwise name another file")
-            self._read()
+        if self.path.is_dir():
+            raise BadInput(f"--out {path} is a folder: a file is needed")
         try:
-            self._file = self.path.open("a", encoding="utf-8", newline="\n")
+            with ExitStack() as stack:
+                stack.enter_context(one_writer(self.path))
+                self._open(resume)
+                stack.callback(self._shut)
+                self._leave = stack.pop_all()
         except OSError as error:
-            raise BadInput(f"{path} cannot be written: {reason(error)}") from error
+            raise BadInput(f"--out {path} cannot be written: {reason(error)}") from error
+
+    def _open(self, resume: bool) -> None:
+        self._new = not self.path.exists()
+        if not self._new and self.path.stat().st_size:
+            if not resume:
+                raise BadInput(f"{self.path} exists: --resume goes on with it, otherwise name another file")
+            self._read()
+        self._file = self.path.open("ab", buffering=0)
 
     def _read(self) -> None:
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise BadInput(f"{self.path} cannot be read: {reason(error)}") from error
+        content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), start=1):
+        once = Distinct()
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             where = f"{self.path}, line {number}"
             try:
-                record = json.loads(line)
+                record = parse_json(line, where)
                 index, key = record["index"], record["key"]
             except (ValueError, TypeError, KeyError) as error:
                 raise BadInput(f"{where}: not a result that this command wrote") from error
             if not isinstance(index, int) or not 0 <= index < len(self.keys) or self.keys[index] != key:
                 raise BadInput(f"{where}: a result of other inputs or settings; --resume needs the same ones")
+            once.add(where, record)
             self.done[index] = record
         if len(whole) < len(content):  # the line that a stopped run was writing
             os.truncate(self.path, len(whole))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record, at once."""
-        self._file.write(dumps(record) + "\n")
-        self._file.flush()
-        self._empty = False
+        """Append a record, at once and whole. Raises BadInput where it cannot be, as on a full disk."""
+        line = dumps(record).encode() + b"\n"
+        whole = os.fstat(self._file.fileno()).st_size
+        try:
+            left = memoryview(line)
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), whole)
+            raise BadInput(f"--out {self.path} cannot be written: {reason(error)}") from error
+
+    def _shut(self) -> None:
+        self._file.close()
+        if self._new and self.path.is_file() and not self.path.stat().st_size:
+            self.path.unlink()
 
     def __enter__(self) -> RecordFile:
         return self
@@ -201,28 +223,39 @@ class RecordFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if self._empty:
-            self.path.unlink(missing_ok=True)
+        self._leave.close()
 
 
 def finished(path: Path) -> list[dict[str, Any]]:
     """The records of a file that a run writes or wrote; a line that a stopped run was writing is left out.
 
-    Raises BadInput where the file cannot be read, is empty, or holds something else.
+    Raises BadInput where the file cannot be read, is empty, holds a record twice, or holds something else.
     """
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    except (OSError, ValueError) as error:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
         raise BadInput(f"{path} cannot be read: {reason(error)}") from error
+    once, records = Distinct(), []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        record = parse_json(line, where)
+        if not isinstance(record, dict):
+            raise BadInput(f"{where}: a JSON object is needed, got {type(record).__name__}")
+        once.add(where, record)
+        records.append(record)
     if not records:
         raise BadInput(f"{path} holds no records")
     return records
 
 
 def dumps(record: Mapping[str, Any]) -> str:
-    """One line of JSON. NaN and infinities, which JSON has no words for, become null."""
-    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+    """One line of JSON that UTF-8 can hold. NaN and infinities, which JSON has no words for, become null."""
+    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a character, of an id for instance: escaped, so that no record is unwritable
+        line = json.dumps(_finite(record), allow_nan=False)
+    return line
 
 
 def _finite(given: Any) -> Any:

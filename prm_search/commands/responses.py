@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..evaluation.responses import Answered, Response
+from ..files import Distinct
 from ..problems import stated_answer
 from ..tree import Prompt
 from . import BadInput
@@ -38,9 +39,12 @@ def read_responses(path: str, *, chat: bool = False, system: str | None = None) 
 
     Raises:
         BadInput: the file cannot be read, or a record lacks a field or has one of the wrong kind.
+        ValueError: a record stands in it twice.
     """
     groups: dict[object, _Group] = {}
+    once = Distinct()
     for where, record in json_lines(path):
+        once.add(where, record)
         number = record.get("problem")
         numbered = isinstance(number, int) and not isinstance(number, bool)
         prompt = _prompt(where, record, chat, system, numbered)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..files import Distinct, parse_json
+
 if TYPE_CHECKING:
     import torch
 
@@ -63,14 +65,17 @@ def read_rollouts(path: str | PathLike[str]) -> list[LabelledResponse]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it holds none, or a record lacks prompt_ids, response_ids or label (0 or 1); the line is said.
+        ValueError: it holds none, a record stands in it twice, or lacks prompt_ids, response_ids or label (0 or 1); the
+            line is said.
     """
     found = []
+    once = Distinct()
     prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                place, row = _row(line, f"{os.fspath(path)}, line {number}", number)
+                where = f"{os.fspath(path)}, line {number}"
+                place, row = _row(line, where, number, once)
                 row.prompt_ids = prompts.setdefault(row.prompt_ids, row.prompt_ids)  # one copy of each
                 found.append((place, row))
     if not found:
@@ -78,9 +83,9 @@ def read_rollouts(path: str | PathLike[str]) -> list[LabelledResponse]:
     return [row for _, row in sorted(found, key=lambda each: each[0])]
 
 
-def _row(line: str, where: str, number: int) -> tuple[int, LabelledResponse]:
+def _row(line: bytes, where: str, number: int, once: Distinct) -> tuple[int, LabelledResponse]:
+    record = parse_json(line, where)
     try:
-        record = json.loads(line)
         prompt, response, label = (record[name] for name in ("prompt_ids", "response_ids", "label"))
         ids = np.array(prompt), np.array(response)
         if any(part.ndim != 1 or part.dtype.kind != "i" or part.min() < 0 for part in ids) or label not in (0, 1):
@@ -89,12 +94,14 @@ def _row(line: str, where: str, number: int) -> tuple[int, LabelledResponse]:
         if logprobs is not None and (logprobs.shape != ids[1].shape or not np.isfinite(logprobs).all()):
             raise ValueError
         row = LabelledResponse(tuple(ids[0].tolist()), ids[1], bool(label), logprobs=logprobs)
-    except (ValueError, TypeError, KeyError) as error:
+        place = int(record.get("index", number))
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(
             f"{where}: no rollout: prompt_ids and response_ids, lists of at least one id, and label, 0 or 1, are "
             "needed; logprobs, where there are any, are a finite number a response id"
         ) from error
-    return int(record.get("index", number)), row
+    once.add(where, record)
+    return place, row
 
 
 def by_prompt(rows: Iterable[LabelledResponse]) -> dict[tuple[int, ...], list[LabelledResponse]]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..files import one_writer
 from ..models.checkpoint import Checkpoint
 from ..scorers.implicit.card import CARD, CARD_FORMAT
 from .data import Item, LabelledResponse, by_prompt, mismatched, pairs, read_rollouts, singles, split, thin
@@ -110,7 +112,7 @@ def train(
 
     Raises:
         ValueError: a number of the recipe is out of range, the rollouts do not suit it, `out` holds a pair or another
-            run, or the model's head is not understood.
+            run, another process trains there, or the model's head is not understood.
         OSError: model or rollouts cannot be read, or out not be written.
         ImportError: accelerate, or for LoRA peft, is missing.
     """
@@ -135,10 +137,12 @@ def train(
     config = AutoConfig.from_pretrained(source.path, **where)
     data = load_data(rollouts, recipe, context_of(config.get_text_config()))
     settings = _settings(source, recipe, data, arguments)
-    last = begin(folder, settings, resume)
-    set_seed(recipe.seed)
-    metrics = _run(source, Path(rollouts).parent, folder, recipe, data, arguments or {}, last, log)
-    return _finish(source, folder, recipe, data, metrics, delimiter)
+    main = os.environ.get("RANK", "0") == "0"  # of the processes of one run, as torchrun and accelerate number them
+    with one_writer(folder / "train") if main else nullcontext():
+        last = begin(folder, settings, resume)
+        set_seed(recipe.seed)
+        metrics = _run(source, Path(rollouts).parent, folder, recipe, data, arguments or {}, last, log)
+        return _finish(source, folder, recipe, data, metrics, delimiter)
 
 
 def _settings(source: Checkpoint, recipe: Recipe, data: Data, arguments: Mapping[str, Any] | None) -> str:
