@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -92,13 +92,20 @@ def _one_line(error: Exception) -> str | None:
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own, of whatever typer that is
         if type(error).__name__ == "NoArgsIsHelpError":
             return "a command is needed; --help lists them"
-        return " ".join(str(error.format_message()).split())
+        return _from_file(error) + " ".join(str(error.format_message()).split())
     if isinstance(error, ValueError | OSError | ImportError):
         from .commands.records import reason
 
         name = getattr(error, "filename", None)
         return f"{name}: {reason(error)}" if name else reason(error)
     return None
+
+
+def _from_file(error: Any) -> str:
+    """The file of --config, where the option that a message is of stands there and not on the command line."""
+    context, name = getattr(error, "ctx", None), getattr(getattr(error, "param", None), "name", None)
+    source = None if context is None or name is None else context.get_parameter_source(name)
+    return f"{context.params.get('config')}: " if getattr(source, "name", None) == "DEFAULT_MAP" else ""
 
 
 def _say(line: str) -> None:

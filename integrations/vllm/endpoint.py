@@ -93,9 +93,12 @@ def load_pair(config: ServeConfig) -> Any:
         reference = _server(config.reference) if _is_url(config.reference) else config.reference
         beta: dict[str, Any] = {} if config.beta is None else {"beta": config.beta}
         return VLLMImplicitPRM(_server(config.prm), reference, **beta)
-    from prm_search.commands.models import load_pair as load
+    from prm_search.models.placement import DEMO, placement, shipped
+    from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
 
-    return load(config.pair, config.prm, config.reference, beta=config.beta, device=config.device, dtype=config.dtype)
+    model = config.prm if config.pair is None else str(shipped()) if config.pair == DEMO else config.pair
+    where = placement(config.device, config.dtype)
+    return ImplicitPRM.from_pretrained(str(model), config.reference, beta=config.beta, **where)
 
 
 def _is_url(name: str) -> bool:

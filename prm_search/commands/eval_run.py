@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ..evaluation.plan import Plan, Unit
 from ..evaluation.report import table, write_report
 from ..evaluation.samples import Judge
 from . import BadInput, options
+from .groups import Engine, Place
 from .problems import encoded
 from .records import Item, digests, finished, reason
 
@@ -39,8 +40,7 @@ class NamedModels:
     beta: float | None
     device: str
     dtype: str
-    engine: str = "hf"
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    engine: Engine
 
     def __post_init__(self) -> None:
         if len(set(self.pairs)) < len(self.pairs):
@@ -55,19 +55,18 @@ class NamedModels:
     def card(self) -> dict[str, Any]:
         """Which models, as reports say it."""
         found = {"policy": self.policy, "pairs": self.names, "reference": self.reference, "beta": self.beta}
-        return found if self.engine == "hf" else {**found, "engine": self.engine, "engine options": self.arguments}
+        if self.engine.engine == "hf":
+            return found
+        return {**found, "engine": self.engine.engine, "engine options": self.engine.arguments()}
 
     def load(self) -> tuple[Any, list[Any]]:
         """The policy, or None without one, and the pairs."""
-        from .models import load_pair, load_policy, load_vllm_policy, quiet
+        from .models import load_pair, quiet
 
         quiet()
-        where = {"device": self.device, "dtype": self.dtype}
-        policy: Any = None
-        if self.policy is not None and self.engine == "vllm":
-            policy = load_vllm_policy(self.policy, options=self.arguments, **where)
-        elif self.policy is not None:
-            policy = load_policy(self.policy, **where)
+        place = Place(device=self.device, dtype=self.dtype)
+        where = place.options()
+        policy = None if self.policy is None else self.engine.load(self.policy, place)
         if self.prm is not None:
             return policy, [load_pair(None, self.prm, self.reference, beta=self.beta, name=self.prm, **where)]
         return policy, [load_pair(name, None, None, beta=self.beta, name=name, **where) for name in self.pairs]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +16,10 @@ from ..evaluation.report import step_table, write_step_report
 from ..evaluation.step_errors import summarise_steps
 from ..evaluation.step_scores import SCORES, Solution, score_steps
 from ..values import VALUES
-from . import BadInput, options, render
-from .options import listed
+from . import BadInput, groups, options, render
+from .config import Common
+from .grouped import grouped
+from .options import DATA, listed
 from .problems import PROMPTS, read_rows
 from .records import Item, RecordFile, digests, finished, prompt_of, reason, report
 
@@ -23,147 +27,166 @@ _THRESHOLD = "Thresholds"
 RECORDS, FIT, RUN = "steps.jsonl", "fit.jsonl", "run.json"
 
 
-def eval_steps(
-    out: Annotated[
-        str,
-        typer.Option(
-            help="Folder for steps.jsonl, each record as soon as it is finished, report.md and report.json.",
-            rich_help_panel=options.OUTPUT,
-        ),
-    ],
-    pair: options.Pair = None,
-    prm: options.Prm = None,
-    reference: options.Reference = None,
-    beta: options.Beta = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+@dataclass(frozen=True, kw_only=True)
+class Solutions(groups.MaybeData):
+    """Worked solutions."""
+
     data: Annotated[
         str | None,
         typer.Option(
-            help='Solutions: JSON Lines or a name for the package datasets, with "problem" (or prompt, question, '
-            'messages), "steps", and "label", the first wrong step or -1.',
-            rich_help_panel=options.DATA,
+            help='JSON Lines or a name for the package datasets, with "problem" (or prompt, question, messages), '
+            '"steps", and "label", the first wrong step or -1.',
+            rich_help_panel=DATA,
         ),
-    ] = None,
-    config: options.Config = None,
-    split: options.Split = "test",
-    limit: Annotated[int | None, typer.Option(help="Solutions at most.", rich_help_panel=options.DATA)] = None,
-    template: options.Template = None,
-    chat: options.Chat = False,
-    system: options.System = None,
+    ] = None
     delimiter: Annotated[
         str | None,
         typer.Option(
             help=r"Put between steps; \n and \t are read as such. Default: the pair card's, else \n\n.",
-            rich_help_panel=options.DATA,
+            rich_help_panel=DATA,
         ),
-    ] = None,
+    ] = None
     cut: Annotated[
-        bool,
-        typer.Option("--cut", help="No end of sequence is scored after the last step.", rich_help_panel=options.DATA),
-    ] = False,
+        bool, typer.Option("--cut", help="No end of sequence is scored after the last step.", rich_help_panel=DATA)
+    ] = False
+
+    def between(self, pair: str | None) -> str:
+        """What separates steps. Raises BadInput where it is empty."""
+        if self.delimiter is None:
+            return options.card_delimiter(pair) or "\n\n"
+        if not self.delimiter:
+            raise BadInput("--delimiter is empty: what separates steps is needed")
+        return options.unescape(self.delimiter)
+
+    def read(self, fit: str | None) -> dict[str, list[tuple[Item, Solution]]]:
+        """Solutions for each file of records. Raises BadInput as read_solutions does."""
+        if self.data is None:
+            raise BadInput("--data is needed: the solutions")
+        sets = {RECORDS: read_solutions(self.data, **self.where(), **self.form())}
+        if fit is not None:
+            is_file = fit.endswith((".jsonl", ".json")) or Path(fit).is_file()
+            where = self.where() | {"limit": None} | ({} if is_file else {"split": fit})
+            sets[FIT] = read_solutions(fit if is_file else self.data, **where, **self.form())
+        return sets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """Scores, and the thresholds that they fall below. Raises BadInput for options that make no sense together."""
+
     values: Annotated[
         str, typer.Option(help=f"Scores of a step, of {','.join(VALUES)}.", rich_help_panel=_THRESHOLD)
-    ] = ",".join(SCORES),
+    ] = ",".join(SCORES)
     folds: Annotated[
         int,
         typer.Option(help="Thresholds for each come from the others; none is split.", rich_help_panel=_THRESHOLD),
-    ] = 5,
-    seed: Annotated[int, typer.Option(help="Of dealing problems into folds.", rich_help_panel=_THRESHOLD)] = 0,
+    ] = 5
+    seed: Annotated[int, typer.Option(help="Of dealing problems into folds.", rich_help_panel=_THRESHOLD)] = 0
     fit: Annotated[
         str | None,
         typer.Option(
             help="Other solutions to choose thresholds on, in place of folds: a file, or a split of the data set.",
             rich_help_panel=_THRESHOLD,
         ),
-    ] = None,
+    ] = None
     threshold: Annotated[
         float | None,
         typer.Option(help="A threshold chosen beforehand, for one score.", rich_help_panel=_THRESHOLD),
-    ] = None,
-    batch: Annotated[
-        int, typer.Option(help="Solutions scored together; changes no score.", rich_help_panel=options.OUTPUT)
-    ] = 16,
-    title: Annotated[str, typer.Option(help="Of the report.", rich_help_panel=options.OUTPUT)] = "Step errors",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the records of --out.", rich_help_panel=options.OUTPUT)
-    ] = False,
-    report_only: Annotated[
-        bool,
-        typer.Option(
-            "--report-only", help="Make the report of --out again from its records.", rich_help_panel=options.OUTPUT
-        ),
-    ] = False,
-    debug: options.Debug = False,
+    ] = None
+
+    def __post_init__(self) -> None:
+        options.at_least("--folds", self.folds, 2)
+        for each in self.scores:
+            options.one_of("--values", each, tuple(VALUES))
+        if self.threshold is not None and (self.fit is not None or len(self.scores) > 1):
+            raise BadInput("--threshold is of one score: name it in --values, and leave out --fit")
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the scores."""
+        return listed(self.values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(groups.OutFolder):
+    """Where records and report go."""
+
+    title: Annotated[str, groups.TITLE] = "Step errors"
+    batch: Annotated[int, groups.BATCH] = 16
+
+
+@grouped
+def eval_steps(
+    pair: groups.Pair,
+    place: groups.Place,
+    solutions: Solutions,
+    thresholds: Thresholds,
+    output: Output,
+    common: Common,
 ) -> None:
     """Find the first wrong steps of worked solutions (ProcessBench)."""
-    folder = Path(out)
-    if report_only:
+    folder = Path(output.out)
+    if output.report_only:
         rebuild(folder)
         return
-    options.check_models(pair, prm, reference, needed=True)
-    options.at_least("--batch", batch)
-    options.at_least("--folds", folds, 2)
-    if data is None:
-        raise BadInput("--data is needed: the solutions")
-    if limit is not None:
-        options.at_least("--limit", limit)
-    if system is not None and not chat:
-        raise BadInput("--system needs --chat")
-    scores = listed(values)
-    for each in scores:
-        options.one_of("--values", each, tuple(VALUES))
-    if threshold is not None and (fit is not None or len(scores) > 1):
-        raise BadInput("--threshold is of one score: name it in --values, and leave out --fit")
-    between = options.unescape(delimiter) if delimiter is not None else options.card_delimiter(pair) or "\n\n"
-    if not between:
-        raise BadInput("--delimiter is empty: what separates steps is needed")
-    how: dict[str, Any] = {
-        "template": None if template is None else options.unescape(template), "chat": chat, "system": system
-    }  # fmt: skip
-    sets = {RECORDS: read_solutions(data, config, split, limit, **how)}
-    if fit is not None:
-        is_file = fit.endswith((".jsonl", ".json")) or Path(fit).is_file()
-        sets[FIT] = read_solutions(fit if is_file else data, config, split if is_file else fit, None, **how)
-    settings = ("eval-steps", pair, prm, reference, beta, dtype, between, cut, scores)
+    pair.need()
+    between = solutions.between(pair.pair)
+    sets = solutions.read(thresholds.fit)
+    settings = (
+        "eval-steps", pair.pair, pair.prm, pair.reference, pair.beta, place.dtype, between, solutions.cut,
+        thresholds.scores,
+    )  # fmt: skip
     about = {
-        "pair": pair or prm, "reference": reference, "beta": beta, "data": data, "split": split, "delimiter": between,
-        "template": template, "values": scores,
+        "pair": pair.pair or pair.prm, "reference": pair.reference, "beta": pair.beta, "data": solutions.data,
+        "split": solutions.split, "delimiter": between, "template": solutions.form()["template"],
+        "values": thresholds.scores,
     }  # fmt: skip
-    run = {"title": title, "about": about, "folds": folds, "seed": seed, "fit": fit, "threshold": threshold}
-    folder.mkdir(parents=True, exist_ok=True)
-    model: Any = None
+    run = {
+        "title": output.title, "about": about, "folds": thresholds.folds, "seed": thresholds.seed,
+        "fit": thresholds.fit, "threshold": thresholds.threshold,
+    }  # fmt: skip
+    model = cache(lambda: _load(pair, place))
+    how = {"delimiter": between, "values": thresholds.scores, "append_eos": not solutions.cut, "batch": output.batch}
     for name, given in sets.items():
-        items = [item for item, _ in given]
-        keys = digests(items, *settings)
-        with RecordFile(str(folder / name), keys, resume=resume) as file:
-            done = dict(file.done)
-            try:
-                if len(done) < len(keys):
-                    from .models import load_pair, quiet
-
-                    quiet()
-                    model = model or load_pair(pair, prm, reference, beta=beta, device=device, dtype=dtype)
-                    bar, tick = render.progress("solutions", len(keys) - len(done))
-                    with bar:
-                        flow = score_steps(
-                            [solution for _, solution in given],
-                            scorer=model,
-                            delimiter=between,
-                            values=scores,
-                            append_eos=not cut,
-                            done=done,
-                            batch=batch,
-                        )
-                        for record in _named(flow, items):
-                            place = record["index"]
-                            done[place] = {"key": keys[place], **items[place].extra, **record}
-                            file.write(done[place])
-                            tick()
-            finally:
-                report(file, len(done), len(keys))
+        _score_set(folder / name, given, settings, model, how, resume=output.resume)
     (folder / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     rebuild(folder)
+
+
+def _load(pair: groups.Pair, place: groups.Place) -> Any:
+    from .models import quiet
+
+    quiet()
+    return pair.load(place)
+
+
+def _score_set(
+    path: Path,
+    solutions: list[tuple[Item, Solution]],
+    settings: Sequence[object],
+    model: Callable[[], Any],
+    how: Mapping[str, Any],
+    *,
+    resume: bool,
+) -> None:
+    """Score what is not in the file yet; the model is loaded where anything is left."""
+    items = [item for item, _ in solutions]
+    keys = digests(items, *settings)
+    with RecordFile(str(path), keys, resume=resume) as file:
+        done = dict(file.done)
+        try:
+            if len(done) < len(keys):
+                scorer = model()
+                bar, tick = render.progress("solutions", len(keys) - len(done))
+                flow = score_steps([solution for _, solution in solutions], scorer=scorer, done=done, **how)
+                with bar:
+                    for record in _named(flow, items):
+                        place = record["index"]
+                        done[place] = {"key": keys[place], **items[place].extra, **record}
+                        file.write(done[place])
+                        tick()
+        finally:
+            report(file, len(done), len(keys))
 
 
 def rebuild(folder: Path) -> None:

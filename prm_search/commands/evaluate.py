@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,219 +12,164 @@ import typer
 
 from ..evaluation.plan import STRATEGIES, VOTES, WEIGHTS, Plan
 from ..values import VALUES
-from . import BadInput, options, render
+from . import BadInput, groups, options, render
+from .config import Common
 from .eval_run import RECORDS, EvalRun, NamedModels, describe, rebuild
-from .options import listed, make_steps, numbers
-from .problems import function_of, read_problems
+from .grouped import grouped
+from .options import ADVANCED, DATA, MODELS, PAIR_HELP, listed, numbers
+from .problems import function_of, make_judge
 from .records import Item, RecordFile, report
 from .responses import read_responses
-from .rollout import make_judge
 
 if TYPE_CHECKING:
     from ..evaluation.responses import Answered
 
-_PLAN, _SAMPLING = "What is compared", "Sampling"
+_PLAN = "What is compared"
 
 
-def evaluate(
-    out: Annotated[
-        str,
-        typer.Option(
-            help="Folder for records.jsonl, each record as soon as it is finished, report.md, report.json and plots.",
-            rich_help_panel=options.OUTPUT,
-        ),
-    ],
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            help="The model that samples: hub id, folder, PEFT adapter, .gguf file, or 'demo'.",
-            rich_help_panel=options.MODELS,
-        ),
-    ] = None,
+@dataclass(frozen=True, kw_only=True)
+class Pairs(groups.TwoModels):
+    """The pairs that are compared."""
+
     pair: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Folder or hub id with a pair card (pair.json), or 'demo'. May be repeated: all pairs choose among "
-            "the same samples.",
-            rich_help_panel=options.MODELS,
-        ),
-    ] = None,
-    prm: options.Prm = None,
-    reference: options.Reference = None,
-    beta: options.Beta = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    engine: options.Engine = "hf",
-    engine_options: options.EngineOptions = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Problems with answers: JSON Lines or a name for the package datasets, as for rollout.",
-            rich_help_panel=options.DATA,
-        ),
-    ] = None,
+        typer.Option(help=f"{PAIR_HELP} Repeated: all choose among the same samples.", rich_help_panel=MODELS),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problems(groups.MaybeData):
+    """What is answered: problems, or responses that exist."""
+
     responses: Annotated[
         str | None,
         typer.Option(
             help="In place of --policy and --data: responses that exist, as rollout writes them, or problems with "
             '"responses" and "labels" or "answer".',
-            rich_help_panel=options.DATA,
+            rich_help_panel=DATA,
         ),
-    ] = None,
-    config: options.Config = None,
-    split: options.Split = "test",
-    limit: Annotated[int | None, typer.Option(help="Problems at most.", rich_help_panel=options.DATA)] = None,
-    template: options.Template = None,
-    chat: options.Chat = False,
-    system: options.System = None,
-    label: options.Label = "math",
-    answer: Annotated[
-        str | None,
-        typer.Option(
-            help="The answer in a response, which is judged and votes: boxed, ####, number or module:function. "
-            "Default: what there is, in the order ####, boxed, number.",
-            rich_help_panel=options.LABELS,
-        ),
-    ] = None,
+    ] = None
+
+    def read(self) -> tuple[list[Item], list[Answered]]:
+        """The problems, and the same with their responses where those exist. Raises BadInput as their readers do."""
+        if self.responses is None:
+            return self.problems(str(self.data)), []
+        items, answered = read_responses(self.responses, chat=self.chat, system=self.system)
+        return items[: self.limit], answered[: self.limit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The fields of evaluation.Plan, as options."""
+
     strategies: Annotated[
         str | None,
         typer.Option(
             help=f"Of {','.join(STRATEGIES)}. Default: all but lookahead; with --responses those that vote.",
             rich_help_panel=_PLAN,
         ),
-    ] = None,
+    ] = None
     budgets: Annotated[
         str | None,
         typer.Option(
             help="Whole samples. Default: 1,4,16; with --responses the powers of 2 that there are.",
             rich_help_panel=_PLAN,
         ),
-    ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Of the draws. Default: 0.", rich_help_panel=_PLAN)] = None,
+    ] = None
+    seeds: Annotated[str | None, typer.Option(help="Of the draws. Default: 0.", rich_help_panel=_PLAN)] = None
     values: Annotated[
         str, typer.Option(help=f"What best_of_n, weighted rank by, of {','.join(VALUES)}.", rich_help_panel=_PLAN)
-    ] = "q",
+    ] = "q"
     search_values: Annotated[
         str | None,
-        typer.Option(help="What beam and lookahead rank by. Default: --values.", rich_help_panel=_PLAN),
-    ] = None,
+        typer.Option(help="What beam and lookahead rank by. Default: --values.", rich_help_panel=ADVANCED),
+    ] = None
     weights: Annotated[
-        str, typer.Option(help=f"Of weighted votes, of {','.join(WEIGHTS)}.", rich_help_panel=_PLAN)
-    ] = "softmax",
-    weight_temperature: Annotated[float, typer.Option(help="Of the weights.", rich_help_panel=_PLAN)] = 1.0,
+        str, typer.Option(help=f"Of weighted votes, of {','.join(WEIGHTS)}.", rich_help_panel=ADVANCED)
+    ] = "softmax"
+    weight_temperature: Annotated[float, typer.Option(help="Of the weights.", rich_help_panel=ADVANCED)] = 1.0
     shape: Annotated[
         list[str] | None,
         typer.Option(
             help="16=2x8: beam and lookahead of budget 16 have width 2 and 8 expansions. May be repeated. Default: as "
             "square as N allows.",
-            rich_help_panel=_PLAN,
+            rich_help_panel=ADVANCED,
         ),
-    ] = None,
+    ] = None
     uncapped: Annotated[
         bool,
         typer.Option(
             "--uncapped",
             help="Do not cut beam and lookahead at the tokens of the samples; their shape makes budgets alike.",
-            rich_help_panel=_PLAN,
+            rich_help_panel=ADVANCED,
         ),
-    ] = False,
-    lookahead_steps: Annotated[int, typer.Option(help="Steps of a rollout.", rich_help_panel=_PLAN)] = 1,
-    lookahead_rollouts: Annotated[int, typer.Option(help="Rollouts of a child.", rich_help_panel=_PLAN)] = 1,
-    delimiter: options.Delimiter = None,
-    step_tokens: options.StepTokens = None,
-    step_regex: options.StepRegex = None,
-    temperature: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 1.0,
-    top_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps all.", rich_help_panel=_SAMPLING)] = 0,
-    min_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Of one response.", rich_help_panel=_SAMPLING)] = 1024,
-    batch: Annotated[
-        int, typer.Option(help="Problems searched together; changes no answer.", rich_help_panel=options.OUTPUT)
-    ] = 32,
-    title: Annotated[str, typer.Option(help="Of the report.", rich_help_panel=options.OUTPUT)] = "Evaluation",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the records of --out.", rich_help_panel=options.OUTPUT)
-    ] = False,
-    report_only: Annotated[
-        bool,
-        typer.Option(
-            "--report-only", help="Make the report of --out again from its records.", rich_help_panel=options.OUTPUT
-        ),
-    ] = False,
-    debug: options.Debug = False,
+    ] = False
+    lookahead_steps: Annotated[int, typer.Option(help="Steps of a rollout.", rich_help_panel=ADVANCED)] = 1
+    lookahead_rollouts: Annotated[int, typer.Option(help="Rollouts of a child.", rich_help_panel=ADVANCED)] = 1
+
+    def plan(self, answered: Sequence[Answered], **sampling: Any) -> Plan:
+        """The Plan; responses that exist change its defaults. Raises BadInput or ValueError naming the option."""
+        strategies: Sequence[str] = [name for name in STRATEGIES if name != "lookahead"]
+        budgets: Sequence[int] = (1, 4, 16)
+        if answered:
+            strategies, budgets = VOTES, _powers(min(len(each.responses) for each in answered))
+        return Plan(
+            strategies=strategies if self.strategies is None else listed(self.strategies),
+            budgets=numbers("--budgets", self.budgets) if self.budgets else budgets,
+            seeds=(0,) if self.seeds is None else numbers("--seeds", self.seeds),
+            values=listed(self.values),
+            search_values=None if self.search_values is None else listed(self.search_values),
+            weights=listed(self.weights),
+            weight_temperature=self.weight_temperature,
+            shapes=_shapes(self.shape or []),
+            capped=not self.uncapped,
+            lookahead_steps=self.lookahead_steps,
+            lookahead_rollouts=self.lookahead_rollouts,
+            **sampling,
+        )
+
+
+@grouped
+def evaluate(
+    policy: groups.MaybePolicy,
+    pairs: Pairs,
+    place: groups.Place,
+    problems: Problems,
+    labels: groups.Labels,
+    compared: Compared,
+    steps: groups.Steps,
+    draws: groups.Draws,
+    output: groups.OutFolder,
+    common: Common,
 ) -> None:
     """Compare strategies at equal budgets on problems with known answers."""
-    folder = Path(out)
-    if report_only:
+    folder = Path(output.out)
+    if output.report_only:
         rebuild(folder)
         return
-    arguments = options.engine_options(engine, engine_options)
-    models = NamedModels(policy, pair or (), prm, reference, beta, device, dtype, engine, arguments)
-    options.at_least("--batch", batch)
-    if limit is not None:
-        options.at_least("--limit", limit)
-    if system is not None and not chat:
-        raise BadInput("--system needs --chat")
-    if (policy is None) != (responses is not None) or (data is None) != (responses is not None):
-        raise BadInput("--policy and --data are needed, or else --responses")
-    of_data = {"config": config, "template": template, "seeds": seeds, "search-values": search_values, "shape": shape}
-    named = next((name for name, given in of_data.items() if given), None)
-    if responses is not None and named is not None:
-        raise BadInput(f"--{named} is for --data; --responses are taken as they are, and nothing is sampled")
-    judge, extract = make_judge(label, answer if ":" not in label else None), _extractor(answer)
-    items: list[Item]
-    answered: list[Answered] = []
-    if responses is not None:
-        items, answered = read_responses(responses, chat=chat, system=system)
-        items, answered = items[:limit], answered[:limit]
-        most = min(len(each.responses) for each in answered)
-    else:
-        items = read_problems(
-            str(data),
-            config=config,
-            split=split,
-            limit=limit,
-            template=None if template is None else options.unescape(template),
-            chat=chat,
-            system=system,
-        )
-        most = 16
-    default = VOTES if responses is not None else [name for name in STRATEGIES if name != "lookahead"]
-    plan = Plan(
-        strategies=default if strategies is None else listed(strategies),
-        budgets=numbers("--budgets", budgets) if budgets else _powers(most) if responses is not None else (1, 4, 16),
-        seeds=(0,) if seeds is None else numbers("--seeds", seeds),
-        values=listed(values),
-        search_values=None if search_values is None else listed(search_values),
-        weights=listed(weights),
-        weight_temperature=weight_temperature,
-        shapes=_shapes(shape or []),
-        capped=not uncapped,
-        lookahead_steps=lookahead_steps,
-        lookahead_rollouts=lookahead_rollouts,
-        steps=make_steps(
-            delimiter, step_tokens, step_regex, default=_card_delimiter(models.pairs, delimiter, step_regex)
-        ),
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        max_new_tokens=max_new_tokens,
+    models = NamedModels(
+        policy.policy, pairs.pair or (), pairs.prm, pairs.reference, pairs.beta, place.device, place.dtype, policy
     )
-    if (plan.ranked or responses is not None) and not models.names:
+    _check_source(policy, problems, compared)
+    label, answer = labels.label, labels.answer
+    judge = make_judge(label, answer if ":" not in label else None)
+    items, answered = problems.read()
+    rule = steps.rule(_card_delimiter(models.pairs, steps.delimiter, steps.step_regex))
+    plan = compared.plan(answered, steps=rule, **draws.fields())
+    if (plan.ranked or problems.responses is not None) and not models.names:
         raise BadInput(f"a pair is needed for {', '.join(plan.ranked or plan.strategies)}: --pair, or --prm")
-    run = EvalRun(items, answered, plan, judge, extract, models)
-    about = {**models.card(), "data": data or responses, "label": label, "answer": answer, "plan": plan.card()}
-    keys = run.keys(models.card(), dtype, label, answer, plan.card())
-    about_run = {"title": title, "expected": len(keys), "about": about}
-    folder.mkdir(parents=True, exist_ok=True)
-    with RecordFile(str(folder / RECORDS), keys, resume=resume) as file:
+    run = EvalRun(items, answered, plan, judge, _extractor(answer), models)
+    card = {**models.card(), "data": problems.data or problems.responses}
+    about = {**card, "label": label, "answer": answer, "plan": plan.card()}
+    keys = run.keys(models.card(), place.dtype, label, answer, plan.card())
+    about_run = {"title": output.title, "expected": len(keys), "about": about}
+    with RecordFile(str(folder / RECORDS), keys, resume=output.resume) as file:
         records = dict(file.done)
         try:
             if len(records) < len(keys):
                 bar, tick = render.progress("records", len(keys) - len(records))
                 with bar:
-                    for record in run.records(dict(records), batch):
+                    for record in run.records(dict(records), output.batch):
                         if not records:
                             describe(folder, about_run)
                         records[record["index"]] = record
@@ -231,8 +177,22 @@ def evaluate(
                         tick()
         finally:
             report(file, len(records), len(keys))
-    describe(folder, about_run)
-    rebuild(folder)
+        describe(folder, about_run)
+        rebuild(folder)
+
+
+def _check_source(policy: groups.MaybePolicy, problems: Problems, compared: Compared) -> None:
+    """Raises BadInput where neither problems nor responses are given, or an option is of the other kind."""
+    existing = problems.responses is not None
+    if (policy.policy is None) != existing or (problems.data is None) != existing:
+        raise BadInput("--policy and --data are needed, or else --responses")
+    of_data = {
+        "data-config": problems.data_config, "template": problems.template, "seeds": compared.seeds,
+        "search-values": compared.search_values, "shape": compared.shape,
+    }  # fmt: skip
+    named = next((name for name, given in of_data.items() if given), None)
+    if existing and named is not None:
+        raise BadInput(f"--{named} is for --data; --responses are taken as they are, and nothing is sampled")
 
 
 def _extractor(answer: str | None) -> Any:

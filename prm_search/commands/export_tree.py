@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,51 +15,55 @@ import typer
 from ..files import Distinct, one_writer
 from ..training.trees import NODES, tree_records
 from ..tree import Prompt, SearchTree
-from . import BadInput, options
-from .problems import read_problems
+from . import BadInput, groups, options
+from .config import Common
+from .grouped import grouped
 from .records import Item, dumps, json_lines, reason
-from .rollout import make_judge, summary
+from .rollout import summary
 
 
-def export_tree(
-    trees: Annotated[
-        list[str],
-        typer.Argument(help="What prm-search generate --tree --out wrote, or trees of SearchTree.to_json."),
-    ],
-    out: Annotated[str, typer.Option(help="Write JSON Lines here.", rich_help_panel=options.OUTPUT)],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="The problems with their answers, as rollout reads them; found by their prompts. Without: no labels.",
-            rich_help_panel=options.DATA,
-        ),
-    ] = None,
-    config: options.Config = None,
-    split: options.Split = "train",
-    template: options.Template = None,
-    chat: options.Chat = False,
-    system: options.System = None,
-    label: options.Label = "math",
-    answer: options.Answer = None,
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What is written. Raises BadInput for an unknown kind of nodes."""
+
+    out: Annotated[str, typer.Option(help="Write JSON Lines here.", rich_help_panel=options.OUTPUT)]
     nodes: Annotated[
         str,
         typer.Option(
             help="ends: whole responses, which train reads; all: the path to every node.",
             rich_help_panel=options.OUTPUT,
         ),
-    ] = "ends",
-    debug: options.Debug = False,
+    ] = "ends"
+
+    def __post_init__(self) -> None:
+        options.one_of("--nodes", self.nodes, NODES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers(groups.Questions):
+    """The problems, which are found by their prompts."""
+
+    data: Annotated[
+        str | None,
+        typer.Option(help="The problems with their answers. Without: no labels.", rich_help_panel=options.DATA),
+    ] = None
+
+
+@grouped
+def export_tree(
+    trees: Annotated[
+        list[str],
+        typer.Argument(help="What prm-search generate --tree --out wrote, or trees of SearchTree.to_json."),
+    ],
+    exported: Exported,
+    problems: Answers,
+    labels: groups.Labels,
+    common: Common,
 ) -> None:
     """Turn search trees into training records: responses with labels and per-step values."""
-    options.one_of("--nodes", nodes, NODES)
-    if system is not None and not chat:
-        raise BadInput("--system needs --chat")
-    judge = None if data is None else make_judge(label, answer)
-    answers: dict[str, Item] = {}
-    if data is not None:
-        text = None if template is None else options.unescape(template)
-        items = read_problems(data, config=config, split=split, template=text, chat=chat, system=system)
-        answers = {_asked(item.prompt): item for item in items}
+    out, data, nodes = exported.out, problems.data, exported.nodes
+    judge = None if data is None else labels.judge()
+    answers = {} if data is None else {_asked(item.prompt): item for item in problems.problems(data)}
     found: list[dict[str, Any]] = []
     try:
         with one_writer(out):

@@ -7,6 +7,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,165 +16,184 @@ from ..answers import SELECTS
 from ..driver.search_settings import SearchSettings
 from ..strategies import BestOfN, Steer, Strategy
 from ..tree import Node, Prompt, SearchTree
-from . import BadInput, options, render
-from .options import make_budget, make_steps, make_strategy
+from . import BadInput, groups, options, render
+from .config import Common
+from .grouped import grouped
+from .options import ADVANCED, CHOICE, OUTPUT, PROMPTS, SEARCH
 from .records import Item, RecordFile, asked, digests, dumps, prompt_of, read_items, reason, report
 
 if TYPE_CHECKING:
     from ..driver.participants import Participants
     from ..driver.result import Result
 
-_PROMPTS, _SEARCH, _CHOICE = "Prompts", "Search", "Choice of the answer"
-_SAMPLING, _BUDGET = "Sampling", "Budget of a prompt"
 
+@dataclass(frozen=True, kw_only=True)
+class Prompts(groups.Chat):
+    """What is asked."""
 
-def generate(
-    policy: Annotated[
-        str,
-        typer.Option(
-            help="The model that samples: hub id, folder, PEFT adapter, .gguf file, or 'demo'.",
-            rich_help_panel=options.MODELS,
-        ),
-    ],
-    pair: options.Pair = None,
-    prm: options.Prm = None,
-    reference: options.Reference = None,
-    beta: options.Beta = None,
-    prover: Annotated[
-        str | None,
-        typer.Option(help="A second pair: rank by q plus its reward of the last step.", rich_help_panel=options.MODELS),
-    ] = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    engine: options.Engine = "hf",
-    engine_options: options.EngineOptions = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt; may be repeated.", rich_help_panel=_PROMPTS)
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.", rich_help_panel=PROMPTS)] = None
     prompts_file: Annotated[
         str | None,
         typer.Option(
             help='JSON Lines with "prompt", "messages" or "question"; any other ending: a prompt a line; - is stdin.',
-            rich_help_panel=_PROMPTS,
+            rich_help_panel=PROMPTS,
         ),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are user messages to a chat model.", rich_help_panel=_PROMPTS)
-    ] = False,
-    system: Annotated[
-        str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=_PROMPTS)
-    ] = None,
+    ] = None
+
+    def read(self) -> list[Item]:
+        """The prompts. Raises BadInput where there are none, or one makes no sense."""
+        if bool(self.prompt) == (self.prompts_file is not None):
+            raise BadInput("prompts are needed: --prompt (once or more), or --prompts-file")
+        if self.prompts_file is not None:
+            return read_items(self.prompts_file, chat=self.chat, system=self.system)
+        return [
+            Item(f"--prompt {number}", prompt_of(text, f"--prompt {number}", self.chat, self.system))
+            for number, text in enumerate(self.prompt or (), start=1)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """The strategy and its own options."""
+
     strategy: Annotated[
-        str, typer.Option(help="best_of_n, beam, lookahead, dvts or steer.", rich_help_panel=_SEARCH)
-    ] = "beam",
-    n: Annotated[int | None, typer.Option("--n", help="best_of_n, steer: answers.", rich_help_panel=_SEARCH)] = None,
-    width: Annotated[int | None, typer.Option(help="Slots of a beam.", rich_help_panel=_SEARCH)] = None,
-    expansions: Annotated[int | None, typer.Option(help="Children of each slot.", rich_help_panel=_SEARCH)] = None,
+        str, typer.Option(help="best_of_n, beam, lookahead, dvts or steer.", rich_help_panel=SEARCH)
+    ] = "beam"
+    n: Annotated[int | None, typer.Option("--n", help="best_of_n, steer: answers.", rich_help_panel=SEARCH)] = None
+    width: Annotated[int | None, typer.Option(help="Slots of a beam.", rich_help_panel=SEARCH)] = None
+    expansions: Annotated[int | None, typer.Option(help="Children of each slot.", rich_help_panel=SEARCH)] = None
     per_parent: Annotated[
-        int | None, typer.Option(help="Slots for children of one parent at most.", rich_help_panel=_SEARCH)
-    ] = None,
-    subtrees: Annotated[int | None, typer.Option(help="dvts: independent beams.", rich_help_panel=_SEARCH)] = None,
-    steps: Annotated[int | None, typer.Option(help="lookahead: steps of a rollout.", rich_help_panel=_SEARCH)] = None,
-    rollouts: Annotated[
-        int | None, typer.Option(help="lookahead: rollouts of a child.", rich_help_panel=_SEARCH)
-    ] = None,
-    reduce: Annotated[str | None, typer.Option(help="lookahead: mean or max.", rich_help_panel=_SEARCH)] = None,
-    alpha: Annotated[float | None, typer.Option(help="steer: strength.", rich_help_panel=_SEARCH)] = None,
+        int | None, typer.Option(help="Slots for children of one parent at most.", rich_help_panel=ADVANCED)
+    ] = None
+    subtrees: Annotated[int | None, typer.Option(help="dvts: independent beams.", rich_help_panel=SEARCH)] = None
+    steps: Annotated[int | None, typer.Option(help="lookahead: steps of a rollout.", rich_help_panel=SEARCH)] = None
+    rollouts: Annotated[int | None, typer.Option(help="lookahead: rollouts of a child.", rich_help_panel=SEARCH)] = None
+    reduce: Annotated[str | None, typer.Option(help="lookahead: mean or max.", rich_help_panel=ADVANCED)] = None
+    alpha: Annotated[float | None, typer.Option(help="steer: strength.", rich_help_panel=SEARCH)] = None
     value: Annotated[
         str | None,
-        typer.Option(help="Rank by: q, last, min, mean, prefix_mean, min_q. Default: q.", rich_help_panel=_SEARCH),
-    ] = None,
-    delimiter: options.Delimiter = None,
-    step_tokens: options.StepTokens = None,
-    step_regex: options.StepRegex = None,
+        typer.Option(help="Rank by: q, last, min, mean, prefix_mean, min_q. Default: q.", rich_help_panel=SEARCH),
+    ] = None
+
+    def make(self) -> Strategy:
+        """The strategy. Raises BadInput or ValueError as options.make_strategy does."""
+        names = ("n", "width", "expansions", "per_parent", "subtrees", "steps", "rollouts", "reduce", "alpha")
+        return options.make_strategy(self.strategy, {name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confidence(groups.Steps):
+    """Where steps end, by the policy's own confidence too."""
+
     step_confidence: Annotated[
         float | None,
-        typer.Option(help="End a step where the likeliest token has less probability.", rich_help_panel=options.STEPS),
-    ] = None,
-    select: Annotated[str, typer.Option(help="best, majority or weighted.", rich_help_panel=_CHOICE)] = "best",
+        typer.Option(help="End a step where the likeliest token has less probability.", rich_help_panel=ADVANCED),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws(groups.SeededDraws):
+    """How tokens are drawn."""
+
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token.", rich_help_panel=options.SAMPLING)] = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which candidate is the answer."""
+
+    select: Annotated[str, typer.Option(help="best, majority or weighted.", rich_help_panel=CHOICE)] = "best"
     answer: Annotated[
-        str | None, typer.Option(help="The answer in a text: boxed, #### or number.", rich_help_panel=_CHOICE)
-    ] = None,
-    weight: Annotated[str, typer.Option(help="weighted: softmax or sigmoid.", rich_help_panel=_CHOICE)] = "softmax",
-    weight_temperature: Annotated[float, typer.Option(help="weighted: of the weights.", rich_help_panel=_CHOICE)] = 1.0,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest token.", rich_help_panel=_SAMPLING)] = 0.8,
-    top_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps all.", rich_help_panel=_SAMPLING)] = 0,
-    min_p: Annotated[float, typer.Option(rich_help_panel=_SAMPLING)] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Of one answer.", rich_help_panel=_SAMPLING)] = 1024,
-    seed: Annotated[int, typer.Option(help="Of every draw.", rich_help_panel=_SAMPLING)] = 0,
-    budget: Annotated[int | None, typer.Option(help="Sampled tokens.", rich_help_panel=_BUDGET)] = None,
-    budget_nodes: Annotated[int | None, typer.Option(help="Nodes of the tree.", rich_help_panel=_BUDGET)] = None,
-    budget_depth: Annotated[int | None, typer.Option(help="Steps of an answer.", rich_help_panel=_BUDGET)] = None,
-    budget_seconds: Annotated[float | None, typer.Option(help="Wall time.", rich_help_panel=_BUDGET)] = None,
-    batch: Annotated[
-        int, typer.Option(help="Prompts searched together; changes no answer.", rich_help_panel=options.OUTPUT)
-    ] = 32,
+        str | None, typer.Option(help="The answer in a text: boxed, #### or number.", rich_help_panel=CHOICE)
+    ] = None
+    weight: Annotated[str, typer.Option(help="weighted: softmax or sigmoid.", rich_help_panel=ADVANCED)] = "softmax"
+    weight_temperature: Annotated[float, typer.Option(help="weighted: of the weights.", rich_help_panel=ADVANCED)] = 1.0
+
+    def __post_init__(self) -> None:
+        options.one_of("--select", self.select, SELECTS)
+        options.one_of("--weight", self.weight, ("softmax", "sigmoid"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prover:
+    """A second pair."""
+
+    prover: Annotated[
+        str | None,
+        typer.Option(help="A second pair: rank by q plus its reward of the last step.", rich_help_panel=ADVANCED),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What is shown of a result."""
+
     tree: Annotated[
-        bool, typer.Option("--tree", help="Show the search trees; in JSON, hold them.", rich_help_panel=options.OUTPUT)
-    ] = False,
-    as_json: options.Json = False,
-    out: options.Out = None,
-    resume: options.Resume = False,
-    debug: options.Debug = False,
+        bool, typer.Option("--tree", help="Show the search trees; in JSON, hold them.", rich_help_panel=OUTPUT)
+    ] = False
+    as_json: Annotated[bool, groups.JSON] = False
+
+
+@grouped
+def generate(
+    policy: groups.Policy,
+    pair: groups.Pair,
+    prover: Prover,
+    place: groups.Place,
+    prompts: Prompts,
+    search: Search,
+    steps: Confidence,
+    choice: Choice,
+    draws: Draws,
+    budget: groups.Limits,
+    shown: Shown,
+    records: groups.MaybeOutFile,
+    common: Common,
 ) -> None:
     """Search for the answers to prompts."""
-    chosen = make_strategy(
-        strategy,
-        {
-            "n": n, "width": width, "expansions": expansions, "per_parent": per_parent, "subtrees": subtrees,
-            "steps": steps, "rollouts": rollouts, "reduce": reduce, "alpha": alpha,
-        },
-    )  # fmt: skip
-    settings = SearchSettings.make(
-        strategy=chosen,
-        steps=make_steps(
-            delimiter, step_tokens, step_regex, default=options.card_delimiter(pair), confidence=step_confidence
-        ),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        seed=seed,
-        select=options.one_of("--select", select, SELECTS),
-        answer=answer,
-        budget=make_budget(budget, budget_nodes, budget_depth, budget_seconds),
-        value=value,
-        weight=options.one_of("--weight", weight, ("softmax", "sigmoid")),
-        weight_temperature=weight_temperature,
-    )
-    options.at_least("--batch", batch)
-    arguments = options.engine_options(engine, engine_options)
-    options.check_models(pair, prm, reference, needed=not _blind(chosen, select))
-    if resume and out is None:
-        raise BadInput("--resume needs --out, the file to go on with")
-    if system is not None and not chat:
-        raise BadInput("--system needs --chat")
-    items = _prompts(prompt, prompts_file, chat, system)
-    drawn_by = () if engine == "hf" else (engine, json.dumps(arguments, sort_keys=True))
+    settings = _settings(pair, search, steps, choice, draws, budget)
+    if not _blind(settings.strategy, choice.select):
+        pair.need()
+    items = prompts.read()
     keys = digests(
-        items, "generate", policy, pair, prm, reference, beta, prover, dtype, repr(chosen), repr(settings.sampling),
-        repr(settings.budget), value, select, answer, weight, weight_temperature, tree, *drawn_by,
+        items, "generate", policy.policy, pair.pair, pair.prm, pair.reference, pair.beta, prover.prover, place.dtype,
+        repr(settings.strategy), repr(settings.sampling), repr(settings.budget), search.value, choice.select,
+        choice.answer, choice.weight, choice.weight_temperature, shown.tree, *policy.names(),
     )  # fmt: skip
-    with RecordFile(out, keys, resume=resume) if out is not None else nullcontext() as file:
-        from .models import load_pair, load_policy, load_vllm_policy, quiet
+    out = records.out
+    with RecordFile(out, keys, resume=records.resume) if out is not None else nullcontext() as file:
+        from .models import load_pair, quiet
 
-        run = Run(items, keys, settings, file, as_json=as_json, with_tree=tree)
+        run = Run(items, keys, settings, file, as_json=shown.as_json, with_tree=shown.tree)
         try:
             quiet()
-            if engine == "vllm":
-                sampler = load_vllm_policy(policy, device=device, dtype=dtype, options=arguments)
-            else:
-                sampler = load_policy(policy, device=device, dtype=dtype)
-            scorer = second = None
-            if pair is not None or prm is not None:
-                scorer = load_pair(pair, prm, reference, beta=beta, device=device, dtype=dtype)
-            if prover is not None:
-                second = load_pair(prover, None, None, name="prover", device=device, dtype=dtype)
-            run.go(sampler, scorer, second, batch)
+            sampler = policy.load(policy.policy, place)
+            scorer = pair.load(place) if pair.named else None
+            second = prover.prover and load_pair(prover.prover, None, None, name="prover", **place.options())
+            run.go(sampler, scorer, second or None, records.batch)
         finally:
             report(file, len(run.done), len(items))
+
+
+def _settings(
+    pair: groups.Pair, search: Search, steps: Confidence, choice: Choice, draws: Draws, budget: groups.Limits
+) -> SearchSettings:
+    rule = options.make_steps(
+        steps.delimiter, steps.step_tokens, steps.step_regex, default=options.card_delimiter(pair.pair),
+        confidence=steps.step_confidence,
+    )  # fmt: skip
+    return SearchSettings.make(
+        strategy=search.make(),
+        steps=rule,
+        seed=draws.seed,
+        select=choice.select,  # type: ignore[arg-type]
+        answer=choice.answer,
+        budget=budget.make(),
+        value=search.value,
+        weight=choice.weight,  # type: ignore[arg-type]
+        weight_temperature=choice.weight_temperature,
+        **draws.fields(),
+    )
 
 
 class Run:
@@ -289,15 +309,6 @@ def _encode(items: Sequence[Item], models: Participants[Any]) -> list[tuple[Prom
         encoded.append((prompt, seen[ids]))
         seen[ids] += 1
     return encoded
-
-
-def _prompts(given: list[str] | None, file: str | None, chat: bool, system: str | None) -> list[Item]:
-    if bool(given) == (file is not None):
-        raise BadInput("prompts are needed: --prompt (once or more), or --prompts-file")
-    if file is not None:
-        return read_items(file, chat=chat, system=system)
-    wheres = [f"--prompt {number}" for number in range(1, len(given or ()) + 1)]
-    return [Item(where, prompt_of(text, where, chat, system)) for where, text in zip(wheres, given or (), strict=True)]
 
 
 def _blind(strategy: Strategy, select: str) -> bool:

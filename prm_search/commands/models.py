@@ -1,4 +1,4 @@
-"""Models by name: what `--policy`, `--pair`, `--prm` and `--reference` mean. Importing this imports torch."""
+"""Models by name: what `--policy`, `--pair`, `--prm` and `--reference` mean."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-
-from ..demo import pair_dir
-from ..policies.hf import HFPolicy
-from ..scorers.implicit.implicit_prm import ImplicitPRM
+from ..models.placement import DEMO, placement, shipped
 from . import BadInput
-from .records import reason
+from .render import console, waiting
 
-DEMO = "demo"  # the pair that ships; a folder of that name is ./demo
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+if TYPE_CHECKING:
+    from ..scorers.implicit.implicit_prm import ImplicitPRM
+
+GGUF_NOTE = (
+    "its weights are dequantised, which takes a minute or two. To do that once: AutoModelForCausalLM and AutoTokenizer"
+    ".from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(NEW), and name NEW"
+)
 
 
 def quiet() -> None:
@@ -45,29 +47,37 @@ def _show_warning(
         print(f"prm-search: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
 
 
-def load_policy(name: str, *, device: str = "auto", dtype: str = "auto") -> HFPolicy:
-    """The policy of that name, or the demo's. Raises BadInput, or see HFPolicy.from_pretrained."""
-    return HFPolicy.from_pretrained(pair_dir() / "policy" if name == DEMO else name, **_options(device, dtype))
-
-
-def load_vllm_policy(
-    name: str, *, device: str = "auto", dtype: str = "auto", options: Mapping[str, Any] | None = None
+def load_policy(
+    name: str,
+    engine: str = "hf",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The same under vLLM: a VLLMPolicy.
+    """The policy of that name, or the demo's: an HFPolicy or a VLLMPolicy.
 
     Args:
+        name: as `--policy` has it.
+        engine: "hf", this package's own, or "vllm".
+        device, dtype: of the model.
         options: further arguments of vllm.LLM.
 
     Raises:
-        BadInput: a device is named, which is not vLLM's way, or dtype is unknown.
-        ImportError, ValueError: see integrations.vllm.loading.load_policy.
+        BadInput: dtype is unknown, the device is not there, or a device is named for vLLM, which has its own way.
+        ImportError, OSError, ValueError: see HFPolicy.from_pretrained and integrations.vllm.load.load_policy.
     """
+    model = str(shipped() / "policy") if name == DEMO else name
+    if engine != "vllm":
+        from ..policies.hf import HFPolicy
+
+        with loading(model):
+            return HFPolicy.from_pretrained(model, **_placement(device, dtype))
     if device != "auto":
         raise BadInput(f"--device {device}: vLLM runs where it was built for; leave it out with --engine vllm")
     from ..integrations.vllm.load import load_policy as load
 
-    known = _options("cpu", dtype)
-    return load(str(pair_dir() / "policy") if name == DEMO else name, **{**known, **(options or {})})
+    return load(model, **{**_placement("cpu", dtype), **(options or {})})
 
 
 def load_pair(
@@ -89,21 +99,26 @@ def load_pair(
         device, dtype: of both models.
         name: of the pair.
     """
-    model = prm if pair is None else str(pair_dir()) if pair == DEMO else pair
+    model = prm if pair is None else str(shipped()) if pair == DEMO else pair
     if model is None:
         raise BadInput("a pair is needed: --pair, or --prm and --reference")
-    return ImplicitPRM.from_pretrained(model, reference, beta=beta, name=name, **_options(device, dtype))
+    from ..scorers.implicit.implicit_prm import ImplicitPRM
+
+    with loading(model):
+        return ImplicitPRM.from_pretrained(model, reference, beta=beta, name=name, **_placement(device, dtype))
 
 
-def _options(device: str, dtype: str) -> dict[str, Any]:
-    """For from_pretrained. A GPU is used where there is one; that needs the package accelerate."""
-    if dtype not in DTYPES:
-        raise BadInput(f"--dtype {dtype!r} is unknown; it is one of {', '.join(DTYPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Say on a terminal that a model is being loaded; of a GGUF file, which takes minutes, say it anywhere."""
+    if name.endswith(".gguf"):
+        print(f"prm-search: {name}: {GGUF_NOTE}", file=sys.stderr)
+    with waiting(console(stderr=True), f"loading {name}"):
+        yield
+
+
+def _placement(device: str, dtype: str) -> dict[str, Any]:
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {device}: {reason(error)}") from error
-    return {"dtype": dtype} | ({} if place.type == "cpu" else {"device_map": {"": place}})
+        return placement(device, dtype)
+    except ValueError as error:
+        raise BadInput(f"--{error}") from error

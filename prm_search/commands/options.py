@@ -3,90 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..demo import pair_dir
 from ..driver.budget import Budget
+from ..files import parse_json
+from ..models.placement import DEMO, shipped
 from ..steps import StepRule
 from ..strategies import STRATEGIES, Strategy, resolve_strategy
 from . import BadInput
 
-MODELS, DATA, LABELS, STEPS, OUTPUT = "Models", "Data", "Labels", "Steps", "Output"  # panels of --help
+# Panels of --help. Rare options stand in the last one.
+MODELS, PROMPTS, DATA, LABELS, STEPS, OUTPUT = "Models", "Prompts", "Data", "Labels", "Steps", "Output"
+SEARCH, CHOICE, SAMPLING, ADVANCED = "Search", "Choice of the answer", "Sampling", "Advanced"
 
-Pair = Annotated[
-    str | None,
-    typer.Option(help="Folder or hub id with a pair card (pair.json), or 'demo'.", rich_help_panel=MODELS),
-]
-Prm = Annotated[
-    str | None,
-    typer.Option("--prm", help="The reward LM: hub id, folder, PEFT adapter or .gguf file.", rich_help_panel=MODELS),
-]
-Reference = Annotated[
-    str | None,
-    typer.Option(help="With --prm: the model that it was initialised from.", rich_help_panel=MODELS),
-]
-Beta = Annotated[
-    float | None, typer.Option(help="Scale of the rewards; None: the pair card's, else 0.05.", rich_help_panel=MODELS)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...", rich_help_panel=MODELS)]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=MODELS)]
-Engine = Annotated[
-    str,
-    typer.Option(help="What runs the policy: hf, this package's own, or vllm.", rich_help_panel=MODELS),
-]
-EngineOptions = Annotated[
-    str | None,
-    typer.Option(
-        help="With --engine vllm: arguments of vllm.LLM, as a JSON object.", metavar="JSON", rich_help_panel=MODELS
-    ),
-]
-Config = Annotated[str | None, typer.Option(help="Of the data set.", rich_help_panel=DATA)]
-Split = Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=DATA)]
-Template = Annotated[
-    str | None,
-    typer.Option(help=r"Text around the question, which stands for {}; \n is read as such.", rich_help_panel=DATA),
-]
-Chat = Annotated[bool, typer.Option("--chat", help="Prompts are user messages to a chat model.", rich_help_panel=DATA)]
-System = Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=DATA)]
-Label = Annotated[
-    str,
-    typer.Option(help="math (math-verify), exact, or module:function of response and answer.", rich_help_panel=LABELS),
-]
-Answer = Annotated[
-    str | None,
-    typer.Option(
-        help="The answer in a response, which is judged: boxed, ####, number or module:function. Default: what there "
-        "is, in the order ####, boxed, number.",
-        rich_help_panel=LABELS,
-    ),
-]
-Delimiter = Annotated[
-    list[str] | None,
-    typer.Option(
-        help=r"Ends a step; may be repeated; \n and \t are read as such. Default: the pair card's, else \n\n.",
-        rich_help_panel=STEPS,
-    ),
-]
-StepTokens = Annotated[
-    int | None, typer.Option(help="Tokens of a step at most; 0: no limit.", rich_help_panel=STEPS, show_default="256")
-]
-StepRegex = Annotated[
-    str | None, typer.Option(help="A pattern that ends a step, instead of a delimiter.", rich_help_panel=STEPS)
-]
-Out = Annotated[
-    str | None,
-    typer.Option(help="Write JSON Lines here, each record as soon as it is finished.", rich_help_panel=OUTPUT),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the file of --out, if it exists.", rich_help_panel=OUTPUT)
-]
-Json = Annotated[bool, typer.Option("--json", help="JSON Lines on standard output.", rich_help_panel=OUTPUT)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
+POLICY_HELP = "The model that samples: hub id, folder, PEFT adapter, .gguf file, or 'demo'."
+PAIR_HELP = "Folder or hub id with a pair card (pair.json), or 'demo'."
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def check_models(pair: str | None, prm: str | None, reference: str | None, *, needed: bool) -> None:
@@ -139,9 +75,9 @@ def engine_options(engine: str, given: str | None) -> dict[str, Any]:
     if engine != "vllm":
         raise BadInput("--engine-options needs --engine vllm")
     try:
-        found = json.loads(given)
+        found = parse_json(given, "--engine-options")
     except ValueError as error:
-        raise BadInput(f"--engine-options {given!r} is no JSON: {error}") from error
+        raise BadInput(f"--engine-options {given!r:.80} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise BadInput(f'--engine-options {given!r}: a JSON object is needed, as {{"gpu_memory_utilization": 0.5}}')
     return found
@@ -150,11 +86,16 @@ def engine_options(engine: str, given: str | None) -> dict[str, Any]:
 def make_strategy(name: str, given: Mapping[str, Any]) -> Strategy:
     """The named strategy, configured by those options that were given (not None).
 
+    Args:
+        name: with "-" or "_"; or a JSON object with "name" and any fields of the strategy, as in a file of --config.
+        given: option -> value.
+
     Raises:
-        BadInput: an option that this strategy does not have.
+        BadInput: an option that this strategy does not have, or one that stands in both.
         ValueError: no strategy of that name, or a number is out of range.
     """
-    key = name.replace("-", "_")
+    fields = parse_json(name, "--strategy") if name.lstrip().startswith("{") else {"name": name}
+    key = str(fields.pop("name", None)).replace("-", "_")
     resolve_strategy(key)
     own = [each.name for each in dataclasses.fields(STRATEGIES[key])]  # type: ignore[arg-type]
     chosen = {option: value for option, value in given.items() if value is not None}
@@ -162,7 +103,10 @@ def make_strategy(name: str, given: Mapping[str, Any]) -> Strategy:
         if option not in own:
             takes = ", ".join(_flag(each) for each in own if each in given)
             raise BadInput(f"{_flag(option)} is not an option of --strategy {key}; it takes {takes}")
-    return STRATEGIES[key](**chosen)
+    for field in fields:
+        if field not in own or field in chosen:
+            raise BadInput(f"--strategy: {field} is {'given twice' if field in chosen else f'no field of {key}'}")
+    return STRATEGIES[key](**chosen, **fields)
 
 
 def make_steps(
@@ -201,11 +145,11 @@ def card_delimiter(pair: str | None) -> str | None:
     """The delimiter that the card of a pair on this machine names; None without one. Raises BadInput for a bad card."""
     if pair is None:
         return None
-    path = (pair_dir() if pair == "demo" else Path(pair)) / "pair.json"
+    path = (shipped() if pair == DEMO else Path(pair)) / "pair.json"
     if not path.is_file():
         return None
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = parse_json(path.read_bytes(), str(path))
     except (OSError, ValueError) as error:
         raise BadInput(f"--pair {pair}: its card {path} cannot be read: {error}") from error
     found = card.get("delimiter") if isinstance(card, dict) else None

@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..problems import Problem, stated_answer
+from ..answers import ANSWERS as EXTRACTORS
+from ..problems import LABELS, Judge, Problem, stated_answer
 from . import BadInput
 from .records import Item, json_lines, prompt_of, reason
 
@@ -105,6 +106,20 @@ def _rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, Mapp
         raise BadInput(f"the data set {name} cannot be loaded: {reason(error)}") from error
     for place, row in enumerate(rows):
         yield f"{name} [{split}], row {place}", row
+
+
+def make_judge(label: str, answer: str | None) -> Judge:
+    """A Judge of options. Raises BadInput naming the option where one makes no sense."""
+    if label not in LABELS and ":" not in label:
+        raise BadInput(f"--label {label!r} is unknown; it is one of {', '.join(LABELS)}, or module:function")
+    if answer is not None and answer not in EXTRACTORS and ":" not in answer:
+        raise BadInput(f"--answer {answer!r} is unknown; it is one of {', '.join(EXTRACTORS)}, or module:function")
+    if answer is not None and label not in LABELS:
+        raise BadInput("--answer is not asked where --label is a function")
+    return Judge(
+        function_of("--label", label) if ":" in label else label,
+        function_of("--answer", answer) if answer is not None and ":" in answer else answer,
+    )
 
 
 def function_of(option: str, given: str) -> Callable[..., Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +13,10 @@ import typer
 from rich.text import Text
 
 from ..steps import StepRule
-from . import BadInput, options, render
-from .options import make_steps
+from . import BadInput, groups, options, render
+from .config import Common
+from .grouped import grouped
+from .options import DATA, OUTPUT
 from .records import Item, RecordFile, digests, dumps, read_items, reason, report, rounded, writable
 
 if TYPE_CHECKING:
@@ -22,72 +25,89 @@ if TYPE_CHECKING:
 _PLACE = re.compile(r"^(prompts|responses)\[0\]:? ")
 
 
-def score(
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """What is scored."""
+
     data: Annotated[
-        str, typer.Option(help='JSON Lines with "prompt" (or "messages") and "response"; - is standard input.')
-    ],
-    pair: options.Pair = None,
-    prm: options.Prm = None,
-    reference: options.Reference = None,
-    beta: options.Beta = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    chat: Annotated[bool, typer.Option("--chat", help="Prompts are user messages to a chat model.")] = False,
+        str,
+        typer.Option(
+            help='JSON Lines with "prompt" (or "messages") and "response"; - is standard input.', rich_help_panel=DATA
+        ),
+    ]
+    chat: Annotated[bool, groups.CHAT] = False
     cut: Annotated[
-        bool, typer.Option("--cut", help="Responses were cut: no end of sequence is scored after their text.")
-    ] = False,
-    delimiter: options.Delimiter = None,
-    step_tokens: options.StepTokens = None,
-    step_regex: options.StepRegex = None,
-    batch: Annotated[
-        int, typer.Option(help="Responses scored together; changes no reward.", rich_help_panel=options.OUTPUT)
-    ] = 16,
+        bool,
+        typer.Option(
+            "--cut", help="Responses were cut: no end of sequence is scored after their text.", rich_help_panel=DATA
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(groups.MaybeOutFile):
+    """Where scores go."""
+
     html: Annotated[
         str | None,
-        typer.Option(help="A page that shows every response, coloured by reward.", rich_help_panel=options.OUTPUT),
-    ] = None,
-    as_json: options.Json = False,
-    out: options.Out = None,
-    resume: options.Resume = False,
-    debug: options.Debug = False,
+        typer.Option(help="A page that shows every response, coloured by reward.", rich_help_panel=OUTPUT),
+    ] = None
+    as_json: Annotated[bool, groups.JSON] = False
+    batch: Annotated[int, groups.BATCH] = 16
+
+
+@grouped
+def score(
+    responses: Responses,
+    pair: groups.Pair,
+    place: groups.Place,
+    steps: groups.Steps,
+    output: Output,
+    common: Common,
 ) -> None:
     """Score complete responses."""
-    options.at_least("--batch", batch)
-    options.check_models(pair, prm, reference, needed=True)
-    if resume and out is None:
-        raise BadInput("--resume needs --out, the file to go on with")
-    steps = make_steps(delimiter, step_tokens, step_regex, default=options.card_delimiter(pair))
-    items = read_items(data, chat=chat, responses=True)
-    if html is not None:
-        writable("--html", html)
-    keys = digests(items, "score", pair, prm, reference, beta, dtype, repr(steps), cut)
-    with RecordFile(out, keys, resume=resume) if out is not None else nullcontext() as file:
-        from .models import load_pair, quiet
+    pair.need()
+    rule = steps.rule(options.card_delimiter(pair.pair))
+    items = read_items(responses.data, chat=responses.chat, responses=True)
+    if output.html is not None:
+        writable("--html", output.html)
+    keys = digests(
+        items, "score", pair.pair, pair.prm, pair.reference, pair.beta, place.dtype, repr(rule), responses.cut
+    )
+    out = output.out
+    with RecordFile(out, keys, resume=output.resume) if out is not None else nullcontext() as file:
+        from .models import quiet
 
         records = {} if file is None else dict(file.done)
         try:
             quiet()
-            scorer = load_pair(pair, prm, reference, beta=beta, device=device, dtype=dtype)
+            scorer = pair.load(place)
             waiting = [place for place in range(len(items)) if place not in records]
             bar, tick = render.progress("responses", len(waiting), beside_output=True)
             with bar:
-                for first in range(0, len(waiting), batch):
-                    places = waiting[first : first + batch]
-                    for place, scores in zip(places, score_items(scorer, items, places, steps, cut), strict=True):
-                        record = record_of(items[place], scores, index=place, key=keys[place])
-                        if file is not None:
-                            file.write(record)
-                        records[place] = record
-                        show(items[place], record, as_json)
-                        tick()
+                for index, scores in score_all(scorer, items, waiting, rule, responses.cut, output.batch):
+                    records[index] = record_of(items[index], scores, index=index, key=keys[index])
+                    if file is not None:
+                        file.write(records[index])
+                    show(items[index], records[index], output.as_json)
+                    tick()
         finally:
             report(file, len(records), len(items))
-    if html is not None:
+    if output.html is not None:
         from .html import page
 
         shown = [(items[place], records[place]) for place in sorted(records)]
-        title = pair or f"{prm} against {reference or 'its base'}"
-        Path(html).write_text(page(f"Rewards by {title}", f"beta {scorer.beta:g}", shown), encoding="utf-8")
+        source = page(f"Rewards by {pair.title}", f"beta {scorer.beta:g}", shown)
+        Path(output.html).write_text(source, encoding="utf-8")
+
+
+def score_all(
+    pair: Any, items: Sequence[Item], places: Sequence[int], steps: StepRule, cut: bool, batch: int
+) -> Iterator[tuple[int, Scores]]:
+    """The places of items and their scores, `batch` at a time. Raises BadInput as score_items does."""
+    for first in range(0, len(places), batch):
+        some = places[first : first + batch]
+        yield from zip(some, score_items(pair, items, some, steps, cut), strict=True)
 
 
 def score_items(

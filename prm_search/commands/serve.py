@@ -3,45 +3,43 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..demo import pair_dir
-from . import BadInput, options
-from .options import make_steps
+from ..models.placement import DEMO, shipped
+from . import BadInput, groups, options
+from .config import Common
+from .grouped import grouped
+from .options import ADVANCED, MODELS, POLICY_HELP
+
+if TYPE_CHECKING:
+    from ..serving.config import ServeConfig
+    from ..serving.request import Limits
 
 _SERVER, _LIMITS = "Server", "Limits"
 _KEY = "PRM_SEARCH_API_KEY"  # environment variable
 
 
-def serve(
-    context: typer.Context,
-    policy: Annotated[
-        str,
-        typer.Option(
-            help="The model that samples: hub id, folder, PEFT adapter, .gguf file, or 'demo'.",
-            rich_help_panel=options.MODELS,
-        ),
-    ],
-    pair: options.Pair = None,
-    prm: options.Prm = None,
-    reference: options.Reference = None,
-    beta: options.Beta = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """The policy, and where it is served. Raises BadInput for an unknown engine or a port that is none."""
+
+    policy: Annotated[str, typer.Option(help=POLICY_HELP, rich_help_panel=MODELS)]
     engine: Annotated[
         str,
         typer.Option(
             help="hf: this package's own. vllm: vLLM's server, with prm_guidance; words after -- are its own options.",
             rich_help_panel=_SERVER,
         ),
-    ] = "hf",
-    host: Annotated[str, typer.Option(help="Address to listen at.", rich_help_panel=_SERVER)] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any that is free.", rich_help_panel=_SERVER)] = 8000,
+    ] = "hf"
+    host: Annotated[str, typer.Option(help="Address to listen at.", rich_help_panel=_SERVER)] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="0: any that is free.", rich_help_panel=_SERVER)] = 8000
     served_model_name: Annotated[
         str | None, typer.Option(help="What requests call the policy. Default: --policy.", rich_help_panel=_SERVER)
-    ] = None,
+    ] = None
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -50,93 +48,122 @@ def serve(
             show_envvar=True,
             rich_help_panel=_SERVER,
         ),
-    ] = None,
-    delimiter: options.Delimiter = None,
-    step_tokens: options.StepTokens = None,
-    step_regex: options.StepRegex = None,
+    ] = None
+
+    def __post_init__(self) -> None:
+        options.one_of("--engine", self.engine, ("hf", "vllm"))
+        if not 0 <= self.port < 1 << 16:
+            raise BadInput(f"--port {self.port}: a number from 0 to 65535 is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a request may ask for. Raises BadInput for a number out of range."""
+
     max_searches: Annotated[
         int, typer.Option(help="Prompts searched at a time; beyond: 429.", rich_help_panel=_LIMITS)
-    ] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Of one response.", rich_help_panel=_LIMITS)] = 4096,
-    max_children: Annotated[int, typer.Option(help="Of a prompt, drawn at once.", rich_help_panel=_LIMITS)] = 256,
-    max_sampled: Annotated[int, typer.Option(help="Tokens sampled for a prompt, in all.", rich_help_panel=_LIMITS)] = 1
-    << 20,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request.", rich_help_panel=_LIMITS)] = 1 << 20,
+    ] = 64
+    max_tokens: Annotated[int, typer.Option(help="Of one response.", rich_help_panel=_LIMITS)] = 4096
+    max_children: Annotated[int, typer.Option(help="Of a prompt, drawn at once.", rich_help_panel=ADVANCED)] = 256
+    max_sampled: Annotated[int, typer.Option(help="Tokens sampled for a prompt, in all.", rich_help_panel=ADVANCED)] = (
+        1 << 20
+    )
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.", rich_help_panel=ADVANCED)] = 1 << 20
     timeout: Annotated[
         float,
         typer.Option(help="Seconds; then the best that was found is the answer.", rich_help_panel=_LIMITS),
-    ] = 600.0,
+    ] = 600.0
     allow_regex: Annotated[
         bool,
         typer.Option(
             "--allow-regex",
             help="Requests may give prm_guidance.steps.regex. A bad pattern stops the server: for friends only.",
-            rich_help_panel=_LIMITS,
+            rich_help_panel=ADVANCED,
         ),
-    ] = False,
-    debug: options.Debug = False,
+    ] = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_searches", "max_tokens", "max_children", "max_sampled", "max_body"):
+            options.at_least("--" + name.replace("_", "-"), getattr(self, name))
+        if not self.timeout > 0:
+            raise BadInput(f"--timeout {self.timeout}: more than 0 is needed")
+
+    def make(self) -> Limits:
+        """A serving.Limits."""
+        from ..serving.request import Limits
+
+        return Limits(
+            searches=self.max_searches,
+            body_bytes=self.max_body,
+            max_tokens=self.max_tokens,
+            children=self.max_children,
+            sampled_tokens=self.max_sampled,
+            seconds=self.timeout,
+            patterns=self.allow_regex,
+        )
+
+
+@grouped
+def serve(
+    context: typer.Context,
+    server: Server,
+    pair: groups.Pair,
+    place: groups.Place,
+    steps: groups.Steps,
+    bounds: Bounds,
+    common: Common,
 ) -> None:
     """Serve reward-guided search over HTTP, as OpenAI's API with a field prm_guidance."""
-    options.one_of("--engine", engine, ("hf", "vllm"))
-    options.check_models(pair, prm, reference, needed=True)
-    for option, given in (
-        ("--max-searches", max_searches), ("--max-tokens", max_tokens), ("--max-children", max_children),
-        ("--max-sampled", max_sampled), ("--max-body", max_body),
-    ):  # fmt: skip
-        options.at_least(option, given)
-    if not timeout > 0:
-        raise BadInput(f"--timeout {timeout}: more than 0 is needed")
-    if not 0 <= port < 1 << 16:
-        raise BadInput(f"--port {port}: a number from 0 to 65535 is needed")
-    if context.args and engine != "vllm":
+    pair.need()
+    if context.args and server.engine != "vllm":
         raise BadInput(f"{' '.join(context.args)}: words after -- are for --engine vllm")
-    steps = make_steps(delimiter, step_tokens, step_regex, default=options.card_delimiter(pair))
+    rule = steps.rule(options.card_delimiter(pair.pair))
     try:
         from ..serving.config import ServeConfig
         from ..serving.keys import check_key
-        from ..serving.request import Limits
-        from ..serving.run import claim, listen, run
+        from ..serving.run import listen, run
     except ImportError as error:
         raise BadInput(f"serving needs more packages ({error.name}): pip install 'prm-search[serve]'") from error
 
-    limits = Limits(
-        searches=max_searches,
-        body_bytes=max_body,
-        max_tokens=max_tokens,
-        children=max_children,
-        sampled_tokens=max_sampled,
-        seconds=timeout,
-        patterns=allow_regex,
-    )
-    config = ServeConfig(pair, prm, reference, beta, device, dtype, steps, limits)
-    name = served_model_name or policy
-    if api_key is not None or _KEY in os.environ:  # a variable that is set to nothing is no option for typer
-        check_key(f"--api-key or ${_KEY}", api_key or "")
-    if engine == "vllm":
-        from ..serving.vllm_command import vllm_command
-
-        claimed = claim(host, port)  # noqa: F841  # held by the program that replaces this one
-        model = str(pair_dir() / "policy") if policy == "demo" else policy
-        words, environment = vllm_command(
-            model, config, host=host, port=port, name=name, api_key=api_key, extra=context.args
-        )
-        os.execve(words[0], words, environment)
-    sock = listen(host, port)
-    from ..serving.app import make_app
-    from ..serving.backend import ThreadEngine
-    from .models import load_pair, load_policy, quiet
-
-    quiet()
+    config = ServeConfig(pair.pair, pair.prm, pair.reference, pair.beta, place.device, place.dtype, rule, bounds.make())
+    if server.api_key is not None or _KEY in os.environ:  # a variable that is set to nothing is no option for typer
+        check_key(f"--api-key or ${_KEY}", server.api_key or "")
+    if server.engine == "vllm":
+        _become_vllm(server, config, context.args)
+    sock = listen(server.host, server.port)
     try:
-        sampler = load_policy(policy, device=device, dtype=dtype)
-        scorer = load_pair(pair, prm, reference, beta=beta, device=device, dtype=dtype)
-        app = make_app(
-            lambda: ThreadEngine.of_hf(sampler, scorer),
-            [name],
-            limits=limits,
-            steps=steps,
-            api_keys=[api_key] if api_key else [],
-        )
-        run(app, sock)
+        run(_app(server, pair, place, config), sock)
     finally:
         sock.close()
+
+
+def _become_vllm(server: Server, config: ServeConfig, extra: Sequence[str]) -> None:
+    """Replace this process by vLLM's server."""
+    from ..serving.run import claim
+    from ..serving.vllm_command import vllm_command
+
+    claimed = claim(server.host, server.port)  # noqa: F841  # held by the program that replaces this one
+    model = str(shipped() / "policy") if server.policy == DEMO else server.policy
+    words, environment = vllm_command(
+        model, config, host=server.host, port=server.port, name=server.served_model_name or server.policy,
+        api_key=server.api_key, extra=extra,
+    )  # fmt: skip
+    os.execve(words[0], words, environment)
+
+
+def _app(server: Server, pair: groups.Pair, place: groups.Place, config: ServeConfig) -> Any:
+    """The application, with its models loaded."""
+    from ..serving.app import make_app
+    from ..serving.backend import ThreadEngine
+    from .models import load_policy, quiet
+
+    quiet()
+    sampler = load_policy(server.policy, **place.options())
+    scorer = pair.load(place)
+    return make_app(
+        lambda: ThreadEngine.of_hf(sampler, scorer),
+        [server.served_model_name or server.policy],
+        limits=config.limits,
+        steps=config.steps,
+        api_keys=[server.api_key] if server.api_key else [],
+    )
