@@ -14,7 +14,7 @@ import typer
 
 from ..answers import SELECTS
 from ..driver.search_settings import SearchSettings
-from ..strategies import BestOfN, Steer, Strategy
+from ..strategies import STRATEGIES, BestOfN, Steer, Strategy
 from ..tree import Node, Prompt, SearchTree
 from . import BadInput, groups, options, render
 from .config import Common
@@ -57,7 +57,7 @@ class Search:
     """The strategy and its own options."""
 
     strategy: Annotated[
-        str, typer.Option(help="best_of_n, beam, lookahead, dvts or steer.", rich_help_panel=SEARCH)
+        str, typer.Option(help=f"{', '.join(STRATEGIES)}; or a JSON object: name and fields.", rich_help_panel=SEARCH)
     ] = "beam"
     n: Annotated[int | None, typer.Option("--n", help="best_of_n, steer: answers.", rich_help_panel=SEARCH)] = None
     width: Annotated[int | None, typer.Option(help="Slots of a beam.", rich_help_panel=SEARCH)] = None
