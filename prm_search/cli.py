@@ -104,7 +104,9 @@ def _one_line(error: Exception) -> str | None:
 def _from_file(error: Any) -> str:
     """The file of --config, where the option that a message is of stands there and not on the command line."""
     context, name = getattr(error, "ctx", None), getattr(getattr(error, "param", None), "name", None)
-    source = None if context is None or name is None else context.get_parameter_source(name)
+    if context is None or name is None:
+        return ""
+    source = context.get_parameter_source(name)
     return f"{context.params.get('config')}: " if getattr(source, "name", None) == "DEFAULT_MAP" else ""
 
 

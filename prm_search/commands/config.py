@@ -90,7 +90,7 @@ def defaults(path: str, content: Any, options: Mapping[str, Any]) -> Iterator[tu
 
 def _names(options: Mapping[str, Any]) -> dict[str, str]:
     """What a key may be called, and the parameter that it stands for."""
-    known = {}
+    known: dict[str, str] = {}
     for name, option in options.items():
         if name not in UNREAD and getattr(option, "param_type_name", "option") == "option":
             known |= {_key(flag): name for flag in option.opts} | {name: name}

@@ -31,7 +31,7 @@ class Place:
     ] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=ADVANCED)] = "auto"
 
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         """As the functions of commands.models take them."""
         return {"device": self.device, "dtype": self.dtype}
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..models.placement import DEMO, placement, shipped
+from ..models.placement import DEMO as DEMO, placement, shipped
 from . import BadInput
 from .render import console, waiting
 
