@@ -83,9 +83,11 @@ def test_names_of_the_librarys_configs(called, folder):
     write("d.yaml", {"policy": "demo", "steps": [";"]})
     assert called("generate", "--config", "d.yaml")["delimiter"] == [";"]
     plan = {"strategies": ["beam", "majority"], "budgets": [1, 4], "seeds": [0, 1], "shapes": {4: [1, 4], 16: [2, 8]}}
+    plan |= {"capped": False}
     found = called("eval", "--out", "o", "--config", write("e.yaml", plan))
     assert (found["strategies"], found["budgets"], found["seeds"]) == ("beam,majority", "1,4", "0,1")
     assert found["shape"] == ["4=1x4", "16=2x8"]
+    assert found["uncapped"] is True
     limits = {"searches": 3, "seconds": 1.5, "patterns": True, "max_tokens": 5}
     write("s.json", {"policy": "demo", "pair": "demo", "limits": limits, "steps": {"max_tokens": 8}})
     found = called("serve", "--config", "s.json")

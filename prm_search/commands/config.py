@@ -30,6 +30,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 ALIASES = {"shapes": "shape"}  # of evaluation.Plan
+NEGATED = {"capped": "uncapped"}  # fields whose option says the opposite
 OBJECTS = ("strategy", "engine_options", "arguments")  # options that take a JSON object as their text
 UNREAD = ("config", "debug", "help")
 
@@ -110,6 +111,8 @@ def _flat(path: str, content: Mapping[Any, Any], known: Mapping[str, str]) -> It
                 yield f"{key}.{inner}", name, 0 if unlimited else part
         elif _key(key) == "steps" and "delimiter" in known.values() and isinstance(value, str | list):
             yield str(key), "delimiter", value  # as requests to a server have it
+        elif NEGATED.get(_key(key)) in known and isinstance(value, bool):
+            yield str(key), NEGATED[_key(key)], not value
         elif _key(key) in known:
             yield str(key), known[_key(key)], value
         else:
