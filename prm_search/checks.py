@@ -58,3 +58,15 @@ class HoldsModels:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
+
+
+def require(name: str, given: object, protocol: type) -> None:
+    """Raises TypeError naming the argument and what it lacks of a runtime-checkable protocol."""
+    wanted = [member for member in sorted(protocol_members(protocol)) if not hasattr(given, member)]
+    if wanted:
+        raise TypeError(f"{name} must be a {protocol.__name__}, but {type(given).__name__} has no {', '.join(wanted)}")
+
+
+def protocol_members(protocol: type) -> set[str]:
+    """Names of what a protocol asks for."""
+    return {name for name in vars(protocol) if not name.startswith("_")}

@@ -7,9 +7,8 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
 
 from .answers import Answer, Select
-from .checks import HoldsModels
+from .checks import HoldsModels, require
 from .driver.budget import Budget
-from .driver.participants import require
 from .driver.search_settings import SearchSettings
 from .protocols import Scorer
 from .steps import StepRule

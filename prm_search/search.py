@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from .answers import Answer, Select
+from .checks import require
 from .driver.async_loop import AsyncSearchLoop
 from .driver.budget import Budget
 from .driver.loop import SearchLoop
-from .driver.participants import Participants, require
+from .driver.participants import Participants
 from .driver.result import Event, Result
 from .driver.search_settings import SearchSettings
 from .protocols import AsyncPolicy, Policy, Scorer

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from prm_search.checks import HoldsModels, strength
 from prm_search.integrations.vllm.drawing import Drawing, EngineRow
@@ -21,7 +21,8 @@ from prm_search.integrations.vllm.engines import (
     stop_ids as eos_of,
 )
 from prm_search.policies.hf import encode_prompt
-from prm_search.protocols import Request, Sampling
+from prm_search.policy import AsyncPolicyBase, PolicyBase
+from prm_search.sampling import Request
 from prm_search.tokens import TokenText
 from prm_search.tree import Node, Prompt, SearchTree
 
@@ -94,7 +95,7 @@ class _Base(HoldsModels):
         )
 
 
-class VLLMPolicy(_Base):
+class VLLMPolicy(_Base, PolicyBase):
     """Samples steps from vLLM's offline `LLM`.
 
     Every child is a request of its own, with its own cap and seed; vLLM's prefix cache shares the prompt and path
@@ -185,37 +186,20 @@ class VLLMPolicy(_Base):
             self._pump.abort(names)
             return drawing.interrupt()
 
-    def expand(
-        self, nodes: Sequence[Node], n: int, *, sampling: Sampling, until: Literal["step", "end"] = "step"
-    ) -> list[list[Node]]:
-        """Draw n children of each lineage of each node; see Policy.expand."""
-        for node in nodes:
-            if node.tree.prompt.token_ids is None:
-                node.tree.prompt = node.tree.prompt.with_ids(self.encode(node.tree.prompt))
-        requests = [Request.draw(node, n, sampling, until=until) for node in nodes]
-        own = self.session()
-        answers: dict[Request, list[Node]] = {}
-        try:
-            own.submit(requests)
-            while len(answers) < len(requests):
-                answers.update(own.advance())
-        except BaseException:
-            own._drop(list(own._jobs))
-            raise
-        return [answers[request] for request in requests]
-
     def release(self, tree: SearchTree) -> None:
         """Drop a tree's requests. Its KV stays in the engine's prefix cache until that needs the room."""
-        self._drop([request for request in self._jobs if request.node.tree is tree])
+        self.drop([request for request in self._jobs if request.node.tree is tree])
         self._ledger.forget(tree)
 
-    def _drop(self, requests: Sequence[Request]) -> None:
+    def drop(self, requests: Sequence[Request]) -> None:
+        """Forget unanswered requests; see PolicyBase.drop."""
         with self._pump.lock:
             for request in requests:
-                self._pump.abort(self._jobs.pop(request)[1])
+                if request in self._jobs:
+                    self._pump.abort(self._jobs.pop(request)[1])
 
 
-class AsyncVLLMPolicy(_Base):
+class AsyncVLLMPolicy(_Base, AsyncPolicyBase):
     """Samples steps from vLLM's `AsyncLLM`, also a server's: for `asearch` and AsyncSearchLoop.
 
     Args:
@@ -289,13 +273,14 @@ class AsyncVLLMPolicy(_Base):
                 if row.done and not output.finished:
                     break
 
-    def interrupt(self, request: Request) -> None:
-        """Make a running request end now with what its children have drawn; see AsyncPolicy."""
+    def interrupt(self, request: Request) -> bool:
+        """Make a running request end now with what its children have drawn; see AsyncPolicyBase.interrupt."""
         tasks = self._running.get(request, ())
         if tasks:
             self._interrupted.add(request)
         for task in tasks:
             task.cancel()
+        return True
 
     def release(self, tree: SearchTree) -> None:
         """Forget a tree. Its KV stays in the engine's prefix cache until that needs the room."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
-from ..protocols import AsyncPolicy, Request, Scorer
+from ..protocols import AsyncPolicy, AsyncPolicyBase, Request, Scorer
 from ..tree import Node, Prompt
 from .driver import Driver
 from .participants import Participants
@@ -47,13 +47,15 @@ class AsyncSearchLoop:
         on_event: Callable[[Event], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.models: Participants[AsyncPolicy] = Participants(policy, scorer, prover, on_event, protocol=AsyncPolicy)
+        own = AsyncPolicyBase.of(policy)
+        self.models: Participants[AsyncPolicyBase] = Participants(policy, own, scorer, prover, on_event)
         self.clock = clock
         self.quiet = asyncio.Lock()  # held while nodes are scored or a tree is released
         self._waiting: list[tuple[list[Node], asyncio.Future[None]]] = []
         self._scoring: asyncio.Task[None] | None = None
         self._under_way = 0
         self._since = 0.0
+        self._calls: int | None = None  # the policy's count of forwards when it was last idle
 
     def beside(self, policy: AsyncPolicy) -> AsyncSearchLoop:
         """A loop over another policy and the same scorers: the two take turns at them, and their costs are one sum."""
@@ -71,7 +73,7 @@ class AsyncSearchLoop:
         """Have the policy answer a request, and count it."""
         models, policy = self.models, self.models.policy
         if not self._under_way:
-            self._since, self._calls = time.perf_counter(), getattr(policy, "forward_calls", None)
+            self._since, self._calls = time.perf_counter(), policy.forward_calls
         self._under_way += 1
         try:
             return await policy.run(request)
@@ -82,7 +84,7 @@ class AsyncSearchLoop:
             if not self._under_way:
                 models.seconds["policy"] += time.perf_counter() - self._since
                 if self._calls is not None:
-                    models.forward_calls["policy"] += getattr(policy, "forward_calls", 0) - self._calls
+                    models.forward_calls["policy"] += (policy.forward_calls or 0) - self._calls
 
     async def score(self, nodes: list[Node]) -> None:
         """Score nodes, in one batch with what other searches bring until the scorer is free."""
@@ -208,14 +210,11 @@ class AsyncSearch:
         return answered
 
     async def _interrupt(self, tasks: Sequence[asyncio.Task[list[Node]]]) -> None:
-        interrupt = getattr(self._loop.models.policy, "interrupt", None)
         for task in tasks:
-            if interrupt is None:
-                task.cancel()
-            elif not task.done():
-                asked = interrupt(self._running[task])
-                if inspect.isawaitable(asked):
-                    await asked
+            if not task.done():
+                asked = self._loop.models.policy.interrupt(self._running[task])
+                if not (await asked if inspect.isawaitable(asked) else asked):
+                    task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 

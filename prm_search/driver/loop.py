@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
 
-from ..protocols import Policy, Request, Scorer
+from ..protocols import Policy, PolicyBase, Request, Scorer
 from ..tree import Node, Prompt, SearchTree
 from .driver import Driver
 from .participants import Participants, new_nodes
@@ -39,7 +39,8 @@ class SearchLoop:
         on_event: Callable[[Event], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.models: Participants[Policy] = Participants(policy, scorer, prover, on_event, protocol=Policy)
+        own = PolicyBase.of(policy).session()
+        self.models: Participants[PolicyBase] = Participants(policy, own, scorer, prover, on_event)
         self._driver = Driver(clock=clock)
         self._settings: dict[SearchTree, SearchSettings] = {}
         self._submitted: set[Request] = set()

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Generic, Literal, TypeVar
 
 from ..answers import Selection
-from ..protocols import AsyncPolicy, Policy, Request, Scorer
+from ..checks import require
+from ..protocols import AsyncPolicyBase, PolicyBase, Request, Scorer
 from ..strategies import Steer
 from ..tree import Node, Prompt, SearchTree
 from ..usage import Usage
@@ -19,7 +20,7 @@ from .records import Outcome, nodes_of
 from .result import Event, Result
 from .search_settings import SearchSettings
 
-P = TypeVar("P", Policy, AsyncPolicy)
+P = TypeVar("P", PolicyBase, AsyncPolicyBase)
 Phase = Literal["policy", "scorer"]
 
 
@@ -27,7 +28,8 @@ class Participants(Generic[P]):
     """A policy and up to two scorers.
 
     Args:
-        policy: samples steps.
+        given: the policy as it was given: scorers meet it so.
+        policy: what samples steps for this loop: a session of it.
         scorer: rewards them; None for no rewards (all values 0).
         prover: a second scorer, whose rewards a value may read (values.Advantage).
         on_event: called with every Event.
@@ -39,14 +41,12 @@ class Participants(Generic[P]):
 
     def __init__(
         self,
+        given: object,
         policy: P,
         scorer: Scorer | None,
         prover: Scorer | None,
         on_event: Callable[[Event], object] | None,
-        *,
-        protocol: type,
     ) -> None:
-        require("policy", policy, protocol)
         for name, given in (("scorer", scorer), ("prover", prover)):
             if given is not None:
                 require(name, given, Scorer)
@@ -59,8 +59,7 @@ class Participants(Generic[P]):
             bind = getattr(given, "bind", None)  # a pair whose reference is the policy learns here which that is
             if bind is not None:
                 bind(policy)
-        session = getattr(policy, "session", None)
-        self.policy: P = policy if session is None else session()
+        self.policy: P = policy
         self.on_event = on_event
         self._numbers: dict[SearchTree, int] = {}
         self._added = 0
@@ -71,7 +70,7 @@ class Participants(Generic[P]):
 
     def begin(self, driver: Driver, prompt: Prompt, settings: SearchSettings, occurrence: int) -> SearchTree:
         """Plant a tree for a prompt and start its search. Raises ValueError where prompt or settings do not fit."""
-        if isinstance(settings.strategy, Steer) and getattr(self.policy, "alpha", None) != settings.strategy.alpha:
+        if isinstance(settings.strategy, Steer) and self.policy.alpha != settings.strategy.alpha:
             raise ValueError("strategy=Steer(...) here needs policy=strategy.wrap(policy, pair)")
         tree = SearchTree(self.encode(prompt), occurrence=occurrence)
         if self.scorers:
@@ -127,7 +126,7 @@ class Participants(Generic[P]):
 
     def _contexts(self) -> dict[str, int]:
         """Tokens that prompt and response may have together, in the policy's tokens, for each model that says so."""
-        limits = {"policy": getattr(self.policy, "context", None)}
+        limits = {"policy": self.policy.context}
         limits |= {scorer.name: getattr(scorer, "policy_context", None) for scorer in self.scorers}
         return {name: limit for name, limit in limits.items() if limit is not None}
 
@@ -187,18 +186,6 @@ class Participants(Generic[P]):
     def read_batch(self, usage: Usage) -> None:
         """Write the batch's forwards and seconds so far into a usage."""
         usage.forward_calls, usage.seconds = dict(self.forward_calls), dict(self.seconds)
-
-
-def require(name: str, given: object, protocol: type) -> None:
-    """Raises TypeError naming the argument and what it lacks of a runtime-checkable protocol."""
-    wanted = [member for member in sorted(protocol_members(protocol)) if not hasattr(given, member)]
-    if wanted:
-        raise TypeError(f"{name} must be a {protocol.__name__}, but {type(given).__name__} has no {', '.join(wanted)}")
-
-
-def protocol_members(protocol: type) -> set[str]:
-    """Names of what a protocol asks for."""
-    return {name for name in vars(protocol) if not name.startswith("_")}
 
 
 def new_nodes(answered: Sequence[tuple[Request, Sequence[Node]]]) -> list[Node]:

@@ -10,13 +10,14 @@ from itertools import groupby
 from typing import Any
 
 from ..answers import Answer, resolve_answer
+from ..checks import require
 from ..driver.budget import Budget
 from ..driver.loop import SearchLoop
-from ..driver.participants import Participants, require
+from ..driver.participants import Participants
 from ..driver.result import Result
 from ..driver.search_settings import SearchSettings
 from ..problems import Problem, final_answer
-from ..protocols import Policy, Scorer
+from ..protocols import Policy, PolicyBase, Scorer
 from ..rng import child_lineage
 from ..search import encode_all
 from ..strategies import BestOfN
@@ -80,9 +81,10 @@ def evaluate(
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch={batch!r}: an integer >= 1 is needed")
     given = [problem.prompt for problem in problems]
-    prompts = encode_all(given, Participants(policy, None, None, None, protocol=Policy))
+    own = PolicyBase.of(policy)
+    prompts = encode_all(given, Participants(policy, own, None, None, None))
     for scorer in pairs:  # whose context may be shorter
-        encode_all(given, Participants(policy, scorer, None, None, protocol=Policy))
+        encode_all(given, Participants(policy, own, scorer, None, None))
     extract = resolve_answer(answer) or final_answer
     judgings = [Judging(judge, extract, problem.answer) for problem in problems]
     run = _Run(prompts, judgings, policy, {scorer.name: scorer for scorer in pairs}, plan, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +15,8 @@ from ..engine.decoder import Decoder
 from ..engine.decoding_row import DecodingRow
 from ..engine.language_model import LanguageModel
 from ..engine.sampler import Sampler
-from ..protocols import Request, Sampling
+from ..policy import PolicyBase
+from ..sampling import Request
 from ..tokens import TokenText
 from ..tree import Node, Prompt, SearchTree
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ..scorers.implicit.implicit_prm import ImplicitPRM
 
 
-class HFPolicy(HoldsModels):
+class HFPolicy(HoldsModels, PolicyBase):
     """A transformers causal LM that samples steps.
 
     The model's KV is kept in a tree: children of one node share it, each token is encoded once, and rows are decoded
@@ -157,25 +158,6 @@ class HFPolicy(HoldsModels):
             raise ValueError(f"the prompt has {len(ids)} tokens; the context of {limit} leaves no room for a response")
         return ids
 
-    def expand(
-        self, nodes: Sequence[Node], n: int, *, sampling: Sampling, until: Literal["step", "end"] = "step"
-    ) -> list[list[Node]]:
-        """Draw n children of each lineage of each node; see Policy.expand."""
-        for node in nodes:
-            if node.tree.prompt.token_ids is None:
-                node.tree.prompt = node.tree.prompt.with_ids(self.encode(node.tree.prompt))
-        requests = [Request.draw(node, n, sampling, until=until) for node in nodes]
-        own = self.session()
-        own.submit(requests)
-        answers: dict[Request, list[Node]] = {}
-        try:
-            while len(answers) < len(requests):
-                answers.update(own.advance())
-        except BaseException:
-            own._decoder.drop(requests)
-            raise
-        return [answers[request] for request in requests]
-
     def submit(self, requests: Sequence[Request]) -> None:
         """See Policy.submit."""
         self._decoder.submit(requests)
@@ -187,6 +169,10 @@ class HFPolicy(HoldsModels):
     def interrupt(self, request: Request) -> list[Node]:
         """See Policy.interrupt."""
         return self._decoder.interrupt(request)
+
+    def drop(self, requests: Sequence[Request]) -> None:
+        """Forget unanswered requests; see PolicyBase.drop."""
+        self._decoder.drop(requests)
 
     def release(self, tree: SearchTree) -> None:
         """Drop a tree's requests and free its KV."""
@@ -208,6 +194,8 @@ class Steered(HFPolicy):
         TypeError: policy is not an HFPolicy, or alpha no number.
         ValueError: alpha is not in [-1e6, 1e6], or the pair has another tokenizer or no reference.
     """
+
+    alpha: float
 
     def __init__(self, policy: HFPolicy, pair: ImplicitPRM, alpha: float) -> None:
         if not isinstance(policy, HFPolicy):

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from ..driver.async_loop import AsyncSearchLoop
 from ..driver.result import Event
-from ..protocols import AsyncPolicy, Policy, Scorer
+from ..protocols import AsyncPolicy, AsyncPolicyBase, Policy, PolicyBase, Scorer
 from ..strategies import Steer
 from ..tokens import TokenText
 from ..tree import SearchTree
@@ -42,10 +42,12 @@ class Backend(ABC):
         encoders: threads in which prompts are tokenised.
     """
 
-    def __init__(self, policy: object, words: TokenText, stops: StopStrings | None = None) -> None:
+    def __init__(
+        self, policy: PolicyBase | AsyncPolicyBase, words: TokenText, stops: StopStrings | None = None
+    ) -> None:
         self.words, self.stops = words, stops
-        self.context: int | None = getattr(policy, "context", None)
-        self.prompt_length = PromptLength(getattr(policy, "tokenizer", None), words, self.context)
+        self.context = policy.context
+        self.prompt_length = PromptLength(policy.tokenizer, words, self.context)
         self.encoders = ThreadPoolExecutor(ENCODERS, "prm-search prompts")
         self._followers: WeakKeyDictionary[SearchTree, Follower] = WeakKeyDictionary()
 
@@ -91,7 +93,7 @@ class ThreadEngine(Backend):
     """
 
     def __init__(self, policy: Policy, scorer: Scorer, words: TokenText, stops: StopStrings | None = None) -> None:
-        super().__init__(policy, words, stops)
+        super().__init__(PolicyBase.of(policy), words, stops)
         self._thread = ModelThread()
         self._policy = ThreadPolicy(self._thread, policy)
         self._scorer = ThreadScorer(self._thread, scorer, policy)
@@ -166,7 +168,7 @@ class AsyncEngine(Backend):
         stops: StopStrings | None = None,
         steered: Callable[[float], AsyncPolicy] | None = None,
     ) -> None:
-        super().__init__(policy, words, stops)
+        super().__init__(AsyncPolicyBase.of(policy), words, stops)
         self._loop = AsyncSearchLoop(policy, scorer, on_event=self._tell)
         self._steered = steered
         self._loops: WeakValueDictionary[float, AsyncSearchLoop] = WeakValueDictionary()

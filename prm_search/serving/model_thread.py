@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ..protocols import Policy, Request, Scorer
+from ..protocols import AsyncPolicyBase, Policy, PolicyBase, Request, Scorer
 from ..tree import Node, Prompt, SearchTree
 
 
@@ -106,7 +106,7 @@ def _resolve(future: asyncio.Future[Any], value: Any) -> None:
         future.set_result(value)
 
 
-class ThreadPolicy:
+class ThreadPolicy(AsyncPolicyBase):
     """An AsyncPolicy over a Policy that a ModelThread drives. Several search loops may share one.
 
     A search that ends, or is cancelled, releases its tree, and that drops what the policy still draws for it.
@@ -114,21 +114,25 @@ class ThreadPolicy:
 
     def __init__(self, thread: ModelThread, policy: Policy) -> None:
         self.base = policy
-        session = getattr(policy, "session", None)
-        self._policy: Policy = policy if session is None else session()
+        self._policy = PolicyBase.of(policy).session()
+        self.alpha = self._policy.alpha
         self._thread = thread
         self._waiting: dict[Request, asyncio.Future[list[Node]]] = {}  # the thread's
-
-    def __getattr__(self, name: str) -> Any:
-        # context, forward_calls, tokenizer, lm, alpha: what the policy has of what searches and scorers may look for
-        if name in ("context", "forward_calls", "tokenizer", "lm", "alpha"):
-            return getattr(self._policy, name)
-        raise AttributeError(name)
 
     @property
     def id(self) -> Hashable:
         """Id of the policy's model."""
         return self._policy.id
+
+    @property
+    def context(self) -> int | None:
+        """See PolicyBase."""
+        return self._policy.context
+
+    @property
+    def forward_calls(self) -> int | None:
+        """See PolicyBase."""
+        return self._policy.forward_calls
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """See Policy.encode."""
@@ -140,9 +144,10 @@ class ThreadPolicy:
         self._thread.post(lambda: self._submit(request, future))
         return await future
 
-    def interrupt(self, request: Request) -> None:
-        """See AsyncPolicy."""
+    def interrupt(self, request: Request) -> bool:
+        """See AsyncPolicyBase."""
         self._thread.post(lambda: self._interrupt(request))
+        return True
 
     def release(self, tree: SearchTree) -> None:
         """See Policy.release; done by the thread, as everything else."""

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..driver.participants import require
+from ..checks import require
 from ..problems import Problem
-from ..protocols import Policy, Request, Sampling
+from ..protocols import Policy, PolicyBase, Request, Sampling
 from ..tree import Node, Prompt, SearchTree
 
 __all__ = ["Label", "Problem", "Rollout", "sample_rollouts"]
@@ -130,7 +130,7 @@ def _sample(
                 i = waiting.popleft()
                 prompt, occurrence = encoded[i]
                 tree = SearchTree(prompt, occurrence=occurrence)
-                how = _within(sampling, getattr(policy, "context", None), len(tree.prompt_ids))
+                how = _within(sampling, PolicyBase.of(policy).context, len(tree.prompt_ids))
                 requests = []
                 for k in wanted[i]:
                     tree.root.drawn = k

@@ -1,0 +1,314 @@
+"""Policies: what samples steps. The protocols, and the bases that answer what a policy has nothing to say to."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from .checks import require
+from .sampling import Request, Sampling
+from .tree import Node, Prompt, SearchTree
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Samples steps.
+
+    The driver calls submit and advance until its requests are answered; expand is the same for people who
+    drive a search by hand. A policy counts what it did on `node.tree.meter`.
+
+    This is the least that a policy needs. PolicyBase names all that a search may ask besides; a policy that does not
+    derive from it may have any of that too (`PolicyBase.of` looks, once a search).
+    """
+
+    @property
+    def id(self) -> Hashable:
+        """Id of the model whose raw log-probabilities the nodes carry."""
+        ...
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt. Raises ValueError where it is empty or leaves no room in the context."""
+        ...
+
+    def expand(
+        self, nodes: Sequence[Node], n: int, *, sampling: Sampling, until: Literal["step", "end"] = "step"
+    ) -> list[list[Node]]:
+        """Draw n children of each lineage of each node and return them, one list a node."""
+        ...
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Take requests on; nothing is computed yet."""
+        ...
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        """One forward (or one blocking round). Returns the requests that ended in it, each with the last node of
+        every child's chain (twins repeated); empty where none did."""
+        ...
+
+    def interrupt(self, request: Request) -> list[Node]:
+        """End a request now: what its children have drawn so far becomes nodes with finish "budget"; a child
+        that has drawn nothing gives none."""
+        ...
+
+    def release(self, tree: SearchTree) -> None:
+        """Forget a tree: drop its unanswered requests and free its KV."""
+        ...
+
+
+class _PolicyFacts(ABC):
+    """What policies of both kinds may say of themselves.
+
+    Attributes:
+        id: of the model whose raw log-probabilities the nodes carry.
+        context: tokens that prompt and response may have together, at which a search stops as it does at
+            max_new_tokens; None for no limit.
+        forward_calls: forwards run so far; None to count the calls of advance (of run, where it is asynchronous).
+        alpha: strength with which every token is steered; None where it is not.
+        tokenizer: its transformers tokenizer; None where it has none.
+    """
+
+    if TYPE_CHECKING:  # read-only to a type checker: a derived class may compute them, or set them as attributes
+
+        @property
+        def id(self) -> Hashable: ...
+        @property
+        def context(self) -> int | None: ...
+        @property
+        def forward_calls(self) -> int | None: ...
+    else:
+        context = forward_calls = None
+
+    alpha: float | None = None
+    tokenizer: Any = None
+
+    @abstractmethod
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt. Raises ValueError where it is empty or leaves no room in the context."""
+
+    @abstractmethod
+    def release(self, tree: SearchTree) -> None:
+        """Forget a tree: drop its unanswered requests and free its KV."""
+
+
+class PolicyBase(_PolicyFacts):
+    """A Policy with all that a search may ask of one. Policies of the library derive from it; others may.
+
+    A derived class writes id, encode, submit, advance, interrupt and release, and overrides what it knows better.
+    """
+
+    @abstractmethod
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Take requests on; see Policy."""
+
+    @abstractmethod
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        """One forward, or one blocking round; see Policy."""
+
+    @abstractmethod
+    def interrupt(self, request: Request) -> list[Node]:
+        """End a request now; see Policy."""
+
+    def session(self) -> PolicyBase:
+        """The same policy for one more loop, with requests of its own. A policy without sessions gives itself, and
+        serves one loop at a time."""
+        return self
+
+    def drop(self, requests: Sequence[Request]) -> None:
+        """Forget unanswered requests of this session after an error."""
+        for request in requests:
+            self.interrupt(request)
+
+    def expand(
+        self, nodes: Sequence[Node], n: int, *, sampling: Sampling, until: Literal["step", "end"] = "step"
+    ) -> list[list[Node]]:
+        """Draw n children of each lineage of each node and return them, one list a node (twins repeated)."""
+        for node in nodes:
+            if node.tree.prompt.token_ids is None:
+                node.tree.prompt = node.tree.prompt.with_ids(self.encode(node.tree.prompt))
+        requests = [Request.draw(node, n, sampling, until=until) for node in nodes]
+        own = self.session()
+        answers: dict[Request, list[Node]] = {}
+        try:
+            own.submit(requests)
+            while len(answers) < len(requests):
+                answers.update(own.advance())
+        except BaseException:
+            own.drop([request for request in requests if request not in answers])
+            raise
+        return [answers[request] for request in requests]
+
+    @classmethod
+    def of(cls, policy: Policy) -> PolicyBase:
+        """The policy itself, or a plain Policy with the answers that it lacks. Raises TypeError for anything else."""
+        if isinstance(policy, PolicyBase):
+            return policy
+        require("policy", policy, Policy)
+        return _Completed(policy)
+
+
+class _Completed(PolicyBase):
+    """A plain Policy. What it has of the rest is used."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.alpha, self.tokenizer = getattr(policy, "alpha", None), getattr(policy, "tokenizer", None)
+
+    @property
+    def id(self) -> Hashable:
+        return self._policy.id
+
+    @property
+    def context(self) -> int | None:
+        return getattr(self._policy, "context", None)
+
+    @property
+    def forward_calls(self) -> int | None:
+        return getattr(self._policy, "forward_calls", None)
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        return self._policy.encode(prompt)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self._policy.submit(requests)
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        return self._policy.advance()
+
+    def interrupt(self, request: Request) -> list[Node]:
+        return self._policy.interrupt(request)
+
+    def session(self) -> PolicyBase:
+        own = getattr(self._policy, "session", None)
+        return self if own is None else PolicyBase.of(own())
+
+    def release(self, tree: SearchTree) -> None:
+        self._policy.release(tree)
+
+
+class BlockingPolicy(PolicyBase):
+    """Base of policies that answer a whole batch of requests in one call: derive, call super().__init__(), write `run`.
+
+    It supplies submit, advance, interrupt and release; id and encode remain the subclass's.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[Request] = []
+
+    @abstractmethod
+    def run(self, requests: Sequence[Request]) -> list[list[Node]]:
+        """Answer requests: for each, the last node of every child's chain (twins repeated), in child order."""
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Take requests on; the next advance answers them."""
+        self._waiting.extend(requests)
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        """Answer everything that waits, in one round."""
+        requests, self._waiting = self._waiting, []
+        return list(zip(requests, self.run(requests), strict=True)) if requests else []
+
+    def interrupt(self, request: Request) -> list[Node]:
+        """Drop a request; between two rounds none has drawn anything."""
+        self._waiting.remove(request)
+        return []
+
+    def expand(
+        self, nodes: Sequence[Node], n: int, *, sampling: Sampling, until: Literal["step", "end"] = "step"
+    ) -> list[list[Node]]:
+        """Draw n children of each lineage of each node, in one round; what waits is left alone."""
+        return self.run([Request.draw(node, n, sampling, until=until) for node in nodes])
+
+    def release(self, tree: SearchTree) -> None:
+        """Drop a tree's waiting requests. A policy that caches anything for a tree frees it here too."""
+        self._waiting = [request for request in self._waiting if request.node.tree is not tree]
+
+
+@runtime_checkable
+class AsyncPolicy(Protocol):
+    """Samples steps on an event loop (vLLM's AsyncLLM, an HTTP server): one task a request.
+
+    This is the least that it needs. AsyncPolicyBase names all that a search may ask besides; a policy that does not
+    derive from it may have any of that too, its `interrupt` a function or a coroutine.
+    """
+
+    @property
+    def id(self) -> Hashable:
+        """Id of the model whose raw log-probabilities the nodes carry."""
+        ...
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """As in Policy."""
+        ...
+
+    async def run(self, request: Request) -> list[Node]:
+        """The last node of every child's chain (twins repeated)."""
+        ...
+
+    def release(self, tree: SearchTree) -> None:
+        """As in Policy."""
+        ...
+
+
+class AsyncPolicyBase(_PolicyFacts):
+    """An AsyncPolicy with all that a search may ask of one. Policies of the library derive from it; others may."""
+
+    @abstractmethod
+    async def run(self, request: Request) -> list[Node]:
+        """The last node of every child's chain (twins repeated)."""
+
+    def interrupt(self, request: Request) -> bool | Awaitable[bool]:
+        """Ask a running request to end soon with what it has drawn (finish "budget"); one that has ended is no error.
+
+        Returns:
+            False where that cannot be: its task is then cancelled, and what it has drawn is lost. It may be awaitable.
+        """
+        return False
+
+    @classmethod
+    def of(cls, policy: AsyncPolicy) -> AsyncPolicyBase:
+        """The policy itself, or a plain AsyncPolicy with the answers that it lacks. Raises TypeError for anything
+        else."""
+        if isinstance(policy, AsyncPolicyBase):
+            return policy
+        require("policy", policy, AsyncPolicy)
+        return _CompletedAsync(policy)
+
+
+class _CompletedAsync(AsyncPolicyBase):
+    """A plain AsyncPolicy. What it has of the rest is used."""
+
+    def __init__(self, policy: AsyncPolicy) -> None:
+        self._policy = policy
+        self.alpha, self.tokenizer = getattr(policy, "alpha", None), getattr(policy, "tokenizer", None)
+
+    @property
+    def id(self) -> Hashable:
+        return self._policy.id
+
+    @property
+    def context(self) -> int | None:
+        return getattr(self._policy, "context", None)
+
+    @property
+    def forward_calls(self) -> int | None:
+        return getattr(self._policy, "forward_calls", None)
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        return self._policy.encode(prompt)
+
+    async def run(self, request: Request) -> list[Node]:
+        return await self._policy.run(request)
+
+    async def interrupt(self, request: Request) -> bool:
+        own: Any = getattr(self._policy, "interrupt", None)
+        if own is None:
+            return False
+        asked = own(request)
+        if inspect.isawaitable(asked):
+            await asked
+        return True
+
+    def release(self, tree: SearchTree) -> None:
+        self._policy.release(tree)
