@@ -23,7 +23,7 @@ from .values import Value
 
 __all__ = ["AsyncSearchLoop", "Event", "Result", "SearchLoop", "SearchSettings", "Settings", "asearch", "search"]
 
-Settings = SearchSettings  # its name before 0.1.0
+Settings = SearchSettings  # its former name
 
 PromptLike = Prompt | str | Sequence[int] | Sequence[Mapping[str, Any]]
 
