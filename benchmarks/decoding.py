@@ -26,7 +26,7 @@ class Ours:
 
     def run(self, tokens: int, mode: Mode = "auto") -> None:
         """Decode `tokens` tokens a row, greedily, and forget them."""
-        self.lm.steps.set_mode(mode)
+        self.lm.token_steps.set_mode(mode)
         each = self.rows // len(self.parents)
         branches = [self.lm.tree.fork(parent) for parent in self.parents for _ in range(each)]
         table = self.lm.extend(branches, [[]] * self.rows, want="log_softmax")
@@ -69,8 +69,8 @@ def compare(
     if machine.device == "cuda":
         runs["no_graph"] = lambda: ours.run(tokens, "packed")
     seconds = paired(runs, repeats)
-    ours.lm.steps.set_mode("auto")
-    step = ours.lm.steps.choice(rows, context + tokens)
+    ours.lm.token_steps.set_mode("auto")
+    step = ours.lm.token_steps.choice(rows, context + tokens)
     middle = {name: statistics.median(values) / tokens for name, values in seconds.items()}
     floor = weight_bytes(module) / Ceilings.measure(machine).bandwidth
     return {

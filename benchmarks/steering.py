@@ -30,7 +30,7 @@ def compare(machine: Machine, shape: str, prompt: int, rows: int, tokens: int, r
 
     def run(strategy: ps.Strategy, scorer: ps.Scorer | None, mode: Mode, streams: bool, length: int) -> None:
         for lm in served:
-            lm.steps.set_mode(mode)
+            lm.token_steps.set_mode(mode)
             if machine.device == "cuda":
                 lm.own_stream(streams)
         rule = ps.StepRule(delimiter=None, max_tokens=length)

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from prm_search.engine.adapters import tuner_layers, unwrap
 from prm_search.engine.language_model import LanguageModel
-from prm_search.engine.memo import node_logprobs
+from prm_search.engine.node_logprobs import node_logprobs
 from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
 from prm_search.tree import Prompt, SearchTree
 

@@ -53,7 +53,7 @@ for config in (
     root = lm.tree.root(ids(11))
     rows = [lm.tree.fork(root) for _ in range(3)] + [lm.tree.fork(lm.tree.root(ids(6)))]
     lm.extend(rows, [[]] * 4, want=None)
-    lm.steps.set_mode("static")
+    lm.token_steps.set_mode("static")
     for turn in range(5):
         chosen = rows if turn != 3 else rows[1:]  # padding: 4 lines, then 3 of 4
         table = lm.extend(chosen, [ids(1) for _ in chosen], want="log_softmax")
@@ -61,7 +61,7 @@ for config in (
             logits = model(torch.tensor([row.path_ids()])).logits[0, -1].float()
             worst = max(worst, (torch.log_softmax(logits, -1) - got).abs().max().item())
     assert worst < 1e-4, (config.model_type, "static", worst)
-    assert lm.steps._step.copied > 0
+    assert lm.token_steps._step.copied > 0
     print(config.model_type, worst)
 """
 

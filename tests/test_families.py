@@ -14,7 +14,7 @@ from models import FAMILIES, VOCABULARY, naive_logprobs, naive_rows, tiny
 
 from prm_search.engine.kv_tree import Branch
 from prm_search.engine.language_model import LanguageModel
-from prm_search.engine.memo import node_logprobs
+from prm_search.engine.node_logprobs import node_logprobs
 from prm_search.tree import Prompt, SearchTree
 from prm_search.usage import Meter
 

@@ -14,6 +14,7 @@ import prm_search as ps
 from prm_search.engine.attention.kernel_layout import KernelLayout
 from prm_search.engine.attention.layout import QueryRun
 from prm_search.engine.language_model import LanguageModel
+from prm_search.engine.runner import layout_of
 
 SHAPE = {
     "vocab_size": 997,
@@ -125,7 +126,7 @@ def test_a_search_on_a_gpu_scores_what_a_plain_pass_does(dtype):
 @pytest.mark.gpu
 def test_a_gpu_takes_the_triton_path():
     lm = LanguageModel.of(build("llama", 3, torch.bfloat16, "cuda"))
-    layout = lm.runner.layout([QueryRun(np.arange(3), 1)])
+    layout = layout_of(lm.runner.run, [QueryRun(np.arange(3), 1)])
     assert isinstance(layout, KernelLayout)
     root = lm.tree.root([1, 2, 3])
     before = torch.cuda.memory_allocated()
@@ -142,7 +143,7 @@ def test_a_gpu_takes_the_triton_path():
 
 def served(module, mode: str, capacity: int = 2000) -> LanguageModel:
     lm = LanguageModel(module, None, capacity=capacity)
-    lm.steps.set_mode(mode)
+    lm.token_steps.set_mode(mode)
     return lm
 
 
@@ -178,8 +179,8 @@ def test_a_replay_has_the_bits_of_the_eager_step(name, prompt):
     replayed, static = served(module, "graph", 1400), served(module, "static", 1400)
     ours, theirs = grown(replayed, prompt, 0, 60), grown(static, prompt, 0, 60)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert replayed.steps.graphs.replays > 10
-    assert replayed.steps.graphs.refused is None
+    assert replayed.token_steps.graphs.replays > 10
+    assert replayed.token_steps.graphs.refused is None
 
 
 @pytest.mark.gpu
@@ -196,13 +197,13 @@ def test_graphs_follow_the_weights_and_the_pools():
     module = build("llama", 0, torch.bfloat16, "cuda")
     lm = served(module, "graph")
     grown(lm, 40, 0, 12)
-    assert len(lm.steps.graphs) > 0
+    assert len(lm.token_steps.graphs) > 0
     with torch.no_grad():
         module.lm_head.weight.mul_(1.0)  # in place: the graphs read it where it is
         module.model.norm.weight = torch.nn.Parameter(2 * module.model.norm.weight)
     lm.tree = type(lm.tree)(lm.tree.capacity)  # nothing of the old weights is left
-    lm.steps.refresh([])
-    assert len(lm.steps.graphs) == 0
+    lm.token_steps.refresh([])
+    assert len(lm.token_steps.graphs) == 0
     ours = grown(lm, 40, 0, 12)
     theirs = grown(served(module, "static"), 40, 0, 12)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -222,11 +223,11 @@ def test_two_adapter_states_have_graphs_of_their_own():
     apart = []
     for mode in ("graph", "static"):
         for lm in lms:
-            lm.steps.set_mode(mode)
+            lm.token_steps.set_mode(mode)
         apart.append([grown(lm, 40, 0, 15) for lm in lms])
     for ours, theirs in zip(*apart, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert all(lm.steps.graphs.replays > 0 for lm in lms)
+    assert all(lm.token_steps.graphs.replays > 0 for lm in lms)
     assert not torch.equal(apart[0][0][-1], apart[0][1][-1])
 
 
@@ -242,12 +243,12 @@ def test_a_module_that_waits_runs_without_graphs(monkeypatch):
     theirs = grown(served(module, "static"), 40, 0, 15)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().mean() < TOLERANCE[torch.bfloat16]
-    assert lm.steps.choice(5, 60).way == "packed"
+    assert lm.token_steps.choice(5, 60).way == "packed"
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.isfinite(torch.rand(4, device="cuda")).all()
     other = served(build("llama", 1, torch.bfloat16, "cuda"), "graph")
     grown(other, 40, 0, 15)
-    assert other.steps.graphs.replays > 0
+    assert other.token_steps.graphs.replays > 0
 
 
 @pytest.mark.gpu
@@ -257,7 +258,7 @@ def test_two_threads_capture_one_after_the_other():
         ours = list(threads.map(lambda lm: grown(lm, 40, 0, 30), lms))
     for lm, tables in zip(lms, ours, strict=True):
         theirs = grown(served(lm.module, "static"), 40, 0, 30)
-        assert lm.steps.graphs.replays > 0
+        assert lm.token_steps.graphs.replays > 0
         assert all(torch.equal(a, b) for a, b in zip(tables, theirs, strict=True))
 
 

@@ -13,7 +13,7 @@ import torch
 from models import VOCABULARY, naive_logprobs, naive_rows, tiny
 
 from prm_search.engine.language_model import LanguageModel
-from prm_search.engine.memo import node_logprobs
+from prm_search.engine.node_logprobs import node_logprobs
 from prm_search.engine.pool import KVPool
 from prm_search.tree import Node, Prompt, SearchTree
 from prm_search.usage import Meter
@@ -344,7 +344,7 @@ def test_numbers_that_are_found_wrong_later_are_taken_back(mode: str) -> None:
     """Also below a child that stays, and where the parent's last row had been handed to a child."""
     model = tiny("llama")
     lm = LanguageModel(model, None, capacity=60)
-    lm.steps.set_mode(mode)  # type: ignore[arg-type]
+    lm.token_steps.set_mode(mode)  # type: ignore[arg-type]
     root, above = lm.tree.root(), lm.tree.root([7, 3, 4])
     lm.extend([root], [ids(10)])
     child, under = lm.tree.fork(root), lm.tree.fork(above)
@@ -416,7 +416,7 @@ def test_pools_go_with_the_last_user() -> None:
     """Not with the next garbage collection, whether trees were released or not: they are half of a GPU's memory."""
     lm = LanguageModel(tiny("llama"), None, capacity=100)
     node_logprobs(lm, grown(lm)[1])
-    lm.steps.set_mode("static")
+    lm.token_steps.set_mode("static")
     root = lm.tree.root(ids(5))
     lm.extend([root], [[]])
     lm.extend([root], [[5]])

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from prm_search.engine.attention import torch_layout
 from prm_search.engine.attention.kernel_layout import KernelLayout
-from prm_search.engine.attention.layout import QueryRun, ScoreModifiers, buckets
+from prm_search.engine.attention.layout import Operands, QueryRun, ScoreModifiers, buckets
 from prm_search.engine.attention.torch_layout import TorchLayout
 
 HEADS, KV_HEADS, K_DIM = 4, 2, 8
@@ -35,23 +35,23 @@ def make(draw: np.random.Generator, shapes: list[tuple[int, list[tuple[int, int]
     return units, query, keys, values
 
 
-def oracle(units, order, query, keys, values, how: ScoreModifiers) -> torch.Tensor:
+def oracle(units, order, query, keys, values, modifiers: ScoreModifiers) -> torch.Tensor:
     """One softmax a query and head."""
     rows, at = [], 0
     for i in order:
         unit = units[i]
         for j in range(unit.new):
             position = len(unit.path) - unit.new + j
-            low = 0 if how.window is None else max(0, position + 1 - how.window)
+            low = 0 if modifiers.window is None else max(0, position + 1 - modifiers.window)
             seen = torch.from_numpy(unit.path[low : position + 1])
             heads = []
             for head in range(HEADS):
                 kv = head // (HEADS // KV_HEADS)
-                scores = keys[seen, kv] @ query[head, at + j] * how.scale
-                if how.softcap is not None:
-                    scores = how.softcap * torch.tanh(scores / how.softcap)
-                if how.sinks is not None:
-                    scores = torch.cat([scores, how.sinks[head : head + 1]])
+                scores = keys[seen, kv] @ query[head, at + j] * modifiers.scale
+                if modifiers.softcap is not None:
+                    scores = modifiers.softcap * torch.tanh(scores / modifiers.softcap)
+                if modifiers.sinks is not None:
+                    scores = torch.cat([scores, modifiers.sinks[head : head + 1]])
                 weights = scores.softmax(0)[: len(seen)]
                 heads.append(weights @ values[seen, kv])
             rows.append(torch.stack(heads))
@@ -59,9 +59,11 @@ def oracle(units, order, query, keys, values, how: ScoreModifiers) -> torch.Tens
     return torch.stack(rows)
 
 
-def run(layout, units, query, keys, values, how: ScoreModifiers) -> torch.Tensor:
+def run(layout, units, query, keys, values, modifiers: ScoreModifiers) -> torch.Tensor:
     new = torch.cat([torch.from_numpy(units[i].path[-units[i].new :]) for i in layout.order])
-    return layout.attend(query, keys[new].transpose(0, 1), values[new].transpose(0, 1), keys, values, how)
+    return layout.attend(
+        Operands(query, keys[new].transpose(0, 1), values[new].transpose(0, 1), keys, values, modifiers)
+    )
 
 
 members = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), min_size=1, max_size=4)
@@ -80,7 +82,9 @@ families = st.lists(st.tuples(st.integers(0, 12), members), min_size=1, max_size
 )
 def test_every_layout_equals_one_softmax_a_query(shapes, seed, window, softcap, sinks, v_dim, shared_from):
     units, query, keys, values = make(np.random.default_rng(seed), shapes, v_dim)
-    how = ScoreModifiers(0.4, softcap, window, torch.linspace(-1, 1, HEADS, dtype=torch.float64) if sinks else None)
+    modifiers = ScoreModifiers(
+        0.4, softcap, window, torch.linspace(-1, 1, HEADS, dtype=torch.float64) if sinks else None
+    )
     before, torch_layout.SHARED_FROM = torch_layout.SHARED_FROM, shared_from
     try:
         layouts = [TorchLayout(units), KernelLayout(units, "auto")]
@@ -88,8 +92,8 @@ def test_every_layout_equals_one_softmax_a_query(shapes, seed, window, softcap, 
         torch_layout.SHARED_FROM = before
     for layout in layouts:
         assert sorted(layout.order) == list(range(len(units)))
-        got = run(layout, units, query, keys, values, how)
-        assert (got - oracle(units, layout.order, query, keys, values, how)).abs().max() < 1e-12
+        got = run(layout, units, query, keys, values, modifiers)
+        assert (got - oracle(units, layout.order, query, keys, values, modifiers)).abs().max() < 1e-12
 
 
 def test_a_shared_prefix_is_gathered_once_for_its_family(monkeypatch):

@@ -60,7 +60,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "write_kv", write)
     ops = sys.modules["prm_search.triton_kernels.linear_logprob"]
     monkeypatch.setattr(ops, "_check", lambda *_: None)  # target ids are looked at on a CPU only
-    monkeypatch.setattr(runner.Runner, "layout", lambda self, units: KernelLayout(units, "auto"))
+    monkeypatch.setattr(runner, "layout_of", lambda run, units: KernelLayout(units, "auto"))
     for name in ("begin_extend", "begin_score"):
         monkeypatch.setattr(LanguageModel, name, launched(getattr(LanguageModel, name)))
 
@@ -72,7 +72,7 @@ def test_a_call_is_launched_without_waiting(name: str, mode: str) -> None:
     if hasattr(model.config, "num_experts_per_tok"):
         model.set_experts_implementation("batched_mm")
     lm = LanguageModel(model, None, capacity=60)
-    lm.steps.set_mode(mode)  # type: ignore[arg-type]
+    lm.token_steps.set_mode(mode)  # type: ignore[arg-type]
     root = lm.tree.root()
     assert isinstance(lm.begin_extend([root], [list(range(3, 15))]), Pending)
     tips = [lm.tree.fork(root) for _ in range(3)]

@@ -42,7 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def served(model: Any, mode: str, capacity: int = 400) -> LanguageModel:
     lm = LanguageModel(model, None, capacity=capacity)
-    lm.steps.set_mode(mode)  # type: ignore[arg-type]
+    lm.token_steps.set_mode(mode)  # type: ignore[arg-type]
     return lm
 
 
@@ -99,7 +99,7 @@ def test_a_static_step_computes_what_a_packed_forward_does(name: str, seed: int)
         ours, theirs = growth.step()
         assert (ours - theirs).abs().max() < NATS
     assert static.forwards == plain.forwards
-    assert static.steps._step.copied > 0 == plain.steps._step.copied
+    assert static.token_steps._step.copied > 0 == plain.token_steps._step.copied
 
 
 class Tape(TorchDispatchMode):
@@ -138,7 +138,7 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LanguageModel]:
 
     def make(model: Any, capacity: int = 400, capture: Any = Tape) -> LanguageModel:
         lm = LanguageModel(model, None, capacity=capacity)
-        steps = lm.steps
+        steps = lm.token_steps
         steps.graphs = Graphs(capture)
         steps._why_not, steps.mode = "", "graph"
         monkeypatch.setattr(steps, "_obstacle", lambda: steps.graphs.refused)
@@ -160,8 +160,8 @@ def test_replays_read_static_tensors_only(model: Any, seed: int, taped: Callable
             growth.evict()
         ours, theirs = growth.step()
         assert torch.equal(ours, theirs)
-    assert replayed.steps.graphs.refused is None
-    assert replayed.steps.graphs.replays > 4
+    assert replayed.token_steps.graphs.refused is None
+    assert replayed.token_steps.graphs.replays > 4
 
 
 def decode(lm: LanguageModel, branches: list[Any], tokens: int, seed: int = 0) -> list[torch.Tensor]:
@@ -184,19 +184,19 @@ def test_a_row_that_goes_on_is_appended_to(model: Any) -> None:
     header = len(static_step._FIELDS) * static_step._SPAN
     copied = []
     for _ in range(6):
-        before = lm.steps._step.copied
+        before = lm.token_steps._step.copied
         decode(lm, branches, 1)
-        copied.append(lm.steps._step.copied - before)
+        copied.append(lm.token_steps._step.copied - before)
     assert copied == [header + 5 * (1 + 16), header, header, header, header + 5 * (1 + 32), header]  # 16 slots, then 32
     lm.tree.release(branches[2])
-    before = lm.steps._step.copied
+    before = lm.token_steps._step.copied
     decode(lm, [*branches[:2], *branches[3:]], 1)
-    assert lm.steps._step.copied - before == header + 1 + 32  # one stands beyond the four lines of this shape
+    assert lm.token_steps._step.copied - before == header + 1 + 32  # one stands beyond the four lines of this shape
 
 
 def test_moved_weights_and_pools_drop_the_graphs(model: Any, taped: Callable[..., LanguageModel]) -> None:
     lm = taped(model)
-    steps = lm.steps
+    steps = lm.token_steps
     branches = begin(lm, 4)
     decode(lm, branches, 3)
     steps.refresh([])
@@ -250,9 +250,9 @@ def test_a_module_that_waits_for_the_device_is_told_once(
     forward = model.model.layers[1].mlp.forward
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x: forward(x) if x.sum().item() != 0.5 else x)
     lm, plain = taped(model), served(model, "packed")
-    steps = lm.steps
+    steps = lm.token_steps
     steps.mode = "auto"
-    monkeypatch.setattr(type(lm.runner), "on_gpu", True)
+    monkeypatch.setattr(type(lm.runner.run), "on_gpu", True)
     branches = begin(lm, 3)
     with pytest.warns(RuntimeWarning, match="no CUDA graphs: its capture failed: RuntimeError: operation not"):
         ours = decode(lm, branches, 6)
@@ -276,8 +276,8 @@ def test_a_replay_that_differs_is_not_used(
             self.launches[-1][1][0].add_(1.0)
 
     lm, plain = taped(model, capture=Wrong), served(model, "packed")
-    lm.steps.mode = "auto"
-    monkeypatch.setattr(type(lm.runner), "on_gpu", True)
+    lm.token_steps.mode = "auto"
+    monkeypatch.setattr(type(lm.runner.run), "on_gpu", True)
     with pytest.warns(RuntimeWarning, match="a replay gave other numbers than the eager step"):
         ours = decode(lm, begin(lm, 3), 5)
     theirs = decode(plain, begin(plain, 3), 5)
@@ -296,10 +296,10 @@ def test_a_step_of_nan_is_the_same_nan_again(model: Any, taped: Callable[..., La
         with pytest.raises(ValueError, match="not numbers"):
             lm.extend(branches, [[5], [7], [6]], want="log_softmax")
     weight.data[7] = kept
-    assert lm.steps.graphs.refused is None
-    before = lm.steps.graphs.replays
+    assert lm.token_steps.graphs.refused is None
+    before = lm.token_steps.graphs.replays
     ours, theirs = decode(lm, branches, 3), decode(plain := served(model, "packed"), begin(plain, 3), 3)
-    assert lm.steps.graphs.replays == before + 3
+    assert lm.token_steps.graphs.replays == before + 3
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() < NATS
 
@@ -400,12 +400,12 @@ def test_what_is_known_to_be_impossible_is_refused_by_rule(model: Any) -> None:
     assert "dynamic rotary frequencies" in str(graphs.obstacle_in(model))
     model.config.rope_parameters["rope_type"] = "default"
     lm = served(model, "auto")
-    assert lm.steps.choice(4, 100).way == "packed"
-    assert "cpu" in lm.steps.choice(4, 100).reason
+    assert lm.token_steps.choice(4, 100).way == "packed"
+    assert "cpu" in lm.token_steps.choice(4, 100).reason
     with pytest.raises(ValueError, match=r"stepping='graph' is impossible: .*cpu"):
-        lm.steps.set_mode("graph")
+        lm.token_steps.set_mode("graph")
     with pytest.raises(ValueError, match="stepping='fast'; allowed are 'auto', 'packed', 'static', 'graph'"):
-        lm.steps.set_mode("fast")  # type: ignore[arg-type]
+        lm.token_steps.set_mode("fast")  # type: ignore[arg-type]
 
 
 def tiny_eager(name: str) -> Any:
@@ -427,14 +427,14 @@ def test_lines_and_families() -> None:
 
     lines = SlotTable(16)
     first = grow([a[0], b[0], a[1], b[1]])
-    at, dirty = lines.assign(first, 8, together=True)
+    at, dirty = lines.assign(first, 8, shares_prefixes=True)
     assert sorted(at.tolist()) == [0, 1, 2, 3]
     assert dirty == [0, 1, 2, 3]
     starts, shared = families(first, at, 4)  # type: ignore[misc]
     assert sorted(starts.tolist()) == [0, 2]
     assert shared.tolist() == [10, 11, 10, 11]
     second = grow([a[1], b[1], c[0], c[1]])  # those who stay keep their lines
-    again, dirty = lines.assign(second, 8, together=True)
+    again, dirty = lines.assign(second, 8, shares_prefixes=True)
     assert again[:2].tolist() == at[2:].tolist()
     assert dirty == [2, 3]
     assert families(second, again, 1) is None
@@ -443,9 +443,9 @@ def test_lines_and_families() -> None:
     assert [part.tolist() for part in alone] == [[0, 5], [0]]
     mixed = grow([c[0], a[2], c[1], a[0], c[2], a[1]])
     scattered = SlotTable(16)
-    scattered.assign(mixed, 8, together=False)
+    scattered.assign(mixed, 8, shares_prefixes=False)
     apart = grow(mixed)
-    packed, _ = scattered.assign(apart, 8, together=True)
+    packed, _ = scattered.assign(apart, 8, shares_prefixes=True)
     assert len(families(apart, packed, 8)[0]) == 2  # type: ignore[index]
 
 

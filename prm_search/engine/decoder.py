@@ -17,7 +17,7 @@ from ..sampling import Request
 from ..tree import Node, SearchTree
 from .decoding_row import DecodingRow
 from .language_model import LanguageModel
-from .memo import node_logprobs
+from .node_logprobs import node_logprobs
 from .sampler import Sampler
 from .to_device import to_device
 

@@ -23,6 +23,7 @@ from .graph_step.choice import TokenSteps
 from .head import Head
 from .hidden_rows import WaveRows
 from .kv_tree import Branch, KVTree
+from .module_run import ModuleRun
 from .pending import Launched, Pending, Undo
 from .pool import KVPool
 from .runner import Runner
@@ -77,7 +78,7 @@ class Encoder:
         self._lock = _locks.setdefault(module, threading.RLock())
         self.tree = KVTree(capacity)
         self.pool = KVPool(self.tree.capacity)
-        self.runner = Runner(module, self.pool, backend)
+        self.runner = Runner(ModuleRun(module, self.pool, backend))
 
     @property
     def device(self) -> torch.device:
@@ -85,9 +86,14 @@ class Encoder:
         return adapters.device_of(self.module)
 
     @property
+    def token_steps(self) -> TokenSteps:
+        """How one token for each of a few branches runs, and what decides it: `token_steps.choice(rows, longest)`."""
+        return self.runner.token_steps
+
+    @property
     def steps(self) -> TokenSteps:
-        """How one token for each of a few branches runs, and what decides it: `steps.choice(rows, longest)`."""
-        return self.runner.steps
+        """The former name of `token_steps`."""
+        return self.token_steps
 
     def own_stream(self, on: bool) -> None:
         """Run this model's forwards on a CUDA stream of its own, beside those of other models, or no longer do so.

@@ -1,6 +1,7 @@
 """LanguageModel: one set of weights, found again for the same module, with what it knows of each search.
 
-How it encodes is in `encoder.py`, which knows branches and no search; `memo.py` ties the two together.
+How it encodes is in `encoder.py`, which knows branches and no search; `memo.py` and `node_logprobs.py` tie the two
+together.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from .admission import check as admission
 from .admission.context_limits import default_capacity
 from .encoder import Encoder
 from .head import Head
+from .memo import Memo
 
 if TYPE_CHECKING:
     from ..tree import SearchTree
-    from .memo import Memo
 
 _ids = itertools.count(1)
 _process = secrets.token_hex(3)  # in ids: a tree that another process saved carries none of this one's models
@@ -104,12 +105,10 @@ class LanguageModel(Encoder):
 
     def memo(self, tree: SearchTree) -> Memo:
         """What is known of a search tree's nodes under these weights; made on first use."""
-        from .memo import Memo
-
         memo = self._memos.get(tree)
         if memo is None:
             with self.tree.lock:  # no forward of another thread is under way
-                self.steps.refresh(adapters.tuner_layers(self.module))  # whoever else is searching
+                self.token_steps.refresh(adapters.tuner_layers(self.module))  # whoever else is searching
                 if not self.tree.used:
                     self.pool.follow(self.module.get_input_embeddings().weight)
                     if self.module.get_output_embeddings() is not self.head.linear:  # resized or exchanged
@@ -136,5 +135,5 @@ class LanguageModel(Encoder):
             self.release(tree)
         if self.tree.used:
             raise ValueError("a search is under way, whose KV would be of other weights: end or cancel it first")
-        self.steps.forget()
+        self.token_steps.forget()
         self.id = f"{str(self.id).rpartition('#')[0]}#{next(_ids)}"

@@ -23,10 +23,10 @@ from .. import adapters
 from . import miniature
 
 if TYPE_CHECKING:
+    from ..encoder import Encoder
     from ..kv_tree import Branch
-    from ..language_model import LanguageModel
 
-    Make = Callable[..., LanguageModel]  # (module, state, capacity=) -> an unchecked LanguageModel
+    Make = Callable[..., Encoder]  # (module, state, capacity=) -> an unchecked one
 
 TOLERANCE = 1e-4  # nats, any log-prob of the miniature; ...
 ILL_CONDITIONED = 1e-3  # ... at most this, where its plain forward itself is that sensitive to rounding
@@ -60,7 +60,7 @@ def check(module: nn.Module, state: tuple[str, ...] | None, make: Make) -> int:
     Args:
         module: a transformers causal LM, unwrapped.
         state: adapters it runs with; None for the base weights.
-        make: makes a LanguageModel without asking here.
+        make: makes an Encoder without asking here.
 
     Returns:
         bytes of KV that a token takes in this module.
@@ -86,8 +86,8 @@ def check(module: nn.Module, state: tuple[str, ...] | None, make: Make) -> int:
     return found
 
 
-def compare(lm: LanguageModel, length: int, seed: int = 0) -> Fault:
-    """Grow a tree through a LanguageModel and compare it with the plain forward of the same module.
+def compare(lm: Encoder, length: int, seed: int = 0) -> Fault:
+    """Grow a tree through an Encoder and compare it with the plain forward of the same module.
 
     The tree is forked at the ends and in the middle of branches, in steps of 1 to many tokens, siblings together. Its
     four paths of `length` tokens do not fit into a KV capacity of two, so branches are evicted and encoded again.
@@ -143,7 +143,7 @@ def _apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(apart), math.inf, apart)
 
 
-def plain_log_softmax(lm: LanguageModel, ids: torch.Tensor) -> np.ndarray:
+def plain_log_softmax(lm: Encoder, ids: torch.Tensor) -> np.ndarray:
     """[B, T] ids -> [B, T, V] float64 log-probs of the module's own forward, without cache, with lm's adapters."""
     with lm.exclusive(), torch.no_grad():
         logits = lm.module(input_ids=ids.to(lm.device), use_cache=False).logits
@@ -177,7 +177,7 @@ def _judge(module: nn.Module, make: Make) -> str | None:
     return examine(lm, length if lm.context is None else min(length, lm.context))
 
 
-def examine(lm: LanguageModel, length: int = LENGTH) -> str | None:
+def examine(lm: Encoder, length: int = LENGTH) -> str | None:
     """What is wrong with the packed forward of an fp32 model, or None."""
     try:
         fault = compare(lm, length)
@@ -189,7 +189,7 @@ def examine(lm: LanguageModel, length: int = LENGTH) -> str | None:
     return f"log-probs differ by {fault.worst:.2g} nat after forks{f': {cause}' if cause else ''}"
 
 
-def tolerance(lm: LanguageModel, length: int) -> float:
+def tolerance(lm: Encoder, length: int) -> float:
     """Nats that rounding may explain: TOLERANCE, or ten times what one rounding of the embeddings does to a forward.
 
     Every layer rounds again, and sharp thresholds (Gemma 3n's sparse activations) carry a rounding of 1e-7 to 1e-4
@@ -210,7 +210,7 @@ def tolerance(lm: LanguageModel, length: int) -> float:
     return min(max(TOLERANCE, 10 * float(_apart(after, before).max())), ILL_CONDITIONED)
 
 
-def _cause(lm: LanguageModel, length: int) -> str | None:
+def _cause(lm: Encoder, length: int) -> str | None:
     """The likely reason of a disagreement, for the message."""
     kinds = {str(kind) for kind in getattr(lm.config, "layer_types", None) or ()}
     odd = sorted(k for k in kinds if not k.endswith(("full_attention", "sliding_attention", "global_attention")))
@@ -270,7 +270,7 @@ def _look_at(module: nn.Module, state: tuple[str, ...] | None, make: Make) -> st
     )
 
 
-def _token_source(lm: LanguageModel, seed: int) -> Callable[[int], list[int]]:
+def _token_source(lm: Encoder, seed: int) -> Callable[[int], list[int]]:
     """Draws ordinary token ids: none that the config gives a meaning (padding, images, ends)."""
     special: set[int] = set()
     for name, value in _flat(lm.module.config.to_dict()):

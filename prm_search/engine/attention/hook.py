@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..pool import KVPool
-from .layout import ScoreModifiers
+from .layout import Operands, ScoreModifiers
 
 PREFIX = "prm_search_over_"
 
@@ -29,15 +29,7 @@ PREFIX = "prm_search_over_"
 class Layout(Protocol):
     """Which tokens attend over which paths."""
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        how: ScoreModifiers,
-    ) -> torch.Tensor:
+    def attend(self, operands: Operands) -> torch.Tensor:
         """See TorchLayout.attend."""
         ...
 
@@ -62,7 +54,7 @@ class Packed:
         self._slots = slots
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: ScoreModifiers
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, modifiers: ScoreModifiers
     ) -> torch.Tensor:
         """Write K and V to their slots, then attend.
 
@@ -70,7 +62,7 @@ class Packed:
             layer: layer index.
             query: [1, heads, T, k_dim].
             key, value: [1, kv_heads, T, k_dim or v_dim].
-            how: see Scores.
+            modifiers: of the scores.
 
         Returns:
             [1, T, heads, v_dim].
@@ -78,7 +70,7 @@ class Packed:
         if self._slots.device != key.device:
             self._slots = self._slots.to(key.device)
         keys, values = self.pool.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return self.layout.attend(query[0], key[0], value[0], keys, values, how)[None]
+        return self.layout.attend(Operands(query[0], key[0], value[0], keys, values, modifiers))[None]
 
 
 @functools.cache
@@ -109,13 +101,13 @@ def _attention(
         name = module.config._attn_implementation.removeprefix(PREFIX)
         return _original(name, module)(module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling")
-    how = ScoreModifiers(
+    modifiers = ScoreModifiers(
         query.shape[-1] ** -0.5 if scale is None else float(scale),
         kwargs.get("softcap"),
         kwargs.get("sliding_window"),
         kwargs.get("s_aux"),
     )
-    return packed.attend(module.layer_idx, query, key, value, how), None
+    return packed.attend(module.layer_idx, query, key, value, modifiers), None
 
 
 def _mask_for(name: str) -> Callable[..., Any]:

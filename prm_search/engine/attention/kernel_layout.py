@@ -10,7 +10,7 @@ import torch
 
 from ...triton_kernels import SharedPrefix, tree_attention
 from ..to_device import to_device
-from .layout import QueryRun, ScoreModifiers
+from .layout import Operands, QueryRun
 
 
 class KernelLayout:
@@ -49,30 +49,23 @@ class KernelLayout:
         """Take `tables` as they are on a device."""
         self._on[tables[0].device] = tables
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        how: ScoreModifiers,
-    ) -> torch.Tensor:
+    def attend(self, operands: Operands) -> torch.Tensor:
         """As TorchLayout.attend."""
+        query, modifiers = operands.query, operands.modifiers
         if query.device not in self._on:  # a model spread over several devices
             self.place(to_device(self.tables(), query.device))
         table, paths, starts, shared, edges = self._on[query.device]
         return tree_attention(
             query.transpose(0, 1),
-            keys,
-            values,
+            operands.keys,
+            operands.values,
             slot_table=table,
             path_lens=paths,
             q_starts=starts,
-            scale=how.scale,
-            softcap=how.softcap,
-            window=how.window,
-            sinks=how.sinks,
+            scale=modifiers.scale,
+            softcap=modifiers.softcap,
+            window=modifiers.window,
+            sinks=modifiers.sinks,
             max_new=int(self.new.max()),
             max_path=int(self.full.max()),
             prefix=SharedPrefix(edges, shared, self._group_tokens, self._prefix),

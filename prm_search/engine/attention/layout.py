@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +48,24 @@ class ScoreModifiers:
     softcap: float | None = None
     window: int | None = None
     sinks: torch.Tensor | None = None
+
+
+class Operands(NamedTuple):
+    """What a layer attends with.
+
+    Attributes:
+        query: [heads, T, k_dim] of the packed new tokens.
+        key, value: [kv_heads, T, k_dim or v_dim] of the new tokens.
+        keys, values: [slots, kv_heads, k_dim or v_dim], the new tokens included.
+        modifiers: of the scores.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    modifiers: ScoreModifiers
 
 
 class Group:
@@ -122,44 +141,37 @@ class Group:
             self._bias[key] = allowed
         return self._bias[key]
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        how: ScoreModifiers,
-        mass: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """[tokens, heads, v_dim] of this group's tokens; arguments as TorchLayout.attend.
+    def attend(self, operands: Operands, mass: torch.Tensor | None = None) -> torch.Tensor:
+        """[tokens, heads, v_dim] of this group's tokens.
 
         Args:
+            operands: of all packed tokens.
             mass: [tokens, heads] to be filled with the log-sum-exps of the scores (CPU, plain scores).
         """
+        query, key, value, keys, values, modifiers = operands
         count, span = len(self.units), slice(self.start, self.stop)
         if self.even:
             q = query[:, span].unflatten(1, (count, self.length)).transpose(0, 1)
         else:
             q = query[:, self.rows(query.device)].transpose(0, 1)
-        plain = how.softcap is None and how.sinks is None
-        fresh = self.fresh and plain and (how.window is None or how.window >= self.length)
+        plain = modifiers.softcap is None and modifiers.sinks is None
+        fresh = self.fresh and plain and (modifiers.window is None or modifiers.window >= self.length)
         weight = None
         if fresh:
             k = key[:, span].unflatten(1, (count, self.length)).transpose(0, 1)
             v = value[:, span].unflatten(1, (count, self.length)).transpose(0, 1)
         else:
-            slots, allowed = self.tables(how.window, query.device)
+            slots, allowed = self.tables(modifiers.window, query.device)
             k = keys.index_select(0, slots.view(-1)).view(*slots.shape, *keys.shape[1:]).transpose(1, 2)
             v = values.index_select(0, slots.view(-1)).view(*slots.shape, *values.shape[1:]).transpose(1, 2)
         if not plain:
-            result = _eager(q, k, v, allowed, how)
+            result = _eager(q, k, v, allowed, modifiers)
         else:
-            bias = None if fresh else self.bias(how.window, q.device, q.dtype)
+            bias = None if fresh else self.bias(modifiers.window, q.device, q.dtype)
             if mass is not None:
-                result, weight = flash(q, k, v, bias, how.scale, causal=fresh)
+                result, weight = flash(q, k, v, bias, modifiers.scale, causal=fresh)
             else:
-                result = _sdpa(q, k, v, bias, how.scale, causal=fresh)
+                result = _sdpa(q, k, v, bias, modifiers.scale, causal=fresh)
         if mass is not None and weight is not None:
             mass.copy_(self._packed(weight.transpose(1, 2)))
         return self._packed(result.transpose(1, 2))
@@ -234,19 +246,19 @@ def _sdpa(
 
 
 def _eager(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None, how: ScoreModifiers
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch.Tensor | None, modifiers: ScoreModifiers
 ) -> torch.Tensor:
     """q [B, H, L, Dk], k [B, Hkv, S, Dk], v [B, Hkv, S, Dv]: softmax in fp32 (fp64 stays), as HF's eager attention."""
     heads, shared = q.shape[1], q.shape[1] // k.shape[1]
     grouped = q.unflatten(1, (heads // shared, shared))  # [B, Hkv, G, L, Dk]
-    scores = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2)) * how.scale
-    if how.softcap is not None:
-        scores = how.softcap * torch.tanh(scores / how.softcap)
+    scores = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2)) * modifiers.scale
+    if modifiers.softcap is not None:
+        scores = modifiers.softcap * torch.tanh(scores / modifiers.softcap)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if allowed is not None:
         scores = scores.masked_fill(~allowed[:, None, None], -math.inf)
-    if how.sinks is not None:
-        column = how.sinks.to(scores.dtype).view(1, heads // shared, shared, 1, 1).expand(*scores.shape[:-1], 1)
+    if modifiers.sinks is not None:
+        column = modifiers.sinks.to(scores.dtype).view(1, heads // shared, shared, 1, 1).expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .layout import Group, QueryRun, ScoreModifiers, buckets, flash, group_units
+from .layout import Group, Operands, QueryRun, buckets, flash, group_units
 
 SHARED_FROM = 32  # tokens of a prefix from which reading it once pays for the second attention and the merge
 
@@ -47,35 +47,18 @@ class TorchLayout:
     def place(self, tables: list[torch.Tensor]) -> None:
         """Nothing to take."""
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        how: ScoreModifiers,
-    ) -> torch.Tensor:
-        """Attention of the packed queries over their paths.
-
-        Args:
-            query: [heads, T, k_dim].
-            key, value: [kv_heads, T, k_dim or v_dim] of the new tokens.
-            keys, values: [slots, kv_heads, k_dim or v_dim], the new tokens included.
-            how: see Scores.
-
-        Returns:
-            [T, heads, v_dim].
-        """
+    def attend(self, operands: Operands) -> torch.Tensor:
+        """[T, heads, v_dim]: attention of the packed queries over their paths."""
+        query, value = operands.query, operands.value
         out = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))
         groups = self.groups
         if self.kin is not None:
-            if self.kin.mergeable(query, values, how):
-                self.kin.attend(out, query, key, value, keys, values, how)
+            if self.kin.mergeable(operands):
+                self.kin.attend(out, operands)
             else:
                 groups = [*groups, *self.kin.whole]
         for group in groups:
-            out[group.start : group.stop] = group.attend(query, key, value, keys, values, how)
+            out[group.start : group.stop] = group.attend(operands)
         return out
 
 
@@ -113,37 +96,30 @@ class Siblings:
             for batch in buckets([(len(families[stem]), len(prefixes[stem])) for stem in stems])
         ]
 
-    def mergeable(self, query: torch.Tensor, values: torch.Tensor, how: ScoreModifiers) -> bool:
-        """Whether these scores split into two softmaxes here: CPU's flash attention, which returns log-sum-exps."""
+    def mergeable(self, operands: Operands) -> bool:
+        """Return True if these scores split into two softmaxes: only CPU flash attention returns log-sum-exps."""
+        query, modifiers = operands.query, operands.modifiers
         return (
             query.device.type == "cpu"
-            and how.softcap is None
-            and how.sinks is None
-            and (how.window is None or how.window >= self.longest)
-            and query.shape[-1] == values.shape[-1]
+            and modifiers.softcap is None
+            and modifiers.sinks is None
+            and (modifiers.window is None or modifiers.window >= self.longest)
+            and query.shape[-1] == operands.values.shape[-1]
         )
 
-    def attend(
-        self,
-        out: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        how: ScoreModifiers,
-    ) -> None:
-        """Write [T, heads, v_dim] of these units' tokens into `out`; arguments as TorchLayout.attend."""
+    def attend(self, out: torch.Tensor, operands: Operands) -> None:
+        """Write [T, heads, v_dim] of these units' tokens into `out`."""
+        query, keys, values = operands.query, operands.keys, operands.values
         weight = query.new_empty((self.stop, query.shape[0]), dtype=torch.promote_types(query.dtype, torch.float32))
         for group in self._own:
             span = slice(group.start, group.stop)
-            out[span] = group.attend(query, key, value, keys, values, how, weight[span])
+            out[span] = group.attend(operands, weight[span])
         for prefix in self._prefixes:
             rows, real = prefix.rows, prefix.real
             q = query[:, rows].transpose(0, 1)
             k = keys.index_select(0, prefix.slots.view(-1)).view(*prefix.slots.shape, *keys.shape[1:]).transpose(1, 2)
             v = values.index_select(0, prefix.slots.view(-1)).view(*k.shape[:1], -1, *values.shape[1:]).transpose(1, 2)
-            shared, mass = flash(q, k, v, prefix.bias(q.dtype), how.scale)
+            shared, mass = flash(q, k, v, prefix.bias(q.dtype), operands.modifiers.scale)
             rows = rows[real]
             shared, mass = shared.transpose(1, 2)[real], mass.transpose(1, 2)[real]  # [tokens, heads, ...]
             part = torch.sigmoid(mass - weight[rows])[..., None].to(out.dtype)

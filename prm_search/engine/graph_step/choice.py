@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from ...triton_kernels import launch
+from ..module_run import ModuleRun
 from ..waves import Piece
 from .cuda_graphs import Graphs, obstacle, signature
 from .static_step import LONGEST_PATH, ROWS, Shape, StaticForward, StaticStep
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
-
-    from ..runner import Runner
 
 Mode = Literal["auto", "packed", "static", "graph"]
 
@@ -38,7 +37,7 @@ class TokenSteps:
     """The static step of one LanguageModel, its graphs, and the rule by which they are used.
 
     Args:
-        runner: runs the module.
+        run: of the module.
 
     Attributes:
         mode: "auto" takes graphs on a CUDA device where nothing speaks against them, else "packed"; "graph" never falls
@@ -46,11 +45,11 @@ class TokenSteps:
         graphs: those captured so far.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, run: ModuleRun) -> None:
         self.mode: Mode = "auto"
         self.graphs = Graphs()
-        self._runner = runner
-        self._step = StaticStep(runner)
+        self._run = run
+        self._step = StaticStep(run)
         self._why_not: str | None = None
         self._known: Hashable = None
 
@@ -70,24 +69,24 @@ class TokenSteps:
             return TokenStepChoice(
                 "packed", f"a step has at most {ROWS} rows and paths of at most {LONGEST_PATH} tokens"
             )
-        shape = Shape.of(rows, longest, together=False)
+        shape = Shape.of(rows, longest, shares_prefixes=False)
         detail = f"{shape.rows} lines x {shape.path} slots"
         if self.mode == "static":
             return TokenStepChoice("static", "asked for", detail)
         if (why_not := self._obstacle()) is not None:
             return TokenStepChoice("packed", why_not)
-        both = [Shape(shape.rows, shape.path, together) for together in (False, True)]
+        both = [Shape(shape.rows, shape.path, shares) for shares in (False, True)]
         captured = any(self.graphs.has(one) for one in both)
         return TokenStepChoice("graph", "a CUDA device", f"{detail}, {'captured' if captured else 'not captured yet'}")
 
     def plan(self, wave: Sequence[Piece], slots: Sequence[np.ndarray]) -> StaticForward | None:
         """The step that these pieces are, or None where they run packed. Arguments as Runner.plan."""
-        if self.mode == "packed" or (self.mode == "auto" and not self._runner.on_gpu) or not self._step.serves(wave):
+        if self.mode == "packed" or (self.mode == "auto" and not self._run.on_gpu) or not self._step.serves(wave):
             return None
         longest = max(piece.branch.start + piece.end for piece in wave)
         if self.choice(len(wave), longest).way == "packed":
             return None
-        width = Shape.of(len(wave), longest, together=False).path
+        width = Shape.of(len(wave), longest, shares_prefixes=False).path
         if not self._step.fits(width):
             self.graphs.clear()
             self._step.make(width)
@@ -99,9 +98,9 @@ class TokenSteps:
         Args:
             layers: the module's adapter layers.
         """
-        if not self._runner.on_gpu and self.mode == "auto":
+        if not self._run.on_gpu and self.mode == "auto":
             return
-        known = signature(self._runner.module, layers)
+        known = signature(self._run.module, layers)
         if known != self._known:
             self.forget()
             self._known = known
@@ -118,9 +117,9 @@ class TokenSteps:
         if self.graphs.refused is not None:
             return self.graphs.refused
         if self._why_not is None:
-            weight = self._runner.module.get_input_embeddings().weight
-            kernels = "backend='torch'" if self._runner.backend == "torch" else launch.obstacle(weight)
-            self._why_not = obstacle(self._runner.module) or kernels or ""
+            weight = self._run.module.get_input_embeddings().weight
+            kernels = "backend='torch'" if self._run.backend == "torch" else launch.obstacle(weight)
+            self._why_not = obstacle(self._run.module) or kernels or ""
         return self._why_not or None
 
     def _launch(self, shape: Shape) -> None:

@@ -40,19 +40,19 @@ class SlotTable:
         self._held = [None] * len(self._held)
         self._line.clear()
 
-    def assign(self, branches: Sequence[Branch], bucket: int, *, together: bool) -> tuple[np.ndarray, list[int]]:
+    def assign(self, branches: Sequence[Branch], bucket: int, *, shares_prefixes: bool) -> tuple[np.ndarray, list[int]]:
         """A line for each branch, below `bucket`.
 
         Args:
             branches: at most `bucket`, each with the slot of its newest token.
             bucket: lines that the step takes in.
-            together: whether siblings shall stand in neighbouring lines, as far as that is worth moving them.
+            shares_prefixes: siblings shall stand in neighbouring lines, as far as that is worth moving them.
 
         Returns:
             lines [B] int64, and the indices of the branches whose lines have to be written.
         """
         lines = self._keep(branches, bucket)
-        if together and self._runs(branches, lines) > 1 + 1.5 * len({stem_of(branch) for branch in branches}):
+        if shares_prefixes and self._runs(branches, lines) > 1 + 1.5 * len({stem_of(branch) for branch in branches}):
             order = sorted(range(len(branches)), key=lambda i: stem_of(branches[i]))
             lines = np.empty(len(branches), np.int64)
             lines[order] = np.arange(len(branches))

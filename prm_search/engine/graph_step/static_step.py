@@ -9,21 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ...triton_kernels import SharedPrefix, tiles, tree_attention
 from ...triton_kernels.launch import Backend
-from ..adapters import device_of
 from ..attention.hook import Packed
-from ..attention.layout import ScoreModifiers
+from ..attention.layout import Operands
+from ..module_run import ModuleRun
 from ..waves import Piece
 from .slot_table import SlotTable, families
-
-if TYPE_CHECKING:
-    from ..runner import Runner
 
 ROWS = 256  # branches of a step at most
 LEAST_PATH = 512  # slots of the narrowest table
@@ -41,17 +37,17 @@ class Shape:
     Attributes:
         rows: lines that take part, a power of two; those without a branch are padding.
         path: slots of the longest path at most, a power of two.
-        families: whether prefixes that neighbours share are told to the attention.
+        shares_prefixes: whether prefixes that neighbours share are told to the attention.
     """
 
     rows: int
     path: int
-    families: bool
+    shares_prefixes: bool
 
     @classmethod
-    def of(cls, rows: int, path: int, together: bool) -> Shape:
+    def of(cls, rows: int, path: int, shares_prefixes: bool) -> Shape:
         """The smallest shape with room for so many branches and slots."""
-        return cls(tiles.power_of_two(rows), max(LEAST_PATH, tiles.power_of_two(path)), together)
+        return cls(tiles.power_of_two(rows), max(LEAST_PATH, tiles.power_of_two(path)), shares_prefixes)
 
 
 class StaticStep:
@@ -60,15 +56,15 @@ class StaticStep:
     Padding lines have length 0 and slot -1: they attend to nothing, and nothing of theirs is written or read.
 
     Args:
-        runner: runs the module.
+        run: of the module.
 
     Attributes:
         lines: which branch stands where.
         copied: integers brought to the device so far.
     """
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, run: ModuleRun) -> None:
+        self._run = run
         self.lines = SlotTable(ROWS)
         self.copied = 0
         self.reset()
@@ -79,7 +75,7 @@ class StaticStep:
         return (
             len(wave) <= ROWS
             and all(piece.end - piece.begin == 1 for piece in wave)
-            and bool(self._runner.pool.layers)
+            and bool(self._run.pool.layers)
             and max(piece.branch.start + piece.end for piece in wave) <= LONGEST_PATH
         )
 
@@ -97,7 +93,7 @@ class StaticStep:
 
     def make(self, path: int) -> None:
         """Make the static tensors, with room for paths of so many slots. Whoever holds their addresses is done."""
-        device = device_of(self._runner.module)
+        device = self._run.device
         self.reset()
         self._width, self._pools = path, self._addresses()
         whole = len(_FIELDS) * _SPAN + ROWS * (1 + path)
@@ -106,7 +102,7 @@ class StaticStep:
         self._starts = torch.arange(ROWS + 1, dtype=torch.int32, device=device)
 
     def _addresses(self) -> list[int]:
-        return [pool.data_ptr() for pair in self._runner.pool.layers.values() for pool in pair]
+        return [pool.data_ptr() for pair in self._run.pool.layers.values() for pool in pair]
 
     def load(self, wave: Sequence[Piece], slots: Sequence[np.ndarray], also: Sequence[np.ndarray]) -> Shape:
         """Bring a step's integers to the device, in one copy that is not waited for."""
@@ -114,8 +110,8 @@ class StaticStep:
         lengths = np.array([branch.start + branch.encoded for branch in branches], np.int64)
         longest = max(branch.start for branch in branches)
         shape = Shape.of(len(wave), int(lengths.max()), longest >= tiles.PREFIX_LEAST)
-        lines, dirty = self.lines.assign(branches, shape.rows, together=shape.families)
-        kin = families(branches, lines, shape.rows // 2) if shape.families else None
+        lines, dirty = self.lines.assign(branches, shape.rows, shares_prefixes=shape.shares_prefixes)
+        kin = families(branches, lines, shape.rows // 2) if shape.shares_prefixes else None
         if kin is None or kin[1].max() < tiles.PREFIX_LEAST:
             kin, shape = None, Shape(shape.rows, shape.path, False)
 
@@ -160,12 +156,12 @@ class StaticStep:
         table = self._table[:rows, : shape.path]
         table.scatter_(1, (lengths - 1).clamp(min=0).long()[:, None], slots[:, None])
         prefix = None
-        if shape.families:
+        if shape.shares_prefixes:
             first, shared = self.field("families", rows // 2 + 1), self.field("shared", rows)
             prefix = SharedPrefix(first, shared, rows, shape.path // 2)
-        layout = StaticLayout(table, lengths, self._starts[: rows + 1], prefix, self._runner.backend)
+        layout = StaticLayout(table, lengths, self._starts[: rows + 1], prefix, self._run.backend)
         ids, positions = self.field("ids", rows).long(), self.field("positions", rows).long()
-        hidden = self._runner.hidden(ids, positions, Packed(self._runner.pool, slots, layout))
+        hidden = self._run.hidden(ids, positions, Packed(self._run.pool, slots, layout))
         if self._out is None:
             self._out = hidden.new_zeros((ROWS, hidden.shape[1]))
         self._out[:rows].copy_(hidden)
@@ -195,27 +191,20 @@ class StaticLayout:
     prefix: SharedPrefix | None
     backend: Backend
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        how: ScoreModifiers,
-    ) -> torch.Tensor:
+    def attend(self, operands: Operands) -> torch.Tensor:
         """As TorchLayout.attend."""
+        query, modifiers = operands.query, operands.modifiers
         return tree_attention(
             query.transpose(0, 1),
-            keys,
-            values,
+            operands.keys,
+            operands.values,
             slot_table=self.table,
             path_lens=self.lengths,
             q_starts=self.starts,
-            scale=how.scale,
-            softcap=how.softcap,
-            window=how.window,
-            sinks=how.sinks,
+            scale=modifiers.scale,
+            softcap=modifiers.softcap,
+            window=modifiers.window,
+            sinks=modifiers.sinks,
             max_new=1,
             max_path=self.table.shape[1],
             prefix=self.prefix,

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...engine.adapters import AUTO
 from ...engine.language_model import LanguageModel
-from ...engine.memo import logprobs_under
+from ...engine.node_logprobs import logprobs_under
 from ...policies.hf import encode_prompt
 from ...steps import StepRule
 from ...tokens import TokenText

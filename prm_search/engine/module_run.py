@@ -1,0 +1,56 @@
+"""One run of a module over packed tokens: what packed forwards and static steps have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..triton_kernels.launch import Backend
+from .adapters import device_of
+from .attention.hook import Packed, packed
+from .pool import KVPool
+
+
+class ModuleRun:
+    """A module, where its keys and values live, and the kernels that attend over them.
+
+    Args:
+        module: a transformers causal LM.
+        pool: of its keys and values.
+        backend: of the kernels.
+    """
+
+    def __init__(self, module: Any, pool: KVPool, backend: Backend) -> None:
+        self.module = module
+        self.pool = pool
+        self.backend = backend
+        self._configs = _configs_of(module)
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the module takes its input ids on."""
+        return device_of(self.module)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Return True if the module takes its input ids on a CUDA device."""
+        return self.device.type == "cuda"
+
+    def hidden(self, ids: torch.Tensor, positions: torch.Tensor, forward: Packed) -> torch.Tensor:
+        """[T, D] last hidden rows of T packed tokens.
+
+        Args:
+            ids, positions: [T] int64 on the module's device.
+            forward: what the attention layers shall do.
+        """
+        with packed(self._configs, forward):
+            out = self.module.base_model(
+                input_ids=ids[None], position_ids=positions[None], attention_mask=forward.no_mask, use_cache=False
+            )
+        return out[0][0]
+
+
+def _configs_of(module: Any) -> list[Any]:
+    configs = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}
+    return [c for c in configs.values() if hasattr(c, "_attn_implementation_internal")]
