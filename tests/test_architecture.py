@@ -66,7 +66,6 @@ STILL_UP: set[tuple[str, str]] = {
     ("demo.sft", "commands.models"),
     ("demo.sft", "commands.problems"),
     ("demo.sft", "commands.smollm2"),
-    ("evaluation.run", "training.rollouts"),
     ("integrations.vllm.endpoint", "commands.models"),
     ("policies.hf", "scorers.implicit.implicit_prm"),
     ("strategies.steer", "policies.hf"),
