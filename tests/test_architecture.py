@@ -20,7 +20,10 @@ PACKAGES = {
 }
 
 # The plain records and rules: no torch, and no model.
-PLAIN = ("answers", "checks", "drawing", "problems", "protocols", "rng", "steps", "tokens", "tree", "usage", "values")
+PLAIN = (
+    "answers", "checks", "drawing", "files", "policy", "problems", "prompt", "protocols", "rng", "sampling", "steps",
+    "tokens", "tree", "usage", "values",
+)  # fmt: skip
 # The order of docs/development.md: a room, and the rooms that it may know beside itself. Each stands above those.
 ORDER: dict[str, tuple[str, ...]] = {
     "triton_kernels": (),
@@ -61,11 +64,6 @@ STILL_CIRCLES: set[frozenset[str]] = {
     ),
 }  # fmt: skip
 STILL_UP: set[tuple[str, str]] = {
-    ("demo.sft", "commands"),
-    ("demo.sft", "commands.models"),
-    ("demo.sft", "commands.problems"),
-    ("demo.sft", "commands.smollm2"),
-    ("integrations.vllm.endpoint", "commands.models"),
     ("policies.hf", "scorers.implicit.implicit_prm"),
     ("strategies.steer", "policies.hf"),
 }
@@ -183,6 +181,8 @@ def test_modules_import_in_no_circle():
 
 
 def test_no_arrow_between_rooms_runs_back_up():
+    unknown = {room(module) for module in MODULES} - set(ORDER)
+    assert not unknown, f"rooms without a place in the order (new files of the root stand in PLAIN): {sorted(unknown)}"
     up = [one for one in OURS if room(one.target) not in (room(one.module), *ORDER[room(one.module)])]
     pairs = {(short(one.module), short(one.target)) for one in up}
     new = [one for one in up if (short(one.module), short(one.target)) not in STILL_UP]
@@ -195,10 +195,6 @@ def test_the_order_is_one():
     """A room may know only rooms that stand before it in the table, so the table has no circle either."""
     names = list(ORDER)
     assert [(a, b) for i, a in enumerate(names) for b in ORDER[a] if b not in names[:i]] == []
-
-
-def test_every_module_has_its_room():
-    assert {room(module) for module in MODULES} <= set(ORDER)
 
 
 def test_the_package_root_holds_what_users_call_and_the_plain_records():
