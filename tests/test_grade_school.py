@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
+from pathlib import Path
 
 import events
 import hf_models
 import page
 import pytest
 import run
+import typer
 from events import LARGEST, SPLITS, problems, split_of
+
+from prm_search.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
 
 LINE = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
 
@@ -178,3 +185,32 @@ def test_the_whole_recipe_goes_on_where_it_stopped_and_makes_its_page(tmp_path, 
     assert str(tmp_path) not in text + (tmp_path / "page" / "report.json").read_text()
     with pytest.raises(SystemExit, match="2"):
         page.main(["--run", str(tmp_path), "--out", str(tmp_path / "page")])
+
+
+# -- the tutorial ------------------------------------------------------------------------------------------------------
+
+
+def tutorial() -> list[list[str]]:
+    """The commands of the tutorial's section, as words."""
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    section = page.partition("## A natural-language task\n")[2].partition("\n## ")[0]
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    shown = "".join(body for kind, body in fences if not kind).replace("\\\n", " ")
+    return [shlex.split(line) for line in shown.splitlines() if line.startswith(("prm-search", "python "))]
+
+
+def test_the_tutorial_has_the_whole_sequence():
+    scripts = [f"examples/grade_school/{name}.py" for name in ("run", "page", *["events"] * 3, "sft")]
+    assert [command[1] for command in tutorial()] == [*scripts, "rollout", "train", "eval"]
+
+
+@pytest.mark.parametrize("command", tutorial(), ids=lambda command: " ".join(command[:3]))
+def test_the_tutorial_commands_are_understood(command):
+    if command[0] == "python":
+        assert (ROOT / command[1]).is_file()
+        if Path(command[1]).name == "events.py":
+            assert events.parser().parse_args(command[2:])
+        return
+    known = typer.main.get_command(app).commands[command[1]]
+    context = known.make_context(command[1], command[2:])  # options, and the kinds of their values
+    assert context.params["template" if "--template" in command else "out"]

@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 import random
 import re
-import shlex
-from pathlib import Path
 
 import pytest
-import typer
 import words
 from word_templates import NAMES, SPLITS, templates
 from words import LARGEST, draw, problems
 
-from prm_search.cli import app
 from prm_search.commands.problems import read_problems
 from prm_search.problems import final_answer
 
 LINE = re.compile(r"(?P<label>[^:{}]+): (?P<left>\d+)(?P<op>[-+*/])(?P<right>\d+)=(?P<result>\d+)")
-ROOT = Path(__file__).resolve().parents[1]
 ALL = [template for split in SPLITS for template in templates(split)]
 
 
@@ -114,29 +109,3 @@ def test_the_command_writes_what_rollout_reads(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         words.main(["--split", "test", "--n", "-5", "--out", "-"])
     assert "n must be at least 0" in capsys.readouterr().err
-
-
-def tutorial() -> list[list[str]]:
-    """The commands of the tutorial's section, as words."""
-    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-    section = page.partition("## A natural-language task\n")[2].partition("\n## ")[0]
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    shown = "".join(body for kind, body in fences if not kind).replace("\\\n", " ")
-    return [shlex.split(line) for line in shown.splitlines() if line.startswith(("prm-search", "python "))]
-
-
-def test_the_tutorial_has_the_whole_sequence():
-    scripts = ["examples/grade_school/words.py"] * 3 + ["examples/grade_school/sft.py"]
-    assert [command[1] for command in tutorial()] == [*scripts, "rollout", "rollout", "train", "eval"]
-
-
-@pytest.mark.parametrize("command", tutorial(), ids=lambda command: " ".join(command[:3]))
-def test_the_tutorial_commands_are_understood(command):
-    if command[0] == "python":
-        assert (ROOT / command[1]).is_file()
-        if Path(command[1]).name == "words.py":
-            assert words.parser().parse_args(command[2:])
-        return
-    known = typer.main.get_command(app).commands[command[1]]
-    context = known.make_context(command[1], command[2:])  # options, and the kinds of their values
-    assert context.params["template" if "--template" in command else "out"]
