@@ -22,13 +22,13 @@ def number(name: str, given: object, needed: str, fits: Callable[[float], bool])
         ValueError: it does not fit, or is NaN.
     """
     if isinstance(given, bool) or not isinstance(given, Real):
-        raise TypeError(f"{name}={given!r}: {needed} is needed, not {type(given).__name__}")
+        raise TypeError(f"{name}={shown(given)}: {needed} is needed, not {type(given).__name__}")
     try:
         value = float(given)
     except OverflowError:  # an integer beyond all floats
         value = -math.inf if given < 0 else math.inf
     if math.isnan(value) or not fits(value):
-        raise ValueError(f"{name}={given!r}: {needed} is needed")
+        raise ValueError(f"{name}={shown(given)}: {needed} is needed")
 
 
 def strength(name: str, given: object) -> None:
@@ -70,3 +70,27 @@ def require(name: str, given: object, protocol: type) -> None:
 def protocol_members(protocol: type) -> set[str]:
     """Names of what a protocol asks for."""
     return {name for name in vars(protocol) if not name.startswith("_")}
+
+
+def beta(name: str, given: object) -> None:
+    """Check the scale of a pair's rewards, whose product with a log-ratio must neither vanish nor overflow in fp32.
+    Raises as `number`."""
+    needed = "a finite number > 0 that rewards in fp32 can carry, from 1e-30 to 1e30,"
+    number(name, given, needed, lambda value: 1e-30 <= value <= 1e30)
+
+
+def non_empty(name: str, given: object) -> None:
+    """Check a string that has to say something. Raises TypeError or ValueError."""
+    if not isinstance(given, str):
+        raise TypeError(f"{name}={shown(given)}: a non-empty string is needed, not {type(given).__name__}")
+    if not given:
+        raise ValueError(f"{name}={given!r}: a non-empty string is needed")
+
+
+def shown(given: object) -> str:
+    """A value for a message, at most 80 characters of it."""
+    try:
+        text = repr(given)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"an integer of about {int(given).bit_length() * 3 // 10} digits" if isinstance(given, int) else "?"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -10,10 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from .tree import Prompt
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACED = "\ufffd"  # what decoders show for bytes that are no character
+_LEADS = ("\n", ".", "a")  # what a text may be put after, to be tokenised as it goes on
+_PROBE = "A b\n"  # shows begin-of-sequence tokens and spaces that a tokenizer puts before a text
 
 Piece = Callable[[int], bytes]
 
@@ -202,3 +207,74 @@ def _by_difference(tokenizer: Any, token_id: int, token: str) -> bytes:
     if _REPLACED in added:  # part of a character, in the alphabet of a byte-level vocabulary
         return _unmap(token)
     return added.encode()
+
+
+@dataclass(frozen=True)
+class TokenizerMatch:
+    """What a pair's tokenizer and a policy's have in common.
+
+    Attributes:
+        tokens: one vocabulary: an id is the same token in both. Embeddings may be padded to different widths.
+        prompts: prompts come out as the same ids too: same chat template, same begin of sequence.
+    """
+
+    tokens: bool
+    prompts: bool
+
+    @classmethod
+    def of(cls, ours: Any, theirs: Any) -> TokenizerMatch:
+        """Compare two tokenizers. A pair's tokenizer without a chat template takes the policy's."""
+        if ours is theirs:
+            return cls(True, True)
+        if ours.get_vocab() != theirs.get_vocab():
+            return cls(False, False)
+        template = getattr(ours, "chat_template", None)
+        same_template = template is None or template == getattr(theirs, "chat_template", None)
+        return cls(True, same_template and list(ours(_PROBE)["input_ids"]) == list(theirs(_PROBE)["input_ids"]))
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of a prompt under a tokenizer. Raises ValueError where there are none."""
+    if prompt.token_ids is not None:
+        ids = prompt.token_ids
+    elif prompt.messages is not None:
+        ids = tokenizer.apply_chat_template(
+            [dict(m) for m in prompt.messages], add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+    else:
+        ids = tokenizer(prompt.text)["input_ids"]
+    if len(ids) == 0:
+        raise ValueError("empty prompt: at least one token is needed")
+    return tuple(int(i) for i in ids)
+
+
+def encode_text(tokenizer: Any, text: str, token_text: TokenText | None = None) -> list[int]:
+    """Token ids of a response's text, as it goes on after its prompt.
+
+    Tokenizers of the sentencepiece kind put a space before a text's first word. Ids that spell exactly the text are
+    looked for: those of the text without the space it begins with, or those it has after something else. Where there
+    are none (a tokenizer that normalises), its own encoding stands.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the response, or its beginning.
+        token_text: the tokenizer's TokenText, to save making it.
+    """
+    token_text = token_text or TokenText(tokenizer)
+
+    def encode(part: str) -> list[int]:
+        return [int(i) for i in tokenizer(part, add_special_tokens=False)["input_ids"]] if part else []
+
+    def spelt(ids: Sequence[int]) -> bytes:
+        return b"".join(map(token_text.piece, ids))
+
+    ids, wanted = encode(text), text.encode()
+    if spelt(ids) != b" " + wanted:
+        return ids
+    if text.startswith(" ") and spelt(shorter := encode(text[1:])) == wanted:
+        return shorter
+    for lead in _LEADS:
+        before, whole = encode(lead), encode(lead + text)
+        if whole[: len(before)] == before and spelt(whole[len(before) :]) == wanted:
+            return whole[len(before) :]
+    return ids

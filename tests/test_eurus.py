@@ -9,7 +9,7 @@ from pairs import byte_tokenizer, llama
 
 from prm_search import ImplicitPRM
 from prm_search.scorers.implicit.eurus import boundaries, eurus_score, format_steps
-from prm_search.scorers.implicit.reference_free import ConstantReference
+from prm_search.scorers.implicit.implicit_prm import ConstantReference
 
 LLAMA_3 = (
     "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>"

@@ -19,7 +19,7 @@ from prm_search.demo import pair_dir
 from prm_search.engine.language_model import LanguageModel
 from prm_search.models.loading import load
 from prm_search.scorers.implicit.card import read_card
-from prm_search.scorers.implicit.reference_free import ConstantReference
+from prm_search.scorers.implicit.implicit_prm import ConstantReference
 
 PROMPT, TEXT = "What is the sum of seven and eight?", "It is fifteen."
 RULE = StepRule(max_tokens=6)

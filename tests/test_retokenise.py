@@ -10,8 +10,7 @@ from pairs import OTHER_CORPUS, PLAIN_CHAT, byte_tokenizer, llama, metaspace_tok
 
 from prm_search import Beam, BestOfN, HFPolicy, ImplicitPRM, Prompt, SearchTree, StepRule, search
 from prm_search.scorers.implicit.implicit_prm import ConstantReference
-from prm_search.scorers.retokenise import TokenizerMatch, encode_text
-from prm_search.tokens import TokenText
+from prm_search.tokens import TokenizerMatch, TokenText, encode_text
 
 BETA = 0.25
 RULE = StepRule(delimiter=None, max_tokens=4)  # ends steps in the middle of words, and of characters

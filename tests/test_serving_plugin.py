@@ -16,13 +16,13 @@ from pairs import byte_tokenizer
 from servers import Served, serving
 
 from prm_search.integrations.vllm.endpoint import PRMSearchEndpoint, chat_tokenizer
-from prm_search.policies.hf import encode_prompt
 from prm_search.search import search
 from prm_search.serving.backend import AsyncEngine
 from prm_search.serving.metrics import Metrics
 from prm_search.serving.request import Limits
 from prm_search.serving.service import Service
 from prm_search.strategies import Beam
+from prm_search.tokens import encode_prompt
 from prm_search.tree import Prompt
 
 LIMIT = 320_000  # bytes of a body

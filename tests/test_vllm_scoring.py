@@ -20,7 +20,7 @@ from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMImplicitPRM, VLLMP
 from prm_search.integrations.vllm.logprob_requests import NextTokenRequest, SpanRequest
 from prm_search.integrations.vllm.scoring_engine import ScoredEngine
 from prm_search.protocols import Request, Sampling, Scorer
-from prm_search.scorers.implicit.reference_free import ConstantReference
+from prm_search.scorers.implicit.implicit_prm import ConstantReference
 from prm_search.search import asearch, search
 from prm_search.steps import StepRule
 from prm_search.strategies import Beam, BestOfN, Strategy

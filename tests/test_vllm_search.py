@@ -24,8 +24,7 @@ from prm_search.driver.result import Result
 from prm_search.driver.search_settings import SearchSettings
 from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMImplicitPRM, VLLMPolicy
 from prm_search.policies.hf import HFPolicy
-from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
-from prm_search.scorers.implicit.reference_free import ConstantReference
+from prm_search.scorers.implicit.implicit_prm import ConstantReference, ImplicitPRM
 from prm_search.search import SearchLoop, asearch, search
 from prm_search.steps import StepRule
 from prm_search.strategies import Beam, BestOfN

@@ -20,10 +20,9 @@ from prm_search.integrations.vllm.engines import (
     request_id,
     stop_ids as eos_of,
 )
-from prm_search.policies.hf import encode_prompt
 from prm_search.policy import AsyncPolicyBase, PolicyBase
 from prm_search.sampling import Request
-from prm_search.tokens import TokenText
+from prm_search.tokens import TokenText, encode_prompt
 from prm_search.tree import Node, Prompt, SearchTree
 
 Stop = Callable[[Sequence[EngineRow]], Sequence[bool]]

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Generator, Sequence
+from typing import Any
 
-import numpy as np
-
-from prm_search.checks import number
 from prm_search.integrations.vllm.logprob_requests import Ask, LogprobAnswer
 from prm_search.integrations.vllm.scoring_engine import Pending, ScoredEngine
 from prm_search.integrations.vllm.scoring_job import Job
-from prm_search.policies.hf import encode_prompt
-from prm_search.scorers.implicit.reference_free import ConstantReference
-from prm_search.scorers.implicit.scores import Scores
-from prm_search.scorers.retokenise import PathReader, TokenizerMatch
-from prm_search.steps import StepRule
-from prm_search.tokens import TokenText
+from prm_search.scorers.base import BETA, Pair
+from prm_search.scorers.implicit.implicit_prm import ConstantReference
+from prm_search.scorers.retokenise import PathReader
+from prm_search.tokens import encode_prompt
 from prm_search.tree import Node, SearchTree
 
 Round = list[tuple[ScoredEngine, list[Ask]]]
 
 
-class VLLMImplicitPRM:
+class VLLMImplicitPRM(Pair):
     """A pair of vLLM engines as a Scorer: the rewards of ImplicitPRM, from engines that may be anywhere.
 
     Each step is sent to either engine once, as the whole path so far; the engine's prefix cache has all of it but the
@@ -58,47 +53,23 @@ class VLLMImplicitPRM:
         reference: Any,
         *,
         tokenizer: Any = None,
-        beta: float = 0.05,
+        beta: float = BETA,
         name: str = "prm",
     ) -> None:
-        number("beta", beta, "a finite number > 0", lambda given: 0 < given < float("inf"))
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"name={name!r}: a non-empty string is needed")
-        self.beta = float(beta)
-        self.name = name
+        self.prm: ScoredEngine = _engine("model", model)
+        super().__init__(beta=beta, name=name, tokenizer=self.prm.tokenizer if tokenizer is None else tokenizer)
         self._given = (model, reference)  # engines are not kept alive by what is known of them
-        self.prm = _engine("model", model)
-        self._constant: float | None = None
         self._reference: ScoredEngine | None = None
-        self._policy: Any = None
         if isinstance(reference, ConstantReference):
             self._constant = float(reference.logprob)
         elif not (isinstance(reference, str) and reference == "policy"):
             self._reference = _engine("reference", reference)
             if self._reference is self.prm:
                 raise ValueError("model and reference are one engine, so every reward would be 0")
-        self.tokenizer = tokenizer if tokenizer is not None else self.prm.tokenizer
         self._reader: PathReader | None = None
         self._prompts: weakref.WeakKeyDictionary[SearchTree, tuple[int, ...]] = weakref.WeakKeyDictionary()
-        self._text: TokenText | None = None
 
     # --- what it is ------------------------------------------------------------------------------------------------
-
-    @property
-    def models(self) -> Mapping[str, Hashable]:
-        """Ids of its models by role; no "reference" where a constant stands in for it."""
-        ids: dict[str, Hashable] = {"prm": self.prm.id}
-        if self._constant is None:
-            ids["reference"] = self.reference_id
-        return ids
-
-    @property
-    def reference_id(self) -> Hashable:
-        """Id of the reference: a node sampled by the model with this id carries its half of the reward. None where
-        a constant stands in for it."""
-        if self._constant is not None:
-            return None
-        return self._reference.id if self._reference is not None else getattr(self._policy, "id", "policy")
 
     @property
     def forward_calls(self) -> int:
@@ -121,24 +92,6 @@ class VLLMImplicitPRM:
         known = [engine.vocab for engine in self._engines() if engine.vocab is not None]
         return min(known) if known else len(self.need_tokenizer())
 
-    @property
-    def eos_token_id(self) -> int | None:
-        """What ends a response given as text."""
-        return getattr(self.tokenizer, "eos_token_id", None)
-
-    def need_tokenizer(self) -> Any:
-        """The tokenizer. Raises ValueError where there is none."""
-        if self.tokenizer is None:
-            raise ValueError("this pair has no tokenizer: pass VLLMImplicitPRM(..., tokenizer=...)")
-        return self.tokenizer
-
-    @property
-    def token_text(self) -> TokenText:
-        """Bytes of its tokens. Raises ValueError where it has no tokenizer."""
-        if self._text is None:
-            self._text = TokenText(self.need_tokenizer())
-        return self._text
-
     def _engines(self) -> list[ScoredEngine]:
         return [engine for engine in (self.prm, self._reference) if engine is not None]
 
@@ -148,10 +101,7 @@ class VLLMImplicitPRM:
         Raises:
             ValueError: the policy has another vocabulary.
         """
-        other = getattr(policy, "tokenizer", None)
-        if self.tokenizer is None:
-            self.tokenizer = other
-        fit = TokenizerMatch(True, True) if other is None else TokenizerMatch.of(self.tokenizer, other)
+        fit = self.match(policy)
         if not fit.tokens:
             raise ValueError(
                 "the policy has another vocabulary than the pair: VLLMImplicitPRM scores the very tokens that were "
@@ -198,33 +148,6 @@ class VLLMImplicitPRM:
                 return
             answers = list(await asyncio.gather(*(engine.ask_async(asks) for engine, asks in asked)))
 
-    def score_exact(self, nodes: Sequence[Node]) -> None:
-        """Score nodes by the very tokens and prompt they carry."""
-        self.score_nodes(nodes)
-
-    def score(
-        self,
-        prompts: Iterable[Any],
-        responses: Iterable[Any],
-        *,
-        steps: StepRule | Sequence[Sequence[int]] | None = None,
-        append_eos: bool | Sequence[bool] = True,
-        logprobs: Sequence[Any] | None = None,
-        batch_tokens: int = 1 << 15,
-    ) -> list[Scores]:
-        """Rewards of complete responses; see ImplicitPRM.score. Not over an AsyncLLM."""
-        from prm_search.scorers.scoring import score_responses
-
-        return score_responses(
-            cast(Any, self),  # what it asks of a pair is here
-            prompts,
-            responses,
-            steps=steps,
-            append_eos=append_eos,
-            logprobs=logprobs,
-            batch_tokens=batch_tokens,
-        )
-
     def release(self, tree: SearchTree) -> None:
         """Forget a tree."""
         self._prompts.pop(tree, None)
@@ -233,15 +156,11 @@ class VLLMImplicitPRM:
 
     def _flow(self, nodes: Sequence[Node]) -> Generator[Round, list[list[LogprobAnswer]] | None, None]:
         """Yields rounds of asks, an engine each; is sent their answers; sets the rewards."""
-        todo: dict[Node, None] = {}
-        for node in nodes:
-            for part in node.path():
-                if not part.scored_by(self.name):
-                    todo.setdefault(part)
+        todo = self.unscored(nodes)
         if not todo:
             return
-        theirs = self._known(list(todo)) if self._reference is None else {}
-        jobs = [Job(engine, list(todo), self._prompt) for engine in self._engines()]
+        theirs = self._known(todo) if self._reference is None else {}
+        jobs = [Job(engine, todo, self._prompt) for engine in self._engines()]
         jobs = [job for job in jobs if job.spans]
         if jobs:
             found = yield [(job.engine, list(job.spans)) for job in jobs]
@@ -260,35 +179,20 @@ class VLLMImplicitPRM:
             before = self._prompt(node.tree)
             mine = self.prm.memo(node.tree, before).logprobs(node)
             other = theirs[node] if self._reference is None else self._reference.memo(node.tree, before).logprobs(node)
-            with np.errstate(invalid="ignore"):
-                ratio = mine - other
-            if np.isnan(ratio).any():
-                token = node.token_ids[int(np.isnan(ratio).argmax())]
-                raise ValueError(f"token {token} has no reward: its log-probability is -inf under model and reference")
-            node.set_rewards(self.name, self.beta * ratio)
+            self.reward(node, mine, other)
 
     def _known(self, nodes: Sequence[Node]) -> dict[Node, Any]:
         """The reference's half where no engine of this pair gives it."""
         if self._constant is not None:
             return dict.fromkeys(nodes, self._constant)
-        samplers = {node.sampler for node in nodes} - {None, self.reference_id}
-        if samplers and self._policy is not None:
-            raise ValueError(f"reference='policy': the policy is {self.reference_id!r}, nodes come from {samplers}")
-        if any(node.logprobs is None for node in nodes):
-            raise ValueError(
-                "reference='policy': a node carries no log-probabilities of the policy's (they are Node.logprobs)"
-            )
-        return {node: node.logprobs for node in nodes}
+        return dict(zip(nodes, self.policy_logprobs(nodes), strict=True))
 
     def _prompt(self, tree: SearchTree) -> tuple[int, ...]:
         """The pair's token ids of a tree's prompt."""
         if tree not in self._prompts:
             own = None if self._reader is None else self._reader.prompt(tree)
-            if own is not None and self._reference is None and self._constant is None:
-                raise ValueError(
-                    "reference='policy': the pair's chat template renders this prompt in another way than the policy's "
-                    "(tokenizer=policy.tokenizer says that the pair takes the policy's prompts as they are)"
-                )
+            if own is not None:
+                self.refuse_prompt()
             if own is None and tree.prompt.token_ids is None:
                 tree.prompt = tree.prompt.with_ids(encode_prompt(self.need_tokenizer(), tree.prompt))
             self._prompts[tree] = tree.prompt_ids if own is None else own

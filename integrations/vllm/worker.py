@@ -18,9 +18,8 @@ import torch
 from prm_search.engine.language_model import LanguageModel
 from prm_search.integrations.vllm.steering_config import RequestOptions, SteeringConfig, default_capacity
 from prm_search.integrations.vllm.steering_report import Report, finished
-from prm_search.scorers.retokenise import TokenizerMatch
 from prm_search.steering import Steering, Stream
-from prm_search.tokens import TokenText
+from prm_search.tokens import TokenizerMatch, TokenText
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -94,7 +93,8 @@ class Guide:
         self, vllm_config: VllmConfig, device: torch.device
     ) -> tuple[LanguageModel | None, LanguageModel | None, Any, float]:
         from prm_search.models.loading import load
-        from prm_search.scorers.implicit.card import BETA, load_pair
+        from prm_search.scorers.base import BETA
+        from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
 
         config, scheduler = self.config, vllm_config.scheduler_config
         capacity = config.capacity or default_capacity(scheduler.max_num_seqs, self._room)
@@ -108,7 +108,7 @@ class Guide:
             parts: list[LanguageModel | None] = [None, other.lm]
             tokenizer, beta = other.tokenizer, config.beta or BETA
         else:
-            pair = load_pair(
+            pair = ImplicitPRM.from_pretrained(
                 config.model, config.reference, beta=config.beta, tokenizer=config.tokenizer, capacity=capacity,
                 revision=config.revision, reference_revision=config.reference_revision, **options,
             )  # fmt: skip

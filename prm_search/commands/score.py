@@ -20,7 +20,7 @@ from .options import DATA, OUTPUT
 from .records import Item, RecordFile, digests, dumps, read_items, reason, report, rounded, writable
 
 if TYPE_CHECKING:
-    from ..scorers.implicit.scores import Scores
+    from ..scorers.scores import Scores
 
 _PLACE = re.compile(r"^(prompts|responses)\[0\]:? ")
 

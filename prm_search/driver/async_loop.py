@@ -126,8 +126,7 @@ class AsyncSearchLoop:
     async def _score_now(self, nodes: list[Node]) -> None:
         for scorer in self.models.scorers if nodes else ():
             with self.models.measured("scorer", scorer):
-                ascore = getattr(scorer, "ascore_nodes", None)
-                await (asyncio.to_thread(scorer.score_nodes, nodes) if ascore is None else ascore(nodes))
+                await scorer.ascore_nodes(nodes)
 
 
 class AsyncSearch:

@@ -10,7 +10,7 @@ from typing import Generic, Literal, TypeVar
 
 from ..answers import Selection
 from ..checks import require
-from ..protocols import AsyncPolicyBase, PolicyBase, Request, Scorer
+from ..protocols import AsyncPolicyBase, PolicyBase, Request, Scorer, ScorerDefaults
 from ..strategies import Steer
 from ..tree import Node, Prompt, SearchTree
 from ..usage import Usage
@@ -47,18 +47,16 @@ class Participants(Generic[P]):
         prover: Scorer | None,
         on_event: Callable[[Event], object] | None,
     ) -> None:
-        for name, given in (("scorer", scorer), ("prover", prover)):
-            if given is not None:
-                require(name, given, Scorer)
+        for name, each in (("scorer", scorer), ("prover", prover)):
+            if each is not None:
+                require(name, each, Scorer)
         if prover is not None and scorer is None:
             raise ValueError("prover= needs scorer= beside it")
         if prover is not None and scorer is not None and prover.name == scorer.name:
             raise ValueError(f"prover and scorer are both named {scorer.name!r}; give one of them another name")
-        self.scorers = [given for given in (scorer, prover) if given is not None]
-        for given in self.scorers:
-            bind = getattr(given, "bind", None)  # a pair whose reference is the policy learns here which that is
-            if bind is not None:
-                bind(policy)
+        self.scorers = [ScorerDefaults.of(each) for each in (scorer, prover) if each is not None]
+        for each in self.scorers:
+            each.bind(given)  # a pair whose reference is the policy learns here which that is
         self.policy: P = policy
         self.on_event = on_event
         self._numbers: dict[SearchTree, int] = {}
@@ -127,7 +125,7 @@ class Participants(Generic[P]):
     def _contexts(self) -> dict[str, int]:
         """Tokens that prompt and response may have together, in the policy's tokens, for each model that says so."""
         limits = {"policy": self.policy.context}
-        limits |= {scorer.name: getattr(scorer, "policy_context", None) for scorer in self.scorers}
+        limits |= {scorer.name: scorer.policy_context for scorer in self.scorers}
         return {name: limit for name, limit in limits.items() if limit is not None}
 
     def _value(self, settings: SearchSettings) -> Value:
@@ -136,9 +134,10 @@ class Participants(Generic[P]):
             raise ValueError(f"value={given!r} needs scorer=: without one there are no rewards")
         if given is not None:
             return resolve_value(given)
-        if len(self.scorers) == 2:
-            return Advantage(prover=self.scorers[1].name)
-        return q if self.scorers else _nothing
+        if not self.scorers:
+            return _nothing
+        value = resolve_value(q if self.scorers[0].default_value is None else self.scorers[0].default_value)
+        return value if len(self.scorers) == 1 else Advantage(prover=self.scorers[1].name, value=value)
 
     def score(self, nodes: Sequence[Node]) -> None:
         """Score nodes, by the scorer and then by the prover."""

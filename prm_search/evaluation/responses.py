@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..answers import Answer, resolve_answer
 from ..problems import final_answer
-from ..scorers.implicit.scores import Scores
+from ..scorers.scores import Scores
 from ..tree import Node, Prompt, SearchTree
 from ..values import VALUES
 from .plan import VOTES, Plan
@@ -135,7 +135,7 @@ def _records(
 def _score(
     pair: ImplicitPRM, prompt: Prompt, responses: Sequence[Response], plan: Plan
 ) -> tuple[Sequence[Scores], Cost]:
-    from ..policies.hf import encode_prompt
+    from ..tokens import encode_prompt
 
     ids = prompt.token_ids or encode_prompt(pair.need_tokenizer(), prompt)
     began = perf_counter()

@@ -17,7 +17,7 @@ from ..driver.participants import Participants
 from ..driver.result import Result
 from ..driver.search_settings import SearchSettings
 from ..problems import Problem, final_answer
-from ..protocols import Policy, PolicyBase, Scorer
+from ..protocols import Policy, PolicyBase, Scorer, ScorerDefaults
 from ..rng import child_lineage
 from ..search import encode_all
 from ..strategies import BestOfN
@@ -233,9 +233,7 @@ def encoded(usage: Usage, role: str) -> int:
 
 def _score(scorer: Scorer, policy: Policy, tree: SearchTree, ends: Sequence[Node]) -> Cost:
     """Score the paths that end there, and say what it took."""
-    bind = getattr(scorer, "bind", None)
-    if bind is not None:
-        bind(policy)
+    ScorerDefaults.of(scorer).bind(policy)
     before = tree.meter.counts.copy()
     began = time.perf_counter()
     scorer.score_nodes(list(dict.fromkeys(ends)))

@@ -125,7 +125,7 @@ def _score(
 
 def _fits(scorer: ImplicitPRM, prompt: Prompt, tokens: int) -> None:
     """Raises ValueError where prompt and response exceed the pair's context, or the prompt cannot be encoded."""
-    from ..policies.hf import encode_prompt
+    from ..tokens import encode_prompt
 
     ids = encode_prompt(None if prompt.token_ids is not None else scorer.need_tokenizer(), prompt)
     if scorer.context is not None and len(ids) + tokens > scorer.context:
@@ -146,8 +146,8 @@ def encode_steps(
     Raises:
         ValueError: two steps end in the same token, or the tokenizer does not spell the text.
     """
-    from ..scorers.implicit.scores import text_pieces
-    from ..scorers.retokenise import encode_text
+    from ..scorers.scores import text_pieces
+    from ..tokens import encode_text
 
     for form in ("", "NFC", "NFKC"):  # some tokenizers normalise
         parts = [unicodedata.normalize(form, step) if form else step for step in steps]  # type: ignore[arg-type]

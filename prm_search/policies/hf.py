@@ -17,7 +17,7 @@ from ..engine.language_model import LanguageModel
 from ..engine.sampler import Sampler
 from ..policy import PolicyBase
 from ..sampling import Request
-from ..tokens import TokenText
+from ..tokens import TokenText, encode_prompt
 from ..tree import Node, Prompt, SearchTree
 
 if TYPE_CHECKING:
@@ -228,21 +228,6 @@ class Steered(HFPolicy):
             return guide_logits(tables[0], parts[0], parts[1], alpha)
 
         return self._decoder_over(lms, combine)
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a prompt under a tokenizer. Raises ValueError where there are none."""
-    if prompt.token_ids is not None:
-        ids = prompt.token_ids
-    elif prompt.messages is not None:
-        ids = tokenizer.apply_chat_template(
-            [dict(m) for m in prompt.messages], add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
-    else:
-        ids = tokenizer(prompt.text)["input_ids"]
-    if len(ids) == 0:
-        raise ValueError("empty prompt: at least one token is needed")
-    return tuple(int(i) for i in ids)
 
 
 def _stop_ids(lm: LanguageModel, tokenizer: Any) -> list[int]:

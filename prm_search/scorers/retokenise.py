@@ -20,36 +20,8 @@ import numpy as np
 from ..engine.kv_tree import Branch
 from ..engine.language_model import LanguageModel
 from ..engine.pending import Pending
-from ..policies.hf import encode_prompt
-from ..tokens import TokenText
+from ..tokens import TokenizerMatch, TokenText, encode_prompt, encode_text
 from ..tree import Node, Prompt, SearchTree
-
-_LEADS = ("\n", ".", "a")  # what a text may be put after, to be tokenised as it goes on
-_PROBE = "A b\n"  # shows begin-of-sequence tokens and spaces that a tokenizer puts before a text
-
-
-@dataclass(frozen=True)
-class TokenizerMatch:
-    """What a pair's tokenizer and a policy's have in common.
-
-    Attributes:
-        tokens: one vocabulary: an id is the same token in both. Embeddings may be padded to different widths.
-        prompts: prompts come out as the same ids too: same chat template, same begin of sequence.
-    """
-
-    tokens: bool
-    prompts: bool
-
-    @classmethod
-    def of(cls, ours: Any, theirs: Any) -> TokenizerMatch:
-        """Compare two tokenizers. A pair's tokenizer without a chat template takes the policy's."""
-        if ours is theirs:
-            return cls(True, True)
-        if ours.get_vocab() != theirs.get_vocab():
-            return cls(False, False)
-        template = getattr(ours, "chat_template", None)
-        same_template = template is None or template == getattr(theirs, "chat_template", None)
-        return cls(True, same_template and list(ours(_PROBE)["input_ids"]) == list(theirs(_PROBE)["input_ids"]))
 
 
 @dataclass(eq=False)
@@ -225,35 +197,3 @@ class PathReader:
         if node.finish == "stop" and sampled[-1] in self._stops and self.eos is not None:
             ids.append(self.eos)
         return ids
-
-
-def encode_text(tokenizer: Any, text: str, token_text: TokenText | None = None) -> list[int]:
-    """Token ids of a response's text, as it goes on after its prompt.
-
-    Tokenizers of the sentencepiece kind put a space before a text's first word. Ids that spell exactly the text are
-    looked for: those of the text without the space it begins with, or those it has after something else. Where there
-    are none (a tokenizer that normalises), its own encoding stands.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        text: the response, or its beginning.
-        token_text: the tokenizer's TokenText, to save making it.
-    """
-    token_text = token_text or TokenText(tokenizer)
-
-    def encode(part: str) -> list[int]:
-        return [int(i) for i in tokenizer(part, add_special_tokens=False)["input_ids"]] if part else []
-
-    def spelt(ids: Sequence[int]) -> bytes:
-        return b"".join(map(token_text.piece, ids))
-
-    ids, wanted = encode(text), text.encode()
-    if spelt(ids) != b" " + wanted:
-        return ids
-    if text.startswith(" ") and spelt(shorter := encode(text[1:])) == wanted:
-        return shorter
-    for lead in _LEADS:
-        before, whole = encode(lead), encode(lead + text)
-        if whole[: len(before)] == before and spelt(whole[len(before) :]) == wanted:
-            return whole[len(before) :]
-    return ids

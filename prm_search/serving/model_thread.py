@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ..protocols import AsyncPolicyBase, Policy, PolicyBase, Request, Scorer
+from ..protocols import AsyncPolicyBase, Policy, PolicyBase, Request, Scorer, ScorerDefaults
 from ..tree import Node, Prompt, SearchTree
 
 
@@ -208,7 +208,7 @@ class ThreadPolicy(AsyncPolicyBase):
         self._thread.busy(self, bool(self._waiting))
 
 
-class ThreadScorer:
+class ThreadScorer(ScorerDefaults):
     """A Scorer whose nodes a ModelThread scores.
 
     Args:
@@ -218,13 +218,9 @@ class ThreadScorer:
     """
 
     def __init__(self, thread: ModelThread, scorer: Scorer, policy: Policy) -> None:
-        self.base = scorer
+        self.base = ScorerDefaults.of(scorer)
+        self.name, self.default_value = self.base.name, self.base.default_value
         self._thread, self._policy = thread, policy
-
-    @property
-    def name(self) -> str:
-        """See Scorer."""
-        return self.base.name
 
     @property
     def models(self) -> Mapping[str, Hashable]:
@@ -234,7 +230,7 @@ class ThreadScorer:
     @property
     def policy_context(self) -> int | None:
         """See ImplicitPRM."""
-        return getattr(self.base, "policy_context", None)
+        return self.base.policy_context
 
     @property
     def forward_calls(self) -> int:
@@ -243,9 +239,7 @@ class ThreadScorer:
 
     def bind(self, policy: object) -> None:
         """Bind the scorer to the policy behind all guises."""
-        bind = getattr(self.base, "bind", None)
-        if bind is not None:
-            bind(self._policy)
+        self.base.bind(self._policy)
 
     def score_nodes(self, nodes: Sequence[Node]) -> None:
         """In the caller's thread: for the model thread alone."""

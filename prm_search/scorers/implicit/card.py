@@ -7,81 +7,85 @@ import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+from ... import checks
+from ...engine.language_model import LanguageModel
 from ...models.checkpoint import Checkpoint
 from ...models.loading import hub_options, load
-from ..retokenise import TokenizerMatch
-
-if TYPE_CHECKING:
-    from .implicit_prm import ImplicitPRM
+from ...tokens import TokenizerMatch
+from ..base import BETA
 
 CARD = "pair.json"
 CARD_FORMAT = 1
-BETA = 0.05  # what the released pairs were trained with; a card says otherwise
 
 
-def load_pair(
+class PairParts(NamedTuple):
+    """What a pair is made of.
+
+    Attributes:
+        model: the trained LanguageModel.
+        reference: as ImplicitPRM takes it; None for the base weights of the model's adapter.
+        tokenizer: of both; None where neither has one.
+        beta: rewards a nat.
+        card: the card that said so, if there is one.
+    """
+
+    model: LanguageModel
+    reference: Any
+    tokenizer: Any
+    beta: float
+    card: Mapping[str, Any] | None
+
+
+def resolve(
     model: str | PathLike[str],
     reference: Any = None,
     *,
     beta: float | None = None,
     tokenizer: Any = None,
-    name: str = "prm",
     base: Any = None,
     revision: str | None = None,
     gguf_file: str | None = None,
     reference_revision: str | None = None,
     reference_gguf_file: str | None = None,
     capacity: int | None = None,
-    eos_token_id: int | None = None,
-    pair: type[ImplicitPRM] | None = None,
     **options: Any,
-) -> ImplicitPRM:
-    """Load a pair: `ImplicitPRM.from_pretrained`.
-
-    A folder or hub repository with a card, `pair.json`, is a pair by itself: the card names model and reference
-    (relative to itself where such a folder is there) and beta. A PEFT adapter's reference is its base, adapter off,
-    unless another is named. Models that are the same checkpoint are loaded and run once.
+) -> PairParts:
+    """Load the parts of a pair; see ImplicitPRM.from_pretrained.
 
     Args:
         model: hub id, folder (checkpoint, PEFT adapter or pair card), or GGUF file of the PRM.
-        reference: hub id or path of the reference; "policy" for the policy of the search (a folder of that name is
-            "./policy"); a module, HFPolicy or LanguageModel; a ConstantReference; None for what card or adapter say.
+        reference: hub id or path of the reference, or what else ImplicitPRM takes; None for what card or adapter say.
         beta: None for the card's, else 0.05.
         tokenizer: of both models: a tokenizer, or where to load it; None for the PRM's own.
-        name: of the pair.
         base, revision, gguf_file: of the PRM; see load.
         reference_revision, reference_gguf_file: the same for a reference that is loaded.
         capacity, options: of both models; see load.
-        eos_token_id: see ImplicitPRM.
-        pair: class of the result.
 
     Raises:
         OSError, ImportError: see load.
         ValueError: the card is not one; the reference is missing, or has another vocabulary; or see load.
-
-    Warns:
-        UserWarning: model and reference are the same checkpoint.
     """
-    from .implicit_prm import ImplicitPRM
-
+    if beta is not None:
+        checks.beta("beta", beta)
     hub = hub_options(options)
     source = Checkpoint.of(model, revision, gguf_file)
-    found = None if gguf_file else source.file(CARD, hub)
-    if found is not None:
-        card = read_card(found)
+    path = None if gguf_file else source.file(CARD, hub)
+    card = None
+    if path is not None:
+        card = read_card(path)
         reference = _beside(source, card["reference"], hub) if reference is None else reference
         beta = card["beta"] if beta is None else beta
         source = source.below(card["model"])
     trained = load(source, base=base, tokenizer=tokenizer, capacity=capacity, **options)
-    words = trained.tokenizer
+    tokenizer = trained.tokenizer
     if isinstance(reference, str | PathLike) and reference != "policy":
         reference = Checkpoint.of(reference, reference_revision, reference_gguf_file)
     if isinstance(reference, Checkpoint):
         other = load(reference, capacity=capacity, **options)
-        words = other.tokenizer if words is None else words
-        if other.tokenizer is not None and not TokenizerMatch.of(words, other.tokenizer).tokens:
+        tokenizer = other.tokenizer if tokenizer is None else tokenizer
+        if other.tokenizer is not None and not TokenizerMatch.of(tokenizer, other.tokenizer).tokens:
             raise ValueError(
                 f"reference={reference.name!r} has another vocabulary than {source.name!r}: the PRM's reference is the "
                 "model it was trained from"
@@ -92,15 +96,7 @@ def load_pair(
             f"reference is missing, and {source.name!r} has no {CARD} and is no adapter: name the model that the PRM "
             "was initialised from"
         )
-    return (pair or ImplicitPRM)(
-        trained.lm,
-        reference,
-        tokenizer=words,
-        beta=BETA if beta is None else beta,
-        name=name,
-        capacity=capacity,
-        eos_token_id=eos_token_id,
-    )
+    return PairParts(trained.lm, reference, tokenizer, BETA if beta is None else beta, card)
 
 
 def read_card(path: str | PathLike[str]) -> dict[str, Any]:

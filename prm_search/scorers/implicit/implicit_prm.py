@@ -8,27 +8,70 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
+from ...checks import number
 from ...engine.adapters import AUTO
 from ...engine.language_model import LanguageModel
 from ...engine.node_logprobs import logprobs_under
-from ...policies.hf import encode_prompt
-from ...steps import StepRule
-from ...tokens import TokenText
+from ...tokens import TokenizerMatch, encode_prompt
 from ...tree import Node, SearchTree
-from ..retokenise import PathReader, RetokenisedTree, TokenizerMatch, score_paths
-from .reference_free import ConstantReference
-from .scores import Scores
+from ..base import BETA, Pair
+from ..retokenise import PathReader, RetokenisedTree, score_paths
+from ..scores import Scores
+from .card import resolve
 
 __all__ = ["ConstantReference", "ImplicitPRM", "Scores"]
 
 
-class ImplicitPRM:
+@dataclass(frozen=True)
+class ConstantReference:
+    """`reference=ConstantReference(b)`: every token has this log-probability under the missing reference.
+
+    Args:
+        logprob: b, nats a token, <= 0 (and above -1e6, so that rewards are numbers in fp32).
+
+    Raises:
+        TypeError: logprob is not a number.
+        ValueError: logprob is positive or not finite.
+    """
+
+    logprob: float
+
+    def __post_init__(self) -> None:
+        number("logprob", self.logprob, "a log-probability, finite and <= 0 nats,", lambda value: True)
+        if not -1e6 <= self.logprob <= 0:
+            raise ValueError(f"logprob={self.logprob!r}: a log-probability is needed, finite and <= 0 nats")
+
+    @classmethod
+    def fit(
+        cls, model: Any, prompts: Sequence[Any], responses: Sequence[Any], *, tokenizer: Any = None, **options: Any
+    ) -> ConstantReference:
+        """The mean log-probability of a response token under the model: b = sum of log pi_phi / number of tokens.
+
+        Args:
+            model: the PRM, as ImplicitPRM takes it.
+            prompts, responses: answers as the policy gives them, right and wrong, as ImplicitPRM.score takes them;
+                some dozens of them are enough.
+            tokenizer: the PRM's.
+            options: of ImplicitPRM.score.
+
+        Raises:
+            ValueError: there are no responses; or as ImplicitPRM and ImplicitPRM.score.
+        """
+        raw = ImplicitPRM(model, cls(0.0), tokenizer=tokenizer, beta=1.0)
+        scores = raw.score(prompts, responses, **options)
+        if not scores:
+            raise ValueError("responses is empty: a calibration needs some")
+        return cls(sum(s.reward for s in scores) / sum(len(s.token_ids) for s in scores))
+
+
+class ImplicitPRM(Pair):
     """A pair: the trained reward LM, the reference it started from, and beta. Also a Scorer for `search`.
 
     Models that are the same weights are run once, whatever parts they play: a pair whose reference is the policy, named
@@ -70,32 +113,23 @@ class ImplicitPRM:
         reference: Any = None,
         *,
         tokenizer: Any = None,
-        beta: float = 0.05,
+        beta: float = BETA,
         name: str = "prm",
         adapter: str | None = AUTO,
         capacity: int | None = None,
         eos_token_id: int | None = None,
     ) -> None:
-        if isinstance(beta, bool) or not isinstance(beta, int | float | np.number) or not (0 < beta < float("inf")):
-            raise ValueError(f"beta={beta!r}: a finite number > 0 is needed")
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"name={name!r}: a non-empty string is needed")
         if isinstance(model, str | PathLike):
             raise TypeError(
                 f"model={model!r}: a model is needed; ImplicitPRM.from_pretrained loads one by name or path"
             )
-        self.beta = float(beta)
-        self.name = name
-        self.tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-        self.prm = _language_model(model, adapter, capacity)
-        self._eos = eos_token_id
-        self._constant: float | None = None
+        own = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+        super().__init__(beta=beta, name=name, tokenizer=own, eos_token_id=eos_token_id)
+        self.prm: LanguageModel = _language_model(model, adapter, capacity)
         self._reference: LanguageModel | None = None
-        self._policy: Any = None
         self._reader: PathReader | None = None  # None: the policy's tokens serve
         self._readers: dict[Hashable, PathReader | None] = {}  # by the id of each policy met so far
         self._trees: weakref.WeakKeyDictionary[SearchTree, RetokenisedTree | None] = weakref.WeakKeyDictionary()
-        self._token_text: TokenText | None = None
         if reference is None:
             if self.prm.state is None:
                 raise ValueError(
@@ -121,21 +155,51 @@ class ImplicitPRM:
             self._warn_if_same(self._reference)
 
     @classmethod
-    def from_pretrained(cls, model: str | PathLike[str], reference: Any = None, **options: Any) -> ImplicitPRM:
-        """Load a pair by hub id or path; see pair_card.load_pair, which takes the same arguments."""
-        from .card import load_pair
+    def from_pretrained(
+        cls,
+        model: str | PathLike[str],
+        reference: Any = None,
+        *,
+        name: str = "prm",
+        capacity: int | None = None,
+        eos_token_id: int | None = None,
+        **options: Any,
+    ) -> ImplicitPRM:
+        """Load a pair by hub id or path.
 
-        return load_pair(model, reference, pair=cls, **options)
+        A folder or hub repository with a card, `pair.json`, is a pair by itself: the card names model and reference
+        (relative to itself where such a folder is there) and beta. A PEFT adapter's reference is its base, adapter
+        off, unless another is named. Models that are the same checkpoint are loaded and run once.
+
+        Args:
+            model: hub id, folder (checkpoint, PEFT adapter or pair card), or GGUF file of the PRM.
+            reference: hub id or path of the reference; "policy" for the policy of the search (a folder of that name is
+                "./policy"); a module, HFPolicy or LanguageModel; a ConstantReference; None for what card or adapter
+                say.
+            name, eos_token_id: see ImplicitPRM.
+            capacity: of both models; see ImplicitPRM.
+            options: see card.resolve: beta, tokenizer, base, revision, gguf_file, reference_revision,
+                reference_gguf_file, and what models.loading.load takes.
+
+        Raises:
+            OSError, ImportError: see models.loading.load.
+            ValueError: the card is not one; the reference is missing, or has another vocabulary; or see load.
+
+        Warns:
+            UserWarning: model and reference are the same checkpoint.
+        """
+        parts = resolve(model, reference, capacity=capacity, **options)
+        return cls(
+            parts.model,
+            parts.reference,
+            tokenizer=parts.tokenizer,
+            beta=parts.beta,
+            name=name,
+            capacity=capacity,
+            eos_token_id=eos_token_id,
+        )
 
     # --- what it is ------------------------------------------------------------------------------------------------
-
-    @property
-    def models(self) -> Mapping[str, Hashable]:
-        """Ids of its models by role; no "reference" where a constant stands in for it."""
-        ids: dict[str, Hashable] = {"prm": self.prm.id}
-        if self._constant is None:
-            ids["reference"] = self.reference_id
-        return ids
 
     @property
     def reference(self) -> LanguageModel | None:
@@ -143,14 +207,6 @@ class ImplicitPRM:
         if self._constant is not None:
             return None
         return self._reference or _model_of(self._policy)
-
-    @property
-    def reference_id(self) -> Hashable:
-        """Id of the reference: a node sampled by the model with this id carries its half of the reward. None where
-        a constant stands in for it."""
-        if self._constant is not None:
-            return None
-        return self._reference.id if self._reference is not None else getattr(self._policy, "id", "policy")
 
     @property
     def forward_calls(self) -> int:
@@ -169,32 +225,13 @@ class ImplicitPRM:
         return self.context if self._reader is None else None
 
     @property
-    def eos_token_id(self) -> int | None:
-        """What ends a response given as text, and what a policy's end of sequence becomes in the inexact mode."""
-        return self._eos if self._eos is not None else getattr(self.tokenizer, "eos_token_id", None)
-
-    @property
     def vocab(self) -> int:
         """Tokens that all of its models know, embeddings' padding included."""
         return min(lm.head.vocab for lm in self._lms())
 
-    def need_tokenizer(self) -> Any:
-        """The tokenizer. Raises ValueError where there is none."""
-        if self.tokenizer is None:
-            raise ValueError("this pair has no tokenizer: pass ImplicitPRM(..., tokenizer=...)")
-        return self.tokenizer
-
-    @property
-    def token_text(self) -> TokenText:
-        """Bytes of its tokens. Raises ValueError where it has no tokenizer."""
-        if self._token_text is None:
-            self._token_text = TokenText(self.need_tokenizer())
-        return self._token_text
-
     def _lms(self) -> list[LanguageModel]:
         """The distinct models it runs."""
-        found = (self.prm, self.reference)
-        return list(dict.fromkeys(lm for lm in found if lm is not None))
+        return list(dict.fromkeys(lm for lm in (self.prm, self.reference) if lm is not None))
 
     # --- with a policy -----------------------------------------------------------------------------------------------
 
@@ -204,27 +241,16 @@ class ImplicitPRM:
         Raises:
             ValueError: the reference is the policy, and it has another vocabulary than the pair.
         """
-        other = getattr(policy, "tokenizer", None)
-        if self.tokenizer is None:
-            self.tokenizer = other
-        fit = TokenizerMatch(True, True) if other is None else self._fit(policy, other)
-        if not fit.tokens and self._follows_policy:
-            raise ValueError("reference='policy': the policy has another vocabulary than the pair's model")
-        if self._follows_policy and _model_of(policy) is not None and policy is not self._policy:
-            self._warn_if_same(_model_of(policy))
-        if policy is not self._policy:
-            self._reader = None if fit.prompts else PathReader(self.tokenizer, self.eos_token_id, policy, fit)
-            self._readers[getattr(policy, "id", None)] = self._reader
-        self._policy = policy
-
-    def _fit(self, policy: Any, tokenizer: Any) -> TokenizerMatch:
         if policy is self._policy:
-            return TokenizerMatch(True, True) if self._reader is None else self._reader.fit
-        return TokenizerMatch.of(self.tokenizer, tokenizer)
-
-    @property
-    def _follows_policy(self) -> bool:
-        return self._reference is None and self._constant is None
+            return
+        fit = self.match(policy)
+        if not fit.tokens and self.follows_policy:
+            raise ValueError("reference='policy': the policy has another vocabulary than the pair's model")
+        if self.follows_policy and _model_of(policy) is not None:
+            self._warn_if_same(_model_of(policy))
+        self._reader = None if fit.prompts else PathReader(self.tokenizer, self.eos_token_id, policy, fit)
+        self._readers[getattr(policy, "id", None)] = self._reader
+        self._policy = policy
 
     def _warn_if_same(self, reference: LanguageModel | None) -> None:
         if reference is self.prm:
@@ -261,11 +287,7 @@ class ImplicitPRM:
             ValueError: a prompt is given only as token ids of a policy with another vocabulary; or a path exceeds a
                 model's context.
         """
-        todo: dict[Node, None] = {}
-        for node in nodes:
-            for part in node.path():
-                if not part.scored_by(self.name):
-                    todo.setdefault(part)
+        todo = self.unscored(nodes)
         own = [(mine, node) for node in todo if (mine := self._own_tree(node)) is not None]
         if own:
             for (_, node), (ratios, grown, ids) in zip(own, score_paths(own, self._constant), strict=True):
@@ -280,15 +302,18 @@ class ImplicitPRM:
             prompt = node.tree.prompt
             if prompt.token_ids is None:
                 node.tree.prompt = prompt.with_ids(encode_prompt(self.need_tokenizer(), prompt))
-        self._refuse_strangers(nodes)
+        self.refuse_strangers(nodes)
         known = logprobs_under(self._lms(), nodes)
-        for node, mine, theirs in zip(nodes, known[self.prm], self._reference_logprobs(nodes, known), strict=True):
-            with np.errstate(invalid="ignore"):
-                ratio = mine - theirs
-            if np.isnan(ratio).any():
-                token = node.token_ids[int(np.isnan(ratio).argmax())]
-                raise ValueError(f"token {token} has no reward: its log-probability is -inf under model and reference")
-            node.set_rewards(self.name, self.beta * ratio)
+        for node, mine, theirs in zip(nodes, known[self.prm], self._theirs(nodes, known), strict=True):
+            self.reward(node, mine, theirs)
+
+    def _theirs(
+        self, nodes: Sequence[Node], known: Mapping[LanguageModel, list[np.ndarray]]
+    ) -> Sequence[np.ndarray | float]:
+        """The reference's log-probabilities of nodes."""
+        if self._constant is not None:
+            return [self._constant] * len(nodes)
+        return self.policy_logprobs(nodes) if self.reference is None else known[self.reference]
 
     def _own_tree(self, node: Node) -> RetokenisedTree | None:
         """A node's tree in the pair's own tokens; None where the policy's serve. Settled when a tree is first scored,
@@ -299,76 +324,11 @@ class ImplicitPRM:
             prompt = None if reader is None else reader.prompt(tree)
             if reader is None or prompt is None:
                 self._trees[tree] = None
-            elif self._follows_policy:
-                raise ValueError(
-                    "reference='policy': the pair's chat template renders this prompt in another way than the policy's "
-                    "(tokenizer=policy.tokenizer says that the pair takes the policy's prompts as they are)"
-                )
             else:
+                self.refuse_prompt()
                 lms = [self.prm] if self._reference is None else [self.prm, self._reference]
                 self._trees[tree] = RetokenisedTree(tree, prompt, reader.path, lms)
         return self._trees[tree]
-
-    def _refuse_strangers(self, nodes: Sequence[Node]) -> None:
-        """Raise where the reference is the policy, and a node was sampled by another."""
-        samplers = {node.sampler for node in nodes} - {None, self.reference_id}
-        if samplers and self._constant is None and self._follows_policy and self._policy is not None:
-            raise ValueError(f"reference='policy': the policy is {self.reference_id!r}, nodes come from {samplers}")
-
-    def _reference_logprobs(
-        self, nodes: Sequence[Node], known: Mapping[LanguageModel, list[np.ndarray]]
-    ) -> Sequence[np.ndarray | float]:
-        if self._constant is not None:
-            return [self._constant] * len(nodes)
-        if self.reference is not None:
-            return known[self.reference]
-        own = [node.logprobs for node in nodes if node.logprobs is not None]
-        if len(own) < len(nodes):
-            raise ValueError(
-                "reference='policy': the policy has no model here that could score nodes, and a node carries no "
-                "log-probabilities of its own (they are Node.logprobs, or logprobs= of score)"
-            )
-        return own
-
-    def score(
-        self,
-        prompts: Iterable[Any],
-        responses: Iterable[Any],
-        *,
-        steps: StepRule | Sequence[Sequence[int]] | None = None,
-        append_eos: bool | Sequence[bool] = True,
-        logprobs: Sequence[Any] | None = None,
-        batch_tokens: int = 1 << 15,
-    ) -> list[Scores]:
-        """Rewards of complete responses.
-
-        A sampled end of sequence is part of a response: a search scores it, and training does. So it has to be here: a
-        response given as token ids is scored as it is, one given as text gets the tokenizer's end of sequence
-        (`eos_token_id`) unless it has it already. Switch that off for responses that were cut.
-
-        Args:
-            prompts: B prompts: strings, lists of chat messages, token ids, or Prompts. Equal ones share their KV.
-            responses: B responses: strings or token ids (lists, arrays, tensors).
-            steps: where steps end; None for StepRule(), as in search. Or for each response its rising token counts up
-                to each step's end, the last of which is all of them.
-            append_eos: whether a response given as text ends with the end of sequence; one, or one a response.
-            logprobs: [T] log-probabilities of each response's tokens under the reference where they are known (nats,
-                before temperature), for instance from sampling: the reference is then not run.
-            batch_tokens: tokens handled at once; bounds the memory, changes no result.
-
-        Returns:
-            B Scores, in order. Nothing is kept: all KV is freed.
-
-        Raises:
-            ValueError: lengths disagree, something is empty, too long for the context or outside the vocabulary, or
-                there is no tokenizer; which entry is said.
-            TypeError: an entry is of the wrong kind; also a single string instead of a list.
-        """
-        from ..scoring import score_responses
-
-        return score_responses(
-            self, prompts, responses, steps=steps, append_eos=append_eos, logprobs=logprobs, batch_tokens=batch_tokens
-        )
 
     def release(self, tree: SearchTree) -> None:
         """Forget a tree and free its KV in every model of the pair."""

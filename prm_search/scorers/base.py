@@ -1,0 +1,320 @@
+"""What scorers share: ScorerBase for all that read tokens and score complete responses, Pair for implicit PRMs.
+
+A scorer that rewards steps and not tokens (a step PRM, an outcome model, a judge, an ensemble) derives from ScorerBase:
+it writes score_nodes, sets each node's number with set_step_reward, and has score() with its checks and batches.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from .. import checks
+from ..protocols import ScorerDefaults
+from ..tokens import TokenizerMatch, TokenText
+from ..tree import Node, Prompt, SearchTree
+from .responses import Response, Steps, batches, read_responses
+from .scores import Scores, text_pieces
+
+BATCH_TOKENS = 1 << 15
+BETA = 0.05  # what the released pairs were trained with; a card says otherwise
+
+
+class ScorerBase(ScorerDefaults):
+    """A scorer with a tokenizer.
+
+    Args:
+        name: key of its rewards in Node.rewards.
+        tokenizer: of its models; None where it will be a policy's.
+        eos_token_id: the end of a response given as text; None: the tokenizer's.
+
+    Raises:
+        TypeError, ValueError: name is not a non-empty string.
+    """
+
+    kind: ClassVar[str] = "scorer"  # what messages call it
+
+    def __init__(self, name: str, tokenizer: Any = None, eos_token_id: int | None = None) -> None:
+        checks.non_empty("name", name)
+        self.name = name
+        self.tokenizer = tokenizer
+        self._eos = eos_token_id
+        self._token_text: TokenText | None = None
+
+    # --- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that prompt and response may have together, or None for no limit."""
+        return None
+
+    @property
+    def vocab(self) -> int | None:
+        """Tokens that its models know, or None where nobody can tell."""
+        return None
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """What ends a response given as text."""
+        return self._eos if self._eos is not None else getattr(self.tokenizer, "eos_token_id", None)
+
+    def need_tokenizer(self) -> Any:
+        """The tokenizer. Raises ValueError where there is none."""
+        if self.tokenizer is None:
+            raise ValueError(f"this {self.kind} has no tokenizer: pass {type(self).__name__}(..., tokenizer=...)")
+        return self.tokenizer
+
+    @property
+    def token_text(self) -> TokenText:
+        """Bytes of its tokens. Raises ValueError where it has no tokenizer."""
+        if self._token_text is None:
+            self._token_text = TokenText(self.need_tokenizer())
+        return self._token_text
+
+    # --- scoring -----------------------------------------------------------------------------------------------------
+
+    def unscored(self, nodes: Sequence[Node]) -> list[Node]:
+        """The nodes and ancestors of theirs that it has not scored, each once, parents first."""
+        todo: dict[Node, None] = {}
+        for node in nodes:
+            for part in node.path():
+                if not part.scored_by(self.name):
+                    todo.setdefault(part)
+        return list(todo)
+
+    def set_step_reward(self, node: Node, reward: float) -> None:
+        """Record one number as a step's reward; among the tokens it stands with the last."""
+        token_rewards = np.zeros(len(node.token_ids), np.float32)
+        token_rewards[-1] = reward
+        node.set_rewards(self.name, token_rewards, reward)
+
+    def score_exact(self, nodes: Sequence[Node]) -> None:
+        """Score nodes whose tokens and prompt are the scorer's own, whatever policy it is bound to."""
+        self.score_nodes(nodes)
+
+    def score(
+        self,
+        prompts: Iterable[Any],
+        responses: Iterable[Any],
+        *,
+        steps: Steps = None,
+        append_eos: bool | Sequence[bool] = True,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[Scores]:
+        """Rewards of complete responses.
+
+        A sampled end of sequence is part of a response: a search scores it, and training does. So it has to be here: a
+        response given as token ids is scored as it is, one given as text gets the tokenizer's end of sequence
+        (`eos_token_id`) unless it has it already. Switch that off for responses that were cut.
+
+        Args:
+            prompts: B prompts: strings, lists of chat messages, token ids, or Prompts. Equal ones share their KV.
+            responses: B responses: strings or token ids (lists, arrays, tensors).
+            steps: where steps end; None for StepRule(), as in search. Or for each response its rising token counts up
+                to each step's end, the last of which is all of them.
+            append_eos: True to end a response given as text with the end of sequence; one, or one a response.
+            batch_tokens: tokens handled at once; bounds the memory, changes no result.
+
+        Returns:
+            B Scores, in order. Nothing is kept: all KV is freed.
+
+        Raises:
+            ValueError: lengths disagree, something is empty, too long for the context or outside the vocabulary, or
+                there is no tokenizer; which entry is said.
+            TypeError: an entry is of the wrong kind; also a single string instead of a list.
+        """
+        return self._score_read(
+            read_responses(self, prompts, responses, steps=steps, append_eos=append_eos), batch_tokens
+        )
+
+    def _score_read(self, responses: Sequence[Response], batch_tokens: int) -> list[Scores]:
+        left: dict[tuple[int, ...], int] = {}  # responses of each prompt that are still to be scored
+        for response in responses:
+            left[response.prompt_ids] = left.get(response.prompt_ids, 0) + 1
+        trees: dict[tuple[int, ...], SearchTree] = {}  # equal prompts are one tree: their KV is shared
+        rewards: dict[int, np.ndarray] = {}
+        try:
+            for batch in batches(responses, batch_tokens):
+                chains: dict[int, list[Node]] = {}
+                for place in batch:
+                    prompt = responses[place].prompt_ids
+                    if prompt not in trees:
+                        trees[prompt] = SearchTree(Prompt(token_ids=prompt))
+                    chains[place] = self._plant(trees[prompt], responses[place])
+                self.score_exact([node for nodes in chains.values() for node in nodes])
+                for place, nodes in chains.items():
+                    rewards[place] = np.concatenate([node.rewards[self.name] for node in nodes])
+                    prompt = responses[place].prompt_ids
+                    left[prompt] -= 1
+                    if not left[prompt]:
+                        self.release(trees.pop(prompt))
+        finally:
+            for tree in trees.values():
+                self.release(tree)
+        piece = self.token_text.piece
+        return [
+            Scores(r.token_ids, rewards[place], np.asarray(r.ends), text_pieces(r.token_ids, piece))
+            for place, r in enumerate(responses)
+        ]
+
+    def _plant(self, tree: SearchTree, response: Response) -> list[Node]:
+        """Nodes of a response: one a step, first to last."""
+        nodes = [tree.root]
+        for start, end in zip((0, *response.ends), response.ends, strict=False):
+            ids = response.token_ids[start:end]
+            nodes.append(tree.add(nodes[-1], ids, text=self.token_text.text(ids)))
+        return nodes[1:]
+
+
+class Weights(Protocol):
+    """A model of a pair, in this process or an engine of its own."""
+
+    @property
+    def id(self) -> Hashable:
+        """What nodes that it sampled carry as their sampler."""
+
+
+class Pair(ScorerBase):
+    """A trained model, the reference that it started from, and beta; r_t = beta * (log pi_phi(y_t) - log pi_ref(y_t)).
+
+    Subclasses run the models. The reference may be missing: a constant stands in for it, or it is the policy, known
+    from `bind`.
+
+    Args:
+        beta: > 0, rewards a nat.
+        name, tokenizer, eos_token_id: see ScorerBase.
+
+    Raises:
+        ValueError: beta is not a number from 1e-30 to 1e30.
+    """
+
+    kind = "pair"
+    prm: Weights
+
+    def __init__(self, *, beta: float, name: str, tokenizer: Any, eos_token_id: int | None = None) -> None:
+        super().__init__(name, tokenizer, eos_token_id)
+        try:
+            checks.beta("beta", beta)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        self.beta = float(beta)
+        self._constant: float | None = None
+        self._reference: Weights | None = None
+        self._policy: Any = None
+
+    @property
+    def models(self) -> Mapping[str, Hashable]:
+        """Ids of its models by role; no "reference" where a constant stands in for it."""
+        ids: dict[str, Hashable] = {"prm": self.prm.id}
+        if self._constant is None:
+            ids["reference"] = self.reference_id
+        return ids
+
+    @property
+    def reference_id(self) -> Hashable:
+        """Id of the reference: a node sampled by the model with this id carries its half of the reward. None where
+        a constant stands in for it."""
+        if self._constant is not None:
+            return None
+        return self._reference.id if self._reference is not None else getattr(self._policy, "id", "policy")
+
+    @property
+    @abstractmethod
+    def vocab(self) -> int:
+        """Tokens that all of its models know, embeddings' padding included."""
+
+    @property
+    def follows_policy(self) -> bool:
+        """Return True if the reference is the policy, whichever that is."""
+        return self._reference is None and self._constant is None
+
+    def match(self, policy: Any) -> TokenizerMatch:
+        """What its tokenizer and a policy's have in common; without one of its own it takes the policy's."""
+        other = getattr(policy, "tokenizer", None)
+        if self.tokenizer is None:
+            self.tokenizer = other
+        return TokenizerMatch(True, True) if other is None else TokenizerMatch.of(self.tokenizer, other)
+
+    # --- scoring -----------------------------------------------------------------------------------------------------
+
+    def policy_logprobs(self, nodes: Sequence[Node]) -> list[np.ndarray]:
+        """The policy's log-probabilities that nodes carry, [T] nats each: the reference's half under "policy".
+
+        Raises:
+            ValueError: a node carries none, or is another policy's.
+        """
+        self.refuse_strangers(nodes)
+        known = [node.logprobs for node in nodes if node.logprobs is not None]
+        if len(known) < len(nodes):
+            raise ValueError(
+                "reference='policy': the policy has no model here that could score nodes, and a node carries no "
+                "log-probabilities of its own (they are Node.logprobs, or logprobs= of score)"
+            )
+        return known
+
+    def refuse_strangers(self, nodes: Sequence[Node]) -> None:
+        """Raise ValueError where the reference is the policy, and a node was sampled by another."""
+        samplers = {node.sampler for node in nodes} - {None, self.reference_id}
+        if samplers and self.follows_policy and self._policy is not None:
+            raise ValueError(f"reference='policy': the policy is {self.reference_id!r}, nodes come from {samplers}")
+
+    def refuse_prompt(self) -> None:
+        """Raise ValueError where the reference is the policy, and the pair would have to render a prompt of its own."""
+        if self.follows_policy:
+            raise ValueError(
+                "reference='policy': the pair's chat template renders this prompt in another way than the policy's "
+                "(tokenizer=policy.tokenizer says that the pair takes the policy's prompts as they are)"
+            )
+
+    def reward(self, node: Node, mine: np.ndarray, theirs: np.ndarray | float) -> None:
+        """Set a node's rewards from log-probabilities of its tokens.
+
+        Args:
+            node: its parent has been scored.
+            mine, theirs: [T] nats, under the trained model and the reference.
+
+        Raises:
+            ValueError: both hold a token impossible.
+        """
+        node.set_rewards(self.name, self.beta * log_ratio(node.token_ids, mine, theirs))
+
+    def score(
+        self,
+        prompts: Iterable[Any],
+        responses: Iterable[Any],
+        *,
+        steps: Steps = None,
+        append_eos: bool | Sequence[bool] = True,
+        logprobs: Sequence[Any] | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[Scores]:
+        """Rewards of complete responses; see ScorerBase.score.
+
+        Args:
+            prompts, responses, steps, append_eos, batch_tokens: see ScorerBase.score.
+            logprobs: [T] log-probabilities of each response's tokens under the reference where they are known (nats,
+                before temperature), for instance from sampling: the reference is then not run.
+
+        Raises:
+            TypeError, ValueError: see ScorerBase.score; or a log-probability is not finite, or lies above 0.
+        """
+        read = read_responses(self, prompts, responses, steps=steps, append_eos=append_eos, logprobs=logprobs)
+        return self._score_read(read, batch_tokens)
+
+    def _plant(self, tree: SearchTree, response: Response) -> list[Node]:
+        """One node: every token has a reward of its own."""
+        sampler = None if response.logprobs is None else self.reference_id
+        return [tree.add(tree.root, response.token_ids, logprobs=response.logprobs, sampler=sampler)]
+
+
+def log_ratio(token_ids: Sequence[int], mine: np.ndarray, theirs: np.ndarray | float) -> np.ndarray:
+    """[T] nats: mine - theirs, log-probabilities of these T tokens. Raises ValueError where both are -inf."""
+    with np.errstate(invalid="ignore"):
+        ratio = np.asarray(mine - theirs)
+    if np.isnan(ratio).any():
+        token = token_ids[int(np.isnan(ratio).argmax())]
+        raise ValueError(f"token {token} has no reward: its log-probability is -inf under model and reference")
+    return ratio
