@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from fakes import FakePolicy, FakeScorer
-from pairs import byte_tokenizer
+from pairs import byte_tokenizer, llama
 
-from prm_search import BestOfN, StepRule, search
+from prm_search import BestOfN, ImplicitPRM, StepRule, search
 from prm_search.protocols import ScorerDefaults
 from prm_search.scorers.base import ScorerBase
 from prm_search.tree import Node, SearchTree
@@ -87,6 +88,12 @@ def test_a_scorer_names_the_value_it_is_meant_for():
     assert all(node.value == minimum(node) for node in values())
     assert any(node.value != node.q for node in values())
     assert all(node.value == node.q for node in values(value="q"))
+
+
+def test_a_pair_says_that_it_cannot_be_pickled():
+    pair = ImplicitPRM(llama(1), llama(2), tokenizer=byte_tokenizer())
+    with pytest.raises(TypeError, match="a ImplicitPRM holds models: it cannot be pickled"):
+        pickle.dumps(pair)
 
 
 def test_a_plain_scorer_is_completed_and_what_it_has_is_used():

@@ -165,7 +165,7 @@ class ScorerBase(ScorerDefaults):
         nodes = [tree.root]
         for start, end in zip((0, *response.ends), response.ends, strict=False):
             ids = response.token_ids[start:end]
-            nodes.append(tree.add(nodes[-1], ids, text=self.token_text.text(ids)))
+            nodes.append(tree.add(nodes[-1], ids, text=self.token_text.text_bytes(ids)))
         return nodes[1:]
 
 
@@ -177,7 +177,7 @@ class Weights(Protocol):
         """What nodes that it sampled carry as their sampler."""
 
 
-class Pair(ScorerBase):
+class Pair(checks.HoldsModels, ScorerBase):
     """A trained model, the reference that it started from, and beta; r_t = beta * (log pi_phi(y_t) - log pi_ref(y_t)).
 
     Subclasses run the models. The reference may be missing: a constant stands in for it, or it is the policy, known

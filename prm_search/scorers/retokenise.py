@@ -192,7 +192,7 @@ class PathReader:
         sampled = node.path_ids()
         if self.fit.tokens:
             return sampled
-        written = b"".join(self._text.piece(i) for i in sampled if i not in self._text.special)
+        written = self._text.text_bytes(sampled)
         ids = encode_text(self.tokenizer, utf_8_decode(written, "replace", False)[0], self._own)
         if node.finish == "stop" and sampled[-1] in self._stops and self.eos is not None:
             ids.append(self.eos)
