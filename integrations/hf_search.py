@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 
+from prm_search.driver.loop import Job, SearchLoop
 from prm_search.driver.result import Event, Result
 from prm_search.driver.search_settings import SearchSettings
 from prm_search.engine.adapters import tuner_layers, unwrap
@@ -17,8 +19,8 @@ from prm_search.guidance import PRMGuidance
 from prm_search.integrations.hf_call import Call
 from prm_search.integrations.hf_rows import RowIds
 from prm_search.policies.hf import HFPolicy
-from prm_search.search import SearchLoop, encode_all
-from prm_search.tree import Node, Prompt, SearchTree
+from prm_search.search import encode_all
+from prm_search.tree import Node, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +52,13 @@ def search(
     """A Result a prompt. `ids` learns the trees; `streamer` gets the steps of the one prompt as they are settled."""
     stream = None if streamer is None else _StepStream(streamer)
     try:
-        on_event = None if stream is None else stream.noticed
-        with SearchLoop(policy, guidance.pair, guidance.prover, on_event=on_event) as loop:
-            trees = []
-            for number, (prompt, occurrence) in enumerate(encode_all(prompts, loop.models)):
-                trees.append(loop.add(prompt, settings, occurrence=occurrence))
-                ids.add(trees[-1], number)
-            results: dict[SearchTree, Result] = {}
-            while loop.active:
-                ended = loop.step()
-                results.update((result.tree, result) for result in ended)
-                if stream is not None and stream.news:
-                    stream.put(_path(ended[0]) if ended else loop.committed(trees[0]))
+        with SearchLoop(policy, guidance.pair, guidance.prover) as loop:
+            if stream is not None:
+                loop.models.on_event = partial(stream.noticed, loop)
+            encoded = encode_all(prompts, loop.models.encode)
+            jobs = [Job(prompt, settings, occurrence, number) for number, (prompt, occurrence) in enumerate(encoded)]
+            ended = loop.run(jobs, len(jobs), begun=lambda job, tree: ids.add(tree, job.place))
+            results = {job.place: result for job, result in ended}
             for result in results.values():
                 loop.models.read_batch(result.usage)
     except BaseException:
@@ -71,7 +68,7 @@ def search(
         raise
     if stream is not None:
         streamer.end()
-    return [results[tree] for tree in trees]
+    return [results[job.place] for job in jobs]
 
 
 def laid_out(call: Call, results: Sequence[Result], pad: int | None) -> torch.Tensor:
@@ -95,23 +92,21 @@ def laid_out(call: Call, results: Sequence[Result], pad: int | None) -> torch.Te
     return torch.cat([prompts, padded.reshape(len(responses), longest).to(prompts)], dim=1)
 
 
-def _path(result: Result) -> list[Node]:
-    return [] if result.node is None else result.node.path()
-
-
 class _StepStream:
     """Puts the steps of an answer, each once."""
 
     def __init__(self, streamer: Any) -> None:
         self._streamer = streamer
         self._sent = 0
-        self.news = False
 
-    def noticed(self, event: Event) -> None:
-        self.news = True
+    def noticed(self, loop: SearchLoop, event: Event) -> None:
+        """Put what an event settles; the search's end settles the rest."""
+        if event.result is None:
+            self._put(loop.committed(event.tree))
+        elif event.result.node is not None:
+            self._put(event.result.node.path())
 
-    def put(self, steps: Sequence[Node]) -> None:
+    def _put(self, steps: Sequence[Node]) -> None:
         for step in steps[self._sent :]:
             self._streamer.put(torch.tensor([step.token_ids]))
             self._sent += 1
-        self.news = False

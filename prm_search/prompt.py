@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from operator import index
@@ -80,3 +81,13 @@ def plain_ids(token_ids: Iterable[Any]) -> tuple[int, ...]:
         return tuple(map(index, token_ids))
     except TypeError as error:
         raise TypeError(f"token_ids must be integers: {error}") from error
+
+
+def numbered(prompts: Iterable[Prompt]) -> list[tuple[Prompt, int]]:
+    """Each prompt with the number of prompts of equal token ids before it: equal ones draw differently."""
+    seen: Counter[tuple[int, ...] | None] = Counter()
+    pairs = []
+    for prompt in prompts:
+        pairs.append((prompt, seen[prompt.token_ids]))
+        seen[prompt.token_ids] += 1
+    return pairs

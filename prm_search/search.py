@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,14 +10,14 @@ from .answers import Answer, Select
 from .checks import require
 from .driver.async_loop import AsyncSearchLoop
 from .driver.budget import Budget
-from .driver.loop import SearchLoop
-from .driver.participants import Participants
+from .driver.loop import Job, SearchLoop
 from .driver.result import Event, Result
 from .driver.search_settings import SearchSettings
+from .prompt import numbered
 from .protocols import AsyncPolicy, Policy, Scorer
 from .steps import StepRule
 from .strategies import Steer, Strategy
-from .tree import Prompt, SearchTree
+from .tree import Prompt
 from .values import Value
 
 __all__ = ["AsyncSearchLoop", "Event", "Result", "SearchLoop", "SearchSettings", "Settings", "asearch", "search"]
@@ -103,14 +102,12 @@ def search(
     if isinstance(settings.strategy, Steer):
         policy = settings.strategy.wrap(policy, scorer)
     with SearchLoop(policy, scorer, prover, on_event=on_event) as loop:
-        encoded = encode_all(given, loop.models)
-        trees = [loop.add(prompt, settings, occurrence=occurrence) for prompt, occurrence in encoded]
-        results: dict[SearchTree, Result] = {}
-        while loop.active:
-            results.update((result.tree, result) for result in loop.step())
+        encoded = encode_all(given, loop.models.encode)
+        jobs = [Job(prompt, settings, occurrence, place) for place, (prompt, occurrence) in enumerate(encoded)]
+        results = {job.place: result for job, result in loop.run(jobs, len(jobs))}
         for result in results.values():
             loop.models.read_batch(result.usage)
-    return [results[tree] for tree in trees]
+    return [results[job.place] for job in jobs]
 
 
 async def asearch(
@@ -138,7 +135,7 @@ async def asearch(
     if isinstance(settings.strategy, Steer):
         raise ValueError("strategy=Steer(...) needs token by token access to the policy: use search, not asearch")
     loop = AsyncSearchLoop(policy, scorer, prover, on_event=on_event)
-    searches = [loop.begin(prompt, settings, occurrence=place) for prompt, place in encode_all(given, loop.models)]
+    searches = [loop.begin(prompt, settings, occurrence=place) for prompt, place in encode_all(given, loop.models.encode)]
     tasks = [asyncio.create_task(each.run()) for each in searches]
     try:
         results = list(await asyncio.gather(*tasks))
@@ -152,23 +149,29 @@ async def asearch(
     return results
 
 
-def encode_all(prompts: Iterable[PromptLike], models: Participants[Any]) -> list[tuple[Prompt, int]]:
+def encode_all(
+    prompts: Iterable[PromptLike],
+    encode: Callable[[Prompt], Prompt],
+    name_of: Callable[[int], str] = "prompts[{}]".format,
+) -> list[tuple[Prompt, int]]:
     """Prompts with their token ids, and how many equal ones came before each.
 
+    Args:
+        prompts: what users pass.
+        encode: fills the token ids in, such as Participants.encode.
+        name_of: what a prompt is called in an error, by its place.
+
     Raises:
-        ValueError, TypeError: what the models or Prompt say of a prompt, after its place in the list.
+        ValueError, TypeError: what encode or Prompt say of a prompt, after its name.
     """
-    seen: Counter[tuple[int, ...] | None] = Counter()
-    encoded: list[tuple[Prompt, int]] = []
+    encoded: list[Prompt] = []
     for place, given in enumerate(prompts):
         try:
-            prompt = models.encode(Prompt.of(given))
+            encoded.append(encode(Prompt.of(given)))
         except (ValueError, TypeError) as error:
             kind = ValueError if isinstance(error, ValueError) else TypeError
-            raise kind(f"prompts[{place}]: {error}") from error
-        encoded.append((prompt, seen[prompt.token_ids]))
-        seen[prompt.token_ids] += 1
-    return encoded
+            raise kind(f"{name_of(place)}: {error}") from error
+    return numbered(encoded)
 
 
 def _listed(prompts: Iterable[PromptLike]) -> list[PromptLike]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 Kind = Literal["sampled", "encoded", "cached", "reencoded"]
@@ -59,3 +59,15 @@ class Usage:
             role = names.get(model, str(model))
             tables[kind][role] = tables[kind].get(role, 0) + tokens
         return usage
+
+    def of_role(self, role: str) -> int:
+        """Tokens that the model of a role encoded, those whose KV was evicted in between once more."""
+        return self.encoded_tokens.get(role, 0) + self.reencoded_tokens.get(role, 0)
+
+    def __add__(self, other: Usage) -> Usage:
+        """The two together, name by name."""
+        total = Usage()
+        for part in fields(Usage):
+            mine, theirs = getattr(self, part.name), getattr(other, part.name)
+            setattr(total, part.name, {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}})
+        return total

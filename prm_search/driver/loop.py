@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
 from types import TracebackType
+from typing import TypeVar
 
 from ..protocols import Policy, PolicyBase, Request, Scorer
 from ..tree import Node, Prompt, SearchTree
@@ -13,6 +16,26 @@ from .driver import Driver
 from .participants import Participants, new_nodes
 from .result import Event, Result
 from .search_settings import SearchSettings
+
+
+@dataclass(eq=False)
+class Job:
+    """A search for SearchLoop.run.
+
+    Attributes:
+        prompt, settings, occurrence: see SearchLoop.add.
+        place: the caller's number for it.
+        seconds: its share of the loop's wall time so far.
+    """
+
+    prompt: Prompt
+    settings: SearchSettings
+    occurrence: int = 0
+    place: int = 0
+    seconds: float = field(default=0.0, init=False)
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 class SearchLoop:
@@ -82,6 +105,38 @@ class SearchLoop:
         results, self._results = self._results, []
         return results
 
+    def run(
+        self, jobs: Iterable[AnyJob], batch: int, begun: Callable[[AnyJob, SearchTree], object] | None = None
+    ) -> Iterator[tuple[AnyJob, Result]]:
+        """Run searches, at most `batch` at a time; each is given out with its result as it ends.
+
+        Args:
+            jobs: are begun in order; the next is asked for when there is room for it.
+            batch: searches under way at most, >= 1; changes no result.
+            begun: called with each job and its tree before anything is drawn for it.
+
+        Raises:
+            ValueError: other searches of this loop are under way, or see `add`.
+        """
+        if self.active:
+            raise ValueError("run: other searches of this loop are under way")
+        waiting, running = iter(jobs), dict[SearchTree, AnyJob]()
+        while True:
+            for job in islice(waiting, batch - len(running)):
+                tree = self.add(job.prompt, job.settings, occurrence=job.occurrence)
+                running[tree] = job
+                if begun is not None:
+                    begun(job, tree)
+            if not running:
+                return
+            before = time.perf_counter()
+            results = self.step()
+            share = (time.perf_counter() - before) / len(running)
+            for job in running.values():
+                job.seconds += share
+            for result in results:
+                yield running.pop(result.tree), result
+
     def cancel(self, tree: SearchTree) -> Result | None:
         """End a search now. Returns the result of what it has finished, or None where it has ended already."""
         if tree not in self._settings:
@@ -93,7 +148,10 @@ class SearchLoop:
         return result
 
     def committed(self, tree: SearchTree) -> list[Node]:
-        """The steps that the answer of a running search will begin with; see Driver.committed."""
+        """The steps that the answer of a running search will begin with, none of one that has ended; see
+        Driver.committed."""
+        if tree not in self._driver.active:
+            return []
         return self._driver.committed(tree, self._settings[tree].eligible)
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -13,6 +12,7 @@ from uuid import uuid4
 
 from ..driver.async_loop import AsyncSearch
 from ..driver.result import Event, Result
+from ..prompt import numbered
 from ..steps import StepRule
 from ..usage import Usage
 from .backend import Backend
@@ -136,10 +136,8 @@ class Job:
     async def _begin(self) -> None:
         engine, ask = self.service.engine, self.ask
         prompts = await asyncio.wrap_future(self._encoding)
-        seen: Counter[tuple[int, ...] | None] = Counter()
-        for number, prompt in enumerate(prompts):
-            search = self._loop.begin(prompt, ask.settings, occurrence=seen[prompt.token_ids])
-            seen[prompt.token_ids] += 1
+        for number, (prompt, occurrence) in enumerate(numbered(prompts)):
+            search = self._loop.begin(prompt, ask.settings, occurrence=occurrence)
             if engine.stops is not None:
                 engine.stops.add(search.tree, ask.stop)
             engine.follow(search.tree, partial(self._heard, number))
@@ -181,11 +179,7 @@ class Job:
     @property
     def usage(self) -> Usage:
         """What the searches that have ended cost together, and what the engine spent meanwhile, for others too."""
-        total = Usage()
-        for result in self._results:
-            for name in ("sampled_tokens", "encoded_tokens", "cached_tokens", "reencoded_tokens"):
-                if result is not None:
-                    setattr(total, name, dict(Counter(getattr(total, name)) + Counter(getattr(result.usage, name))))
+        total = sum((result.usage for result in self._results if result is not None), Usage())
         seconds, calls = (
             {phase: now[phase] - before.get(phase, 0) for phase in now}
             for now, before in zip(self.service.engine.costs(), self._costs, strict=True)

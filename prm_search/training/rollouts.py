@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from ..checks import require
 from ..problems import Problem
 from ..protocols import Policy, PolicyBase, Request, Sampling
+from ..search import encode_all
 from ..tree import Node, Prompt, SearchTree
 
 __all__ = ["Label", "Problem", "Rollout", "sample_rollouts"]
@@ -92,22 +93,9 @@ def sample_rollouts(
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise ValueError(f"{name}={given!r}: an integer >= 1 is needed")
     require("policy", policy, Policy)
-    encoded = _encoded(problems, policy)
+    prompts = [problem.prompt for problem in problems]
+    encoded = encode_all(prompts, lambda prompt: prompt.with_ids(policy.encode(prompt)), "problems[{}]".format)
     return _sample(problems, encoded, policy, n, sampling, label, frozenset(done), batch)
-
-
-def _encoded(problems: Sequence[Problem], policy: Policy) -> list[tuple[Prompt, int]]:
-    """Prompts with their tokens, and how many equal ones came before each."""
-    seen: Counter[tuple[int, ...]] = Counter()
-    found = []
-    for place, problem in enumerate(problems):
-        try:
-            ids = tuple(policy.encode(problem.prompt))
-        except ValueError as error:
-            raise ValueError(f"problems[{place}]: {error}") from error
-        found.append((problem.prompt.with_ids(ids), seen[ids]))
-        seen[ids] += 1
-    return found
 
 
 def _sample(
