@@ -135,7 +135,9 @@ async def asearch(
     if isinstance(settings.strategy, Steer):
         raise ValueError("strategy=Steer(...) needs token by token access to the policy: use search, not asearch")
     loop = AsyncSearchLoop(policy, scorer, prover, on_event=on_event)
-    searches = [loop.begin(prompt, settings, occurrence=place) for prompt, place in encode_all(given, loop.models.encode)]
+    searches = [
+        loop.begin(prompt, settings, occurrence=place) for prompt, place in encode_all(given, loop.models.encode)
+    ]
     tasks = [asyncio.create_task(each.run()) for each in searches]
     try:
         results = list(await asyncio.gather(*tasks))

@@ -69,5 +69,6 @@ class Usage:
         total = Usage()
         for part in fields(Usage):
             mine, theirs = getattr(self, part.name), getattr(other, part.name)
-            setattr(total, part.name, {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}})
+            both = {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}}
+            setattr(total, part.name, both)
         return total

@@ -8,16 +8,32 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from prm_search.tree import Node, SearchTree
 
 _ids = itertools.count(1)
-_known: weakref.WeakKeyDictionary[Any, EngineFacts] = weakref.WeakKeyDictionary()
-_pumps: weakref.WeakKeyDictionary[Any, Pump] = weakref.WeakKeyDictionary()
-_ledgers: weakref.WeakKeyDictionary[Any, Ledger] = weakref.WeakKeyDictionary()
+_made: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 _request_ids = itertools.count(1)
+
+T = TypeVar("T")
+
+
+def per_engine(engine: Any, kind: str, make: Callable[[], T]) -> T:
+    """Return what an engine has one of, making it at the first call. It goes with the engine.
+
+    Args:
+        engine: an LLMEngine or an AsyncLLM.
+        kind: the name of what is made.
+        make: makes it; what it gives must not refer to the engine, but weakly.
+    """
+    with _lock:
+        made: dict[str, Any] = _made.setdefault(engine, {})
+        if kind not in made:
+            made[kind] = make()
+        found: T = made[kind]
+        return found
 
 
 @dataclass(frozen=True)
@@ -47,22 +63,22 @@ class EngineFacts:
     @classmethod
     def of(cls, engine: Any) -> EngineFacts:
         """Facts of an LLMEngine or an AsyncLLM, the same object each time."""
-        with _lock:
-            found = _known.get(engine)
-            if found is None:
-                config = engine.vllm_config
-                model = config.model_config
-                found = _known[engine] = cls(
-                    id=f"vllm:{model.model}#{os.getpid()}.{next(_ids)}",
-                    context=int(model.max_model_len),
-                    vocab=int(model.get_vocab_size()),
-                    block=int(config.cache_config.block_size),
-                    cpu=config.device_config.device_type == "cpu",
-                    chunked=bool(config.scheduler_config.enable_chunked_prefill),
-                    v2=bool(config.use_v2_model_runner),
-                    logprobs_mode=str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
-                )
-        return found
+        return per_engine(engine, "facts", lambda: cls._read(engine))
+
+    @classmethod
+    def _read(cls, engine: Any) -> EngineFacts:
+        config = engine.vllm_config
+        model = config.model_config
+        return cls(
+            id=f"vllm:{model.model}#{os.getpid()}.{next(_ids)}",
+            context=int(model.max_model_len),
+            vocab=int(model.get_vocab_size()),
+            block=int(config.cache_config.block_size),
+            cpu=config.device_config.device_type == "cpu",
+            chunked=bool(config.scheduler_config.enable_chunked_prefill),
+            v2=bool(config.use_v2_model_runner),
+            logprobs_mode=str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
+        )
 
     def need_raw_logprobs(self) -> None:
         """Raises ValueError where the engine's log-probabilities are not those of the model."""
@@ -116,11 +132,7 @@ class Pump:
     @classmethod
     def of(cls, engine: Any) -> Pump:
         """The one pump of an engine."""
-        with _lock:
-            found = _pumps.get(engine)
-            if found is None:
-                found = _pumps[engine] = cls(engine)
-        return found
+        return per_engine(engine, "pump", lambda: cls(engine))
 
     @property
     def engine(self) -> Any:
@@ -173,11 +185,7 @@ class Ledger:
     @classmethod
     def of(cls, engine: Any) -> Ledger:
         """The one ledger of an LLMEngine or an AsyncLLM."""
-        with _lock:
-            found = _ledgers.get(engine)
-            if found is None:
-                found = _ledgers[engine] = cls(EngineFacts.of(engine).id)
-        return found
+        return per_engine(engine, "ledger", lambda: cls(EngineFacts.of(engine).id))
 
     def encoded(self, node: Node, tokens: int, cached: int) -> None:
         """Count a request's prompt.

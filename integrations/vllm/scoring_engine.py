@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from prm_search.integrations.vllm.engines import EngineFacts, Ledger, Pump, request_id
+from prm_search.integrations.vllm.engines import EngineFacts, Ledger, Pump, per_engine, request_id
 from prm_search.integrations.vllm.logprob_requests import Ask, LogprobAnswer, fields, read_output
 from prm_search.integrations.vllm.policy import AsyncVLLMPolicy, VLLMPolicy
 from prm_search.integrations.vllm.token_trie import TokenTrie
 from prm_search.tree import SearchTree
-
-_engines: weakref.WeakKeyDictionary[Any, ScoredEngine] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,8 @@ class ScoredEngine(ABC):
         core = inner if inner is not None else given
         if not hasattr(core, "vllm_config"):
             return None
-        found = _engines.get(core)
-        if found is None:
-            found = _engines[core] = OfflineEngine(core) if inner is not None else AsyncEngine(core)
-        return found
+        make: Callable[[], ScoredEngine] = partial(AsyncEngine if inner is None else OfflineEngine, core)
+        return per_engine(core, "scoring", make)
 
     @abstractmethod
     def begin(self, asks: Sequence[Ask]) -> Pending:

@@ -210,7 +210,7 @@ class Contest:
             return sum(map(count, results)) / len(results)
 
         def encoded(role: str) -> float:
-            return mean(lambda r: r.usage.encoded_tokens.get(role, 0) + r.usage.reencoded_tokens.get(role, 0))
+            return mean(lambda r: r.usage.of_role(role))
 
         row = Row(
             [given == problem.answer for given, problem in zip(answers, self.asked, strict=True)],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import typer
 from ..answers import SELECTS
 from ..driver.search_settings import SearchSettings
 from ..strategies import STRATEGIES, BestOfN, Steer, Strategy
-from ..tree import Node, Prompt, SearchTree
+from ..tree import Node, Prompt
 from . import BadInput, groups, options, render
 from .config import Common
 from .grouped import grouped
@@ -217,22 +216,18 @@ class Run:
 
     def go(self, policy: Any, scorer: Any, prover: Any, batch: int) -> None:
         """Search for every item that is not done, at most `batch` at a time."""
-        from ..driver.loop import SearchLoop
+        from ..driver.loop import Job, SearchLoop
 
         if isinstance(self.settings.strategy, Steer):
             policy = self.settings.strategy.wrap(policy, scorer)
-        waiting = deque(place for place in range(len(self.items)) if place not in self.done)
+        waiting = [place for place in range(len(self.items)) if place not in self.done]
         bar, tick = render.progress("prompts", len(waiting), beside_output=True)
-        running: dict[SearchTree, int] = {}
         with bar, SearchLoop(policy, scorer, prover) as loop:
             encoded = _encode(self.items, loop.models)
-            while waiting or loop.active:
-                while waiting and len(running) < batch:
-                    prompt, occurrence = encoded[place := waiting.popleft()]
-                    running[loop.add(prompt, self.settings, occurrence=occurrence)] = place
-                for result in loop.step():
-                    self._emit(running.pop(result.tree), result)
-                    tick()
+            jobs = (Job(encoded[place][0], self.settings, encoded[place][1], place) for place in waiting)
+            for job, result in loop.run(jobs, batch):
+                self._emit(job.place, result)
+                tick()
         if self.done and not self._cut_into_steps and not isinstance(self.settings.strategy, BestOfN | Steer):
             print("prm-search: no answer came in several steps: is it another --delimiter?", file=sys.stderr)
 
@@ -298,17 +293,12 @@ def _step(node: Node) -> dict[str, Any]:
 
 def _encode(items: Sequence[Item], models: Participants[Any]) -> list[tuple[Prompt, int]]:
     """Prompts with their token ids, and how many equal ones came before. Raises BadInput saying where one stands."""
-    seen: Counter[tuple[int, ...]] = Counter()
-    encoded = []
-    for item in items:
-        try:
-            prompt = models.encode(item.prompt)
-        except ValueError as error:
-            raise BadInput(f"{item.where}: {reason(error)}") from error
-        ids = prompt.token_ids or ()
-        encoded.append((prompt, seen[ids]))
-        seen[ids] += 1
-    return encoded
+    from ..search import encode_all
+
+    try:
+        return encode_all([item.prompt for item in items], models.encode, lambda place: items[place].where)
+    except ValueError as error:
+        raise BadInput(reason(error)) from error
 
 
 def _blind(strategy: Strategy, select: str) -> bool:

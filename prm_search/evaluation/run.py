@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from ..answers import Answer, resolve_answer
 from ..checks import require
 from ..driver.budget import Budget
-from ..driver.loop import SearchLoop
+from ..driver.loop import Job, SearchLoop
 from ..driver.participants import Participants
 from ..driver.result import Result
 from ..driver.search_settings import SearchSettings
@@ -82,23 +81,13 @@ def evaluate(
         raise ValueError(f"batch={batch!r}: an integer >= 1 is needed")
     given = [problem.prompt for problem in problems]
     own = PolicyBase.of(policy)
-    prompts = encode_all(given, Participants(policy, own, None, None, None))
+    prompts = encode_all(given, Participants(policy, own, None, None, None).encode)
     for scorer in pairs:  # whose context may be shorter
-        encode_all(given, Participants(policy, own, scorer, None, None))
+        encode_all(given, Participants(policy, own, scorer, None, None).encode)
     extract = resolve_answer(answer) or final_answer
     judgings = [Judging(judge, extract, problem.answer) for problem in problems]
     run = _Run(prompts, judgings, policy, {scorer.name: scorer for scorer in pairs}, plan, batch)
     return run.records(done or {})
-
-
-@dataclass
-class _Job:
-    """One search: its unit's index, and how."""
-
-    index: int
-    prompt: Prompt
-    occurrence: int
-    settings: SearchSettings
 
 
 @dataclass
@@ -123,9 +112,9 @@ class _Run:
         for (kind, _, cell), group in groupby(enumerate(units), _together):
             jobs = [self._job(index, unit, tokens) for index, unit in group if index not in done]
             scorer = None if cell is None or cell.pair is None else self.scorers[cell.pair]
-            for job, result, seconds in searches(self.policy, scorer, jobs, self.batch):
-                unit = units[job.index]
-                head = {"index": job.index, "kind": unit.kind, "problem": unit.problem, "seed": unit.seed}
+            for job, result in _searches(self.policy, scorer, jobs, self.batch):
+                unit, seconds = units[job.place], job.seconds
+                head = {"index": job.place, "kind": unit.kind, "problem": unit.problem, "seed": unit.seed}
                 if kind == "samples":
                     record = self._samples(unit, result, seconds)
                     for n in self.plan.budgets:
@@ -134,7 +123,7 @@ class _Run:
                     record = self._search(unit, job, result, seconds)
                 yield head | record
 
-    def _job(self, index: int, unit: Unit, tokens: Mapping[tuple[int, int | None, int], int]) -> _Job:
+    def _job(self, index: int, unit: Unit, tokens: Mapping[tuple[int, int | None, int], int]) -> Job:
         prompt, occurrence = self.prompts[unit.problem]
         sampling, budget = self.plan.sampling(unit.seed or 0), Budget()
         if unit.kind == "search" and unit.cell is not None:
@@ -154,7 +143,7 @@ class _Run:
             seed=sampling.seed,
             budget=budget,
         )
-        return _Job(index, prompt, occurrence, settings)
+        return Job(prompt, settings, occurrence, index)
 
     def _samples(self, unit: Unit, result: Result, seconds: float) -> Record:
         tree, judging = result.tree, self.judgings[unit.problem]
@@ -178,7 +167,7 @@ class _Run:
             found[name] = {value: float(VALUES[value](end)) for value in self.plan.values}
         return found
 
-    def _search(self, unit: Unit, job: _Job, result: Result, seconds: float) -> Record:
+    def _search(self, unit: Unit, job: Job, result: Result, seconds: float) -> Record:
         node, usage = result.node, result.usage
         answer, right = (None, False) if node is None else self.judgings[unit.problem](result.text, node.finish)
         return {
@@ -191,8 +180,8 @@ class _Run:
             "search": repr(job.settings.strategy),
             "budget_tokens": job.settings.budget.tokens,
             "policy_tokens": sum(usage.sampled_tokens.values()),
-            "prm_tokens": encoded(usage, "prm"),
-            "reference_tokens": encoded(usage, "reference"),
+            "prm_tokens": usage.of_role("prm"),
+            "reference_tokens": usage.of_role("reference"),
             "seconds": seconds,
         }
 
@@ -202,33 +191,11 @@ def _together(place: tuple[int, Unit]) -> tuple[Any, ...]:
     return place[1].kind, place[1].seed, place[1].cell
 
 
-def searches(
-    policy: Policy, scorer: Scorer | None, jobs: Iterable[_Job], batch: int
-) -> Iterator[tuple[_Job, Result, float]]:
-    """Run searches, at most `batch` at a time; each with its result, as it ends, and its share of the wall time."""
-    waiting = deque(jobs)
-    running: dict[SearchTree, _Job] = {}
-    spent: dict[SearchTree, float] = {}
-    if not waiting:
-        return
-    with SearchLoop(policy, scorer) as loop:
-        while waiting or running:
-            while waiting and len(running) < batch:
-                job = waiting.popleft()
-                tree = loop.add(job.prompt, job.settings, occurrence=job.occurrence)
-                running[tree], spent[tree] = job, 0.0
-            began = time.perf_counter()
-            results = loop.step()
-            share = (time.perf_counter() - began) / len(running)
-            for tree in running:
-                spent[tree] += share
-            for result in results:
-                yield running.pop(result.tree), result, spent.pop(result.tree)
-
-
-def encoded(usage: Usage, role: str) -> int:
-    """Tokens that a model of this role encoded, those whose KV was evicted in between once more."""
-    return usage.encoded_tokens.get(role, 0) + usage.reencoded_tokens.get(role, 0)
+def _searches(policy: Policy, scorer: Scorer | None, jobs: Sequence[Job], batch: int) -> Iterator[tuple[Job, Result]]:
+    """Run searches, at most `batch` at a time; each with its result, as it ends."""
+    if jobs:
+        with SearchLoop(policy, scorer) as loop:
+            yield from loop.run(jobs, batch)
 
 
 def _score(scorer: Scorer, policy: Policy, tree: SearchTree, ends: Sequence[Node]) -> Cost:
@@ -242,4 +209,4 @@ def _score(scorer: Scorer, policy: Policy, tree: SearchTree, ends: Sequence[Node
     spent = Meter()
     spent.counts = tree.meter.counts - before
     usage = Usage.read(spent, scorer.models)
-    return Cost(encoded(usage, "prm"), encoded(usage, "reference"), seconds)
+    return Cost(usage.of_role("prm"), usage.of_role("reference"), seconds)
