@@ -107,9 +107,7 @@ def test_equal_prompts_are_numbered_and_wrong_ones_are_named() -> None:
 
 def test_usages_are_added_name_by_name() -> None:
     one = Usage({"policy": 1}, {"prm": 2}, {}, {"prm": 3}, {"policy": 4}, {"policy": 0.5})
-    two = Usage(
-        {"policy": 10, "draft": 0}, {"prm": 20, "reference": 5}, {"prm": 7}, {}, {"scorer": 1}, {"policy": 0.25}
-    )
+    two = Usage({"policy": 10, "d": 0}, {"prm": 20, "reference": 5}, {"prm": 7}, {}, {"scorer": 1}, {"policy": 0.25})
     assert one + two == Usage(
         {"policy": 11, "d": 0}, {"prm": 22, "reference": 5}, {"prm": 7}, {"prm": 3}, {"policy": 4, "scorer": 1},
         {"policy": 0.75},
