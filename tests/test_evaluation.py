@@ -121,6 +121,18 @@ def test_a_search_samples_no_more_than_its_samples(records):
     assert any(record["stopped"] == "tokens" for record in found)  # the budget bites somewhere
 
 
+def test_an_uncapped_search_runs_to_its_end(records):
+    free = [r for r in run(plan=plan(capped=False)) if r["kind"] == "search"]
+    cut = {r["index"] for r in records if r["kind"] == "search" and r["stopped"] == "tokens"}
+    assert cut
+    for record in free:
+        assert record["budget_tokens"] is None
+        assert record["stopped"] != "tokens"
+    bounded = {r["index"]: r["policy_tokens"] for r in records if r["kind"] == "search"}
+    assert all(r["policy_tokens"] >= bounded[r["index"]] for r in free)
+    assert any(r["policy_tokens"] > bounded[r["index"]] for r in free if r["index"] in cut)
+
+
 def test_a_beam_of_one_is_a_sample(records):
     cells = outcomes(records)
     for value in ("q", "min"):
