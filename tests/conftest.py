@@ -1,4 +1,7 @@
-"""What every test runs under: no network, few threads, GPU tests only where there is a GPU."""
+"""What every test runs under: no network, few threads, the same examples each time, GPU tests only where there is one.
+
+PRM_SEARCH_SOAK=N makes it a soak: N times as many examples, drawn anew each time, and the tests marked soak.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +41,6 @@ def _left_out() -> list[str]:
 
 collect_ignore = _left_out()
 
-if "hypothesis" not in MISSING:
-    from hypothesis import settings
-
-    settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
-    settings.load_profile("tests")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     if importlib.util.find_spec("pytest_timeout") is None:  # whose option pyproject.toml sets
@@ -70,8 +67,22 @@ class _Helpers:
 
 sys.meta_path.append(_Helpers)  # type: ignore[arg-type]
 
+from soak import SOAK, examples  # noqa: E402
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+if "hypothesis" not in MISSING:
+    from hypothesis import settings
+
+    settings.register_profile("tests", deadline=None, derandomize=not SOAK, max_examples=examples(100))
+    settings.load_profile("tests")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _same_in_every_process(items)
+    _slow_files_first(items)
+    if not SOAK:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch
@@ -79,3 +90,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _same_in_every_process(items: list[pytest.Item]) -> None:
+    """Workers collect for themselves, and their lists are compared. A set shows in two runs; an address shows here."""
+    for item in items:
+        if re.search(r"\b0x[0-9a-f]{5,}", item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid}: an object's address is no part of a test's name: give it an id")
+
+
+def _slow_files_first(items: list[pytest.Item]) -> None:
+    """Workers take whole files, in order: one that takes a minute must not be the last to begin."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from prm_search.answers import boxed, equivalence, equivalent, hashes, last_number, normalize, resolve_answer, select
 from prm_search.tree import Node, SearchTree
@@ -368,7 +368,6 @@ class TestWeighted:
         nodes = candidates(("#### 1", -math.inf), ("#### 2", -math.inf, 2))
         assert select(nodes, "weighted", answer="####").answer == "2"
 
-    @settings(deadline=None)
     @given(
         rows=st.lists(st.tuples(st.integers(0, 3), st.floats(-50, 50), st.integers(1, 3)), min_size=1, max_size=12),
         shift=st.floats(-100, 100),

@@ -67,7 +67,9 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), OPTIONS, ids=lambda v: repr(v) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    ("options", "error", "message"), OPTIONS, ids=[f"{i}-{'-'.join(case[0])}" for i, case in enumerate(OPTIONS)]
+)
 def test_arguments_of_search(bench: Bench, options: dict[str, Any], error: type[Exception], message: str) -> None:
     before = bench.policy.forward_calls
     with pytest.raises(error, match=message):

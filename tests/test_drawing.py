@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fakes import sampling
 from hypothesis import example, given, settings, strategies as st
+from soak import examples
 
 from prm_search.drawing import Draw, nodes_of
 from prm_search.sampling import Request
@@ -109,7 +110,7 @@ def _completes(tokens: Sequence[int], rule: StepRule) -> bool:
     return [matcher.feed(token) for token in tokens][-1]
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(tokens=STREAM, rule=RULES)
 @example(tokens=[0, 1, END, 0], rule=StepRule(";"))
 @example(tokens=[0, 7, 8, 0], rule=StepRule("é"))
@@ -125,7 +126,7 @@ def test_a_whole_response_is_cut_where_the_rule_cuts_it(tokens: list[int], rule:
     assert [x for segment in draw.chain for x in segment.logprobs] == [-0.5 * i for i in range(len(wanted))]
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(tokens=STREAM, doubts=DOUBTS, rule=RULES, confident=st.booleans())
 @example(tokens=[0, 0], doubts={1}, rule=StepRule(None), confident=True)
 def test_doubt_a_limit_and_a_delimiter_end_a_step_alike(
@@ -137,7 +138,7 @@ def test_doubt_a_limit_and_a_delimiter_end_a_step_alike(
     assert lengths(draw.chain) == plain_ends(up_to_end(tokens), rule, frozenset(doubts))
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(tokens=STREAM, doubts=DOUBTS, rule=RULES, confident=st.booleans())
 def test_step_by_step_is_as_in_one_go(tokens: list[int], doubts: set[int], rule: StepRule, confident: bool) -> None:
     rule = replace(rule, confidence=0.5 if confident else None)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from models import tiny
+from soak import examples
 
 from prm_search.engine.encoder import Encoder
 from prm_search.engine.kv_tree import Branch, KVTree
@@ -212,7 +213,7 @@ class Trees(RuleBasedStateMachine):
             assert sorted(self.tree._free.tolist()) == list(range(self.tree.capacity))
 
 
-Trees.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Trees.TestCase.settings = settings(max_examples=examples(100), stateful_step_count=40)
 TestTrees = Trees.TestCase
 
 

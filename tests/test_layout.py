@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from soak import examples
 
 from prm_search.engine.attention import torch_layout
 from prm_search.engine.attention.kernel_layout import KernelLayout
@@ -70,7 +71,7 @@ members = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), min_size=1, 
 families = st.lists(st.tuples(st.integers(0, 12), members), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     families,
     st.integers(0, 1 << 30),

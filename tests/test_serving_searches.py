@@ -16,6 +16,7 @@ import pytest
 from fakes import EOS, RULE, FakePolicy, FakeScorer, ToyLM
 from hypothesis import given, settings, strategies as st
 from search_cases import ALL, SEEDS
+from soak import examples
 
 from prm_search.protocols import Request
 from prm_search.search import search
@@ -124,7 +125,7 @@ async def stream(service: Service, given: bytes) -> list[dict[str, Any]]:
     return [json.loads(each.removeprefix("data: ")) for each in told[:-1]]
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(strategy=ALL, seed=SEEDS, select=st.sampled_from(["best", "majority"]), tokens=st.none() | st.integers(1, 60))
 def test_streamed_whole_and_searched_are_the_same(
     strategy: Strategy, seed: int, select: str, tokens: int | None

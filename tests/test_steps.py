@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 from hypothesis import assume, example, given, settings, strategies as st
+from soak import examples
 
 from prm_search.steps import StepRule, _completing_first, confidence_quantile
 from prm_search.tree import SearchTree
@@ -145,7 +146,7 @@ class TestDelimiters:
         assert ending(StepRule(None, max_tokens=None), ["a", "\n\n", "b"]) == []
         assert ending(StepRule(None, max_tokens=2), ["a", "\n\n", "b", "c", "d"]) == [1, 3]
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=examples(400))
     @given(text=TEXT, delimiters=DELIMITERS, at=CUTS, limit=LIMIT)
     @example(text="aba.b", delimiters=["ba.", "a"], at=set(), limit=None)
     def test_ends_are_where_the_oracle_puts_them_however_it_is_cut(self, text, delimiters, at, limit):
@@ -153,7 +154,7 @@ class TestDelimiters:
         rule = StepRule(delimiters, max_tokens=limit)
         assert flags(rule, pieces) == expected(pieces, completions(text, delimiters), limit)
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=examples(200))
     @given(data=st.binary(max_size=40), delimiters=DELIMITERS, at=CUTS)
     def test_any_bytes_even_invalid_ones(self, data, delimiters, at):
         """Fed byte by byte, they complete at offsets that no other cut moves."""
@@ -163,7 +164,7 @@ class TestDelimiters:
         pieces = cut(data, at)
         assert flags(rule, pieces) == expected(pieces, offsets, None)
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=examples(100))
     @given(parts=st.lists(st.sampled_from(["\n\n", ";", " ", "\t", "\n\n\n\n"]), max_size=10), at=CUTS)
     def test_nothing_but_delimiters_and_whitespace_is_no_step(self, parts, at):
         assert not any(flags(StepRule(["\n\n", ";"], max_tokens=None), cut("".join(parts).encode(), at)))
@@ -190,7 +191,7 @@ class TestRegex:
     def test_greed_buys_nothing(self):
         assert ending(StepRule(None, regex="-+"), ["a", "-", "-", "b", "---"]) == [1, 4]
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=examples(400))
     @given(text=TEXT, delimiters=DELIMITERS | st.just([]), regex=REGEX, at=CUTS, limit=LIMIT)
     @example(text="abb", delimiters=[], regex=r"(?>ab|a)b", at=set(), limit=None)
     def test_ends_are_where_the_oracle_puts_them_however_it_is_cut(self, text, delimiters, regex, at, limit):
@@ -205,7 +206,7 @@ class TestRegex:
 
 
 class TestResume:
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=examples(300))
     @given(
         text=TEXT,
         delimiters=DELIMITERS | st.just([]),
@@ -269,7 +270,6 @@ class TestConfidence:
         matcher.feed(0)
         assert not matcher.uncertain(0.0)
 
-    @settings(deadline=None)
     @given(probs=st.lists(st.floats(0, 1), min_size=1, max_size=200), quantile=st.floats(0, 0.999))
     def test_the_quantile_cuts_at_most_that_share_and_no_larger_one_does(self, probs, quantile):
         threshold = confidence_quantile(probs, quantile)

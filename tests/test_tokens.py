@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from soak import examples
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -175,7 +176,7 @@ def test_the_text_of_a_response_is_what_decoding_adds_for_it(family):
         assert text.text(ids) in (whole, " " + whole), name  # the space before a text's first word
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(data=st.data())
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n != "llama_like"])
 def test_any_run_of_tokens_decodes_to_its_joined_pieces(name, data):
@@ -185,7 +186,7 @@ def test_any_run_of_tokens_decodes_to_its_joined_pieces(name, data):
     check_after_a_word(tokenizer, TokenText(tokenizer), ids)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(source=st.text(max_size=20), more=st.text(max_size=5))
 @pytest.mark.parametrize("name", ["byte_level", "llama_like"])
 def test_lossless_tokenizers_give_back_the_bytes_wherever_they_are_cut(name, source, more):

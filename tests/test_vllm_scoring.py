@@ -15,6 +15,7 @@ from fake_vllm import FakeAsyncLLM, FakeEngine, FakeLLM, SamplingParams, Words, 
 from fakes import RULE, FakePolicy, FakeScorer, ToyLM, ids
 from hypothesis import HealthCheck, given, settings, strategies as st
 from search_cases import ALL
+from soak import examples
 
 from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMImplicitPRM, VLLMPolicy, VLLMServer
 from prm_search.integrations.vllm.logprob_requests import NextTokenRequest, SpanRequest
@@ -75,7 +76,7 @@ def pair(block: int = 4, v2: bool = False, **options: Any) -> tuple[VLLMImplicit
     return VLLMImplicitPRM(FakeLLM(phi), FakeLLM(ref), beta=BETA, **options), phi, ref
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=examples(60))
 @given(
     strategy=ALL,
     seed=st.integers(0, 99),
