@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -137,6 +137,7 @@ def row_logprobs(
     bf16: bool = False,
     batch_tokens: int = 1 << 14,
     pack: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> list[np.ndarray]:
     """log p of each row's response tokens under a model within `response_forward`, as it is evaluated in training.
 
@@ -146,6 +147,7 @@ def row_logprobs(
         bf16: under autocast.
         batch_tokens: of one padded forward, at most (a longer row makes one by itself).
         pack: tokens of a pack, at most; None: every row is computed by itself.
+        progress: called after each forward with the tokens that are done, and all.
 
     Returns:
         [len(response_ids)] fp32 a row, nats.
@@ -157,6 +159,7 @@ def row_logprobs(
     training = module.training
     module.eval()
     units: list[Any] = sorted(packs(items, pack) if pack else items, key=lambda unit: _tokens(unit))
+    tokens, whole = 0, sum(map(_tokens, units))
     while units:
         count = 1
         while count < len(units) and (count + 1) * _tokens(units[count]) <= batch_tokens:
@@ -168,6 +171,9 @@ def row_logprobs(
         of_rows = [item for unit in chosen for item in unit.items] if pack else chosen
         for item, line, mask in zip(of_rows, values.float().cpu(), batch["response_mask"], strict=True):
             found[places[id(item)]] = line[mask].numpy()
+        tokens += sum(map(_tokens, chosen))
+        if progress is not None:
+            progress(tokens, whole)
     module.train(training)
     return found
 
@@ -239,6 +245,7 @@ def add_reference(
     *,
     bf16: bool = False,
     pack: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> bool:
     """Fill in `LabelledResponse.reference`: from a file, or by one pass of the model, whose result is filed.
 
@@ -247,7 +254,7 @@ def add_reference(
         rows: any.
         identity: says which weights these are; plain values.
         folder: where the file is, or will be: `reference-<digest of rows and identity>.safetensors`.
-        bf16, pack: see row_logprobs.
+        bf16, pack, progress: see row_logprobs.
 
     Returns:
         Whether they were known.
@@ -265,7 +272,7 @@ def add_reference(
         ends = np.cumsum([len(row.response_ids) for row in rows])
         values: Sequence[np.ndarray] = np.split(flat, ends[:-1])
     else:
-        values = row_logprobs(module, rows, bf16=bf16, pack=pack)
+        values = row_logprobs(module, rows, bf16=bf16, pack=pack, progress=progress)
         part = path.with_suffix(f".{os.getpid()}")
         save_file({"logprobs": np.concatenate(values)}, part)
         os.replace(part, path)  # whole or not at all

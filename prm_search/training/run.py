@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from .negatives import cross_prompt
 from .recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
+Progress = Callable[[str, int, int], object]
 
 
 @dataclass
@@ -90,6 +92,7 @@ def train(
     delimiter: str | None = None,
     arguments: Mapping[str, Any] | None = None,
     log: Callable[[str], object] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train an implicit PRM on outcome labels; `ImplicitPRM.from_pretrained(out)` is then the pair.
 
@@ -106,6 +109,8 @@ def train(
         delimiter: of steps, noted in the card.
         arguments: further transformers.TrainingArguments (fsdp, gradient_checkpointing, warmup_steps, ...).
         log: is called with a line now and then.
+        progress: is called often, in the main process, with what is being done ("reference", "training", "held out"),
+            how much of it, and how much there is.
 
     Returns:
         The card.
@@ -141,7 +146,7 @@ def train(
     with one_writer(folder / "train") if main else nullcontext():
         last = begin(folder, settings, resume)
         set_seed(recipe.seed)
-        metrics = _run(source, Path(rollouts).parent, folder, recipe, data, arguments or {}, last, log)
+        metrics = _run(source, Path(rollouts).parent, folder, recipe, data, arguments or {}, last, log, progress)
         return _finish(source, folder, recipe, data, metrics, delimiter)
 
 
@@ -189,6 +194,7 @@ def _run(
     arguments: Mapping[str, Any],
     last: str | None,
     log: Callable[[str], object] | None,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """Train, and save weights or adapter. Returns what was measured."""
     import torch
@@ -223,6 +229,11 @@ def _run(
             f"batch={recipe.batch}: a multiple of {whole}, micro_batch times the number of processes, is needed"
         )
     args.gradient_accumulation_steps = recipe.batch // whole
+    if args.process_index:
+        log = progress = None
+
+    def told(what: str) -> Callable[[int, int], object] | None:
+        return None if progress is None else partial(progress, what)
 
     lm = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, **source.where())
     top = max(max(max(row.prompt_ids), int(row.response_ids.max())) for row in data.rows)
@@ -237,17 +248,18 @@ def _run(
     with response_forward(lm):
         if pack:
             check_packs(lm, made)
-            if log is not None and args.process_index == 0:
+            if log is not None:
                 rows_of = (row for item in data.items for row in item.rows)
                 log(f"packed {sum(map(len, rows_of))} tokens into {sum(map(len, made))}, {len(made)} problems")
         identity = [os.path.realpath(source.path) if source.local else source.path, source.revision, source.stamp()]
         with args.main_process_first(desc="reference"):
-            _add_reference(lm, data, recipe, identity, cache, log if args.process_index == 0 else None)
+            _add_reference(lm, data, recipe, identity, cache, log, told("reference"))
         trained = lm if recipe.lora is None else _adapted(lm, recipe.lora, source)
         freeze(lm, recipe.freeze_layers)
         trainer = PRMTrainer(
-            trained, args, made, objective=recipe.objective, beta=recipe.scale, margin=recipe.margin, log=log
-        )
+            trained, args, made, objective=recipe.objective, beta=recipe.scale, margin=recipe.margin, log=log,
+            progress=told("training"),
+        )  # fmt: skip
         trainer.train(resume_from_checkpoint=last)
         trained.eval()
         metrics: dict[str, Any] = {
@@ -255,7 +267,7 @@ def _run(
             "held_out_pair_accuracy": None,
         }
         if data.held:
-            values = row_logprobs(trained, data.held, bf16=recipe.bf16, pack=pack)
+            values = row_logprobs(trained, data.held, bf16=recipe.bf16, pack=pack, progress=told("held out"))
             sums = [float((v - row.reference).sum()) for v, row in zip(values, data.held, strict=True)]
             metrics["held_out_pair_accuracy"] = pair_accuracy(data.held, sums)
     trainer.save_model(str(folder))
@@ -268,7 +280,13 @@ def _run(
 
 
 def _add_reference(
-    lm: Any, data: Data, recipe: Recipe, identity: object, cache: Path, log: Callable[[str], object] | None
+    lm: Any,
+    data: Data,
+    recipe: Recipe,
+    identity: object,
+    cache: Path,
+    log: Callable[[str], object] | None,
+    progress: Callable[[int, int], object] | None,
 ) -> None:
     """Fill in what the reference says of all rows."""
     from .logprobs import add_reference, sampled_reference
@@ -277,7 +295,7 @@ def _add_reference(
         sampled_reference(lm, data.rows, bf16=recipe.bf16)
     pack = recipe.max_length if recipe.pack else None
     for rows in filter(None, ([] if recipe.sampled_reference else data.rows, data.made_up)):
-        known = add_reference(lm, rows, identity, cache, bf16=recipe.bf16, pack=pack)
+        known = add_reference(lm, rows, identity, cache, bf16=recipe.bf16, pack=pack, progress=progress)
         if log is not None:
             log(f"reference log-probabilities of {len(rows)} rows {'read' if known else 'computed'}")
 
