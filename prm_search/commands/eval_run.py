@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,12 +102,15 @@ class EvalRun:
         names = digests(self.items, "eval", *settings)
         return [names[unit.problem] for unit in self.units]
 
-    def records(self, done: Mapping[int, dict[str, Any]], batch: int) -> Iterator[dict[str, Any]]:
-        """Load the models and run what is missing. Raises BadInput that names a problem's line."""
+    def records(
+        self, done: Mapping[int, dict[str, Any]], batch: int, loaded: Callable[..., object]
+    ) -> Iterator[dict[str, Any]]:
+        """Load the models, hand them to `loaded`, and run what is missing. Raises BadInput that names a line."""
         from ..evaluation.responses import evaluate_responses
         from ..evaluation.run import evaluate
 
         policy, scorers = self.models.load()
+        loaded(policy, *scorers)
         how: dict[str, Any] = {
             "scorers": scorers, "plan": self.plan, "judge": self.judge, "answer": self.answer, "done": done
         }  # fmt: skip

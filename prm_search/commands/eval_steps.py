@@ -16,11 +16,12 @@ from ..evaluation.report import step_table, write_step_report
 from ..evaluation.step_errors import summarise_steps
 from ..evaluation.step_scores import SCORES, Solution, score_steps
 from ..values import VALUES
-from . import BadInput, groups, options, render
+from . import BadInput, groups, options
 from .config import Common
 from .grouped import grouped
 from .options import DATA, listed
 from .problems import PROMPTS, read_rows
+from .progress import Bar
 from .records import Item, RecordFile, digests, finished, prompt_of, reason, report
 
 _THRESHOLD = "Thresholds"
@@ -177,14 +178,15 @@ def _score_set(
         try:
             if len(done) < len(keys):
                 scorer = model()
-                bar, tick = render.progress("solutions", len(keys) - len(done))
+                bar = Bar("solutions", len(keys) - len(done))
+                bar.watch(scorer)
                 flow = score_steps([solution for _, solution in solutions], scorer=scorer, done=done, **how)
                 with bar:
                     for record in _named(flow, items):
                         place = record["index"]
                         done[place] = {"key": keys[place], **items[place].extra, **record}
                         file.write(done[place])
-                        tick()
+                        bar.tick()
         finally:
             report(file, len(done), len(keys))
 

@@ -12,12 +12,13 @@ import typer
 
 from ..evaluation.plan import STRATEGIES, VOTES, WEIGHTS, Plan
 from ..values import VALUES
-from . import BadInput, groups, options, render
+from . import BadInput, groups, options
 from .config import Common
 from .eval_run import RECORDS, EvalRun, NamedModels, describe, rebuild
 from .grouped import grouped
 from .options import ADVANCED, DATA, MODELS, PAIR_HELP, listed, numbers
 from .problems import function_of, make_judge
+from .progress import Bar
 from .records import Item, RecordFile, report
 from .responses import read_responses
 
@@ -167,14 +168,13 @@ def evaluate(
         records = dict(file.done)
         try:
             if len(records) < len(keys):
-                bar, tick = render.progress("records", len(keys) - len(records))
-                with bar:
-                    for record in run.records(dict(records), output.batch):
+                with Bar("records", len(keys) - len(records)) as bar:
+                    for record in run.records(dict(records), output.batch, bar.watch):
                         if not records:
                             describe(folder, about_run)
                         records[record["index"]] = record
                         file.write({"key": keys[record["index"]], **record})
-                        tick()
+                        bar.tick()
         finally:
             report(file, len(records), len(keys))
         describe(folder, about_run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +19,12 @@ from . import BadInput, groups, options, render
 from .config import Common
 from .grouped import grouped
 from .options import ADVANCED, CHOICE, OUTPUT, PROMPTS, SEARCH
+from .progress import Bar
 from .records import Item, RecordFile, asked, digests, dumps, prompt_of, read_items, reason, report
 
 if TYPE_CHECKING:
     from ..driver.participants import Participants
-    from ..driver.result import Result
+    from ..driver.result import Event, Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,13 +222,15 @@ class Run:
         if isinstance(self.settings.strategy, Steer):
             policy = self.settings.strategy.wrap(policy, scorer)
         waiting = [place for place in range(len(self.items)) if place not in self.done]
-        bar, tick = render.progress("prompts", len(waiting), beside_output=True)
-        with bar, SearchLoop(policy, scorer, prover) as loop:
+        bar = Bar("prompts", len(waiting))
+        bar.watch(policy)
+        with bar, SearchLoop(policy, scorer, prover, on_event=_tokens(bar)) as loop:
             encoded = _encode(self.items, loop.models)
             jobs = (Job(encoded[place][0], self.settings, encoded[place][1], place) for place in waiting)
             for job, result in loop.run(jobs, batch):
-                self._emit(job.place, result)
-                tick()
+                with bar.aside():
+                    self._emit(job.place, result)
+                bar.tick()
         if self.done and not self._cut_into_steps and not isinstance(self.settings.strategy, BestOfN | Steer):
             print("prm-search: no answer came in several steps: is it another --delimiter?", file=sys.stderr)
 
@@ -282,6 +285,10 @@ class Run:
             facts = [f"answer {render.visible(result.answer or 'none')}", *facts]
         screen.print("; ".join(facts), style="dim", soft_wrap=True)
         screen.print()
+
+
+def _tokens(bar: Bar) -> Callable[[Event], object]:
+    return lambda event: bar.sampled(sum(len(node.token_ids) for node in event.nodes))
 
 
 def _step(node: Node) -> dict[str, Any]:

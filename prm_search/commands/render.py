@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from rich.tree import Tree
 
@@ -24,28 +23,6 @@ def console(*, stderr: bool = False) -> Console:
         reconfigure(errors="replace")
     width = None if stream.isatty() else WIDTH
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
-
-
-def progress(what: str, total: int, *, beside_output: bool = False) -> tuple[Progress, Callable[[], None]]:
-    """A progress bar on standard error, nothing where that is no terminal; and what moves it on by one.
-
-    Args:
-        what: is being counted.
-        total: how many.
-        beside_output: results go to standard output meanwhile; where that is a terminal, they are progress enough.
-    """
-    screen = console(stderr=True)
-    bar = Progress(
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=screen,
-        transient=True,
-        disable=not screen.is_terminal or (beside_output and sys.stdout.isatty()),
-    )
-    task = bar.add_task(what, total=total)
-    return bar, lambda: bar.advance(task)
 
 
 def waiting(screen: Console, what: str) -> AbstractContextManager[object]:

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from ..training.rollouts import sample_rollouts
-from . import groups, options, render
+from . import groups, options
 from .config import Common
 from .grouped import grouped
 from .problems import encoded
+from .progress import Bar
 from .records import RecordFile, digests, report
 
 
@@ -54,7 +55,8 @@ def rollout(
             quiet()
             sampler = policy.load(policy.policy, place)
             problems = [encoded(item, sampler) for item in items]
-            bar, tick = render.progress("responses", len(keys) - len(done))
+            bar = Bar("responses", len(keys) - len(done))
+            bar.watch(sampler)
             drawn = sample_rollouts(
                 problems, policy=sampler, n=n, sampling=sampling, label=judge, batch=records.batch,
                 done={divmod(place, n) for place in done},
@@ -66,7 +68,7 @@ def rollout(
                     record["reference_answer"] = item.response
                     file.write(record)
                     done[index] = record
-                    tick()
+                    bar.tick(len(each.response_ids))
         finally:
             report(file, len(done), len(keys))
     print(summary(done.values()), file=sys.stderr)

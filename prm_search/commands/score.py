@@ -17,6 +17,7 @@ from . import BadInput, groups, options, render
 from .config import Common
 from .grouped import grouped
 from .options import DATA, OUTPUT
+from .progress import Bar
 from .records import Item, RecordFile, digests, dumps, read_items, reason, report, rounded, writable
 
 if TYPE_CHECKING:
@@ -83,14 +84,15 @@ def score(
             quiet()
             scorer = pair.load(place)
             waiting = [place for place in range(len(items)) if place not in records]
-            bar, tick = render.progress("responses", len(waiting), beside_output=True)
-            with bar:
+            with Bar("responses", len(waiting)) as bar:
+                bar.watch(scorer)
                 for index, scores in score_all(scorer, items, waiting, rule, responses.cut, output.batch):
                     records[index] = record_of(items[index], scores, index=index, key=keys[index])
                     if file is not None:
                         file.write(records[index])
-                    show(items[index], records[index], output.as_json)
-                    tick()
+                    with bar.aside():
+                        show(items[index], records[index], output.as_json)
+                    bar.tick()
         finally:
             report(file, len(records), len(items))
     if output.html is not None:

@@ -19,6 +19,7 @@ from ..steps import StepRule
 from ..strategies import Beam
 from ..tree import Prompt
 from . import BadInput, render
+from .progress import Bar
 from .records import json_lines
 from .savings import Savings
 
@@ -64,7 +65,7 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
         Text(f"Loaded in {loading:.1f} s. Beam {WIDTH} x {EXPANSIONS}, steps end with a sentence.", style="dim")
     )
 
-    bar, tick = render.progress("questions", len(asked))
+    bar = Bar("questions", len(asked))
     began = time.perf_counter()
     with bar:
         results = search(
@@ -77,7 +78,7 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
             temperature=0.7,
             seed=seed,
             answer=last_number,
-            on_event=lambda event: tick() if event.kind == "done" else None,
+            on_event=lambda event: bar.tick() if event.kind == "done" else None,
         )
     seconds = time.perf_counter() - began
     for (question, right), result in zip(asked, results, strict=True):

@@ -16,6 +16,7 @@ from . import BadInput, options
 from .config import Common
 from .grouped import grouped
 from .options import ADVANCED, DATA, MODELS, OUTPUT
+from .progress import Bar
 from .records import reason
 
 _OBJECTIVE, _OPTIMISER = "Objective", "Optimiser"
@@ -137,20 +138,34 @@ def train(begin: Begin, recipe: RecipeOptions, result: Result, common: Common) -
     from .models import quiet
 
     quiet()
-    card = run(
-        begin.path,
-        begin.rollouts,
-        result.out,
-        chosen,
-        revision=begin.revision,
-        resume=result.resume,
-        delimiter=None if result.delimiter is None else options.unescape(result.delimiter),
-        arguments=more,
-        log=lambda line: print(line, file=sys.stderr),
-    )
+    try:
+        with Bar("loading", 1) as bar:
+            card = run(
+                begin.path,
+                begin.rollouts,
+                result.out,
+                chosen,
+                revision=begin.revision,
+                resume=result.resume,
+                delimiter=None if result.delimiter is None else options.unescape(result.delimiter),
+                arguments=more,
+                log=bar.say,
+                progress=bar.at,
+            )
+    except KeyboardInterrupt:
+        print(_kept(Path(result.out), recipe.save_steps), file=sys.stderr)
+        raise
     held = card["metrics"]["held_out_pair_accuracy"]
     measured = "nothing was held out to measure on" if held is None else f"held-out pair accuracy {held:.3f}"
     print(f"{result.out}: trained on {card['data']['items']} items; {measured}", file=sys.stderr)
+
+
+def _kept(out: Path, every: int) -> str:
+    """What is left of an interrupted run."""
+    steps = [int(state.parent.name.rpartition("-")[2]) for state in out.glob("*/checkpoint-*/trainer_state.json")]
+    if not steps:
+        return f"{out}: no checkpoint yet; there is one every {every} steps (--save-steps)"
+    return f"{out}: --resume goes on from step {max(steps)}"
 
 
 def _arguments(given: str) -> dict[str, Any]:
