@@ -55,7 +55,7 @@ class Usage:
             "cached": usage.cached_tokens,
             "reencoded": usage.reencoded_tokens,
         }
-        for (kind, model), tokens in meter.counts.items():
+        for (kind, model), tokens in dict(meter.counts).items():  # a copy: engines may count on, in their thread
             role = names.get(model, str(model))
             tables[kind][role] = tables[kind].get(role, 0) + tokens
         return usage

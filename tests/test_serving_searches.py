@@ -29,7 +29,7 @@ from prm_search.serving.response import events, whole
 from prm_search.serving.schema import parse
 from prm_search.serving.service import Job, Service
 from prm_search.serving.text import TextStream, whole_text
-from prm_search.strategies import STRATEGIES, Strategy
+from prm_search.strategies import STRATEGIES, Beam, BestOfN, Strategy
 from prm_search.tree import Node
 
 
@@ -73,8 +73,8 @@ def test_portions_of_text_joined_are_the_whole(tokens: list[int], stop: list[str
 def guidance(strategy: Strategy) -> dict[str, Any]:
     """How a request writes a strategy."""
     name = next(name for name, kind in STRATEGIES.items() if type(strategy) is kind)
-    options = {"lookahead_steps" if key == "steps" else key: value for key, value in asdict(strategy).items()}
-    return {"strategy": name} | options
+    renamed = {"steps": "lookahead_steps", "alpha": "mcts_alpha"}  # fields of prm_guidance have these names
+    return {"strategy": name} | {renamed.get(key, key): value for key, value in asdict(strategy).items()}
 
 
 def body(**given: Any) -> bytes:
@@ -151,6 +151,50 @@ def test_streamed_whole_and_searched_are_the_same(
         assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
 
     with_service(both)
+
+
+@settings(max_examples=40)
+@given(strategy=st.one_of(st.builds(Beam, st.integers(1, 3), st.integers(1, 3)), st.builds(BestOfN, st.integers(1, 5))),
+       seed=SEEDS, several=st.booleans())  # fmt: skip
+def test_the_tree_grows_in_a_stream_as_it_is_searched(strategy: Strategy, seed: int, several: bool) -> None:
+    prompts = [[65], [66]] if several else [[65]]
+    expected = search(
+        prompts, policy=FakePolicy(), scorer=FakeScorer(), strategy=strategy, steps=RULE, max_new_tokens=12, seed=seed,
+        temperature=1.0,
+    )  # fmt: skip
+    asked = {"prm_guidance": guidance(strategy) | {"progress": True}, "seed": seed, "prompt": prompts, "stream": True}
+
+    async def grow(service: Service) -> None:
+        chunks = await stream(service, body(**asked))
+        trees: list[dict[int, dict[str, Any]]] = [{0: {"path": ""}} for _ in prompts]
+        usages: list[Any] = [None for _ in prompts]
+        for facts in (chunk["prm_search"][0] for chunk in chunks if not chunk["choices"]):
+            tree = trees[facts["prompt"]]
+            usages[facts["prompt"]] = facts["usage"]
+            for step in facts["steps"]:
+                tree[step["id"]] = step | {"path": tree[step["parent"]]["path"] + step["text"]}  # parents come first
+        for number, result in enumerate(expected):
+            grown, usage = trees[number], usages[number]
+            told = {
+                (step["path"], step["depth"], step["tokens"], step["reward"], step["q"], step["value"], step["count"],
+                 step["finish"], step["rollout"]): step["rewards"]
+                for step in grown.values() if "id" in step
+            }  # fmt: skip
+            assert told == {
+                (node.path_text(), node.depth, len(node.token_ids), node.reward, node.q, node.value, node.count,
+                 node.finish, node.rollout): {"prm": node.reward}
+                for node in result.tree.nodes[1:]
+            }  # fmt: skip
+            for kind in ("sampled_tokens", "encoded_tokens", "cached_tokens", "reencoded_tokens"):
+                assert usage[kind] == getattr(result.usage, kind)
+            assert set(usage["seconds"]) == {"policy", "scorer"}
+        ends = [chunk for chunk in chunks if chunk["choices"] and "prm_search" in chunk]
+        for chunk in ends:
+            number = chunk["choices"][0]["index"]
+            path = chunk["prm_search"][0]["path"]
+            assert "".join(trees[number][each]["text"] for each in path) == expected[number].text
+
+    with_service(grow)
 
 
 class Gathered(FakePolicy):

@@ -122,7 +122,7 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
         raise invalid("temperature", "at 0 every child of a step is the same: a search needs a temperature above 0")
     stream = bool(body.stream)
     rule = PLAIN_STEP if guide is None else _rule(guide.steps, steps, limits)
-    if n == 1 and _children(strategy) == 1 and (stream or guide is not None):
+    if isinstance(strategy, BestOfN) and n == strategy.n == 1 and (stream or guide is not None):
         # The same search step by step, so that it can be told so. Where a step's draws depend on where it begins, as
         # vLLM's do, that is another sample: so it is done whether they are told or not.
         strategy = Beam(1, 1, value=getattr(strategy, "value", None))
@@ -180,7 +180,8 @@ def _strategy(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | No
         raise invalid("prm_guidance.strategy", f"{name!r} is unknown; it is one of {', '.join(STRATEGIES)}")
     made = STRATEGIES[name]
     fields = {each.name: each for each in dataclasses.fields(made)}  # type: ignore[arg-type]
-    names = {"lookahead_steps" if each == "steps" else each: each for each in fields if each not in ("value", "alpha")}
+    own = [each for each in fields if each != "value" and (made is not Steer or each != "alpha")]
+    names = {f"{name}_{each}" if each in GuidanceBody.model_fields else each: each for each in own}  # lookahead_steps
     options = {}
     for option, given in (guide.model_extra or {}).items():
         param = f"prm_guidance.{option}"

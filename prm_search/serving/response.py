@@ -10,6 +10,7 @@ from typing import Any
 
 from ..driver.result import Event, Result
 from ..tree import Node
+from ..usage import Usage
 from ..values import step_rewards
 from .request import SearchRequest
 from .service import Job, answered, failure
@@ -66,20 +67,26 @@ def usage(job: Job, results: Sequence[Result]) -> dict[str, Any]:
         "prompt_tokens": prompts,
         "completion_tokens": sampled,
         "total_tokens": prompts + sampled,
-        "prm_search": {
-            "sampled_tokens": total.sampled_tokens,
-            "encoded_tokens": total.encoded_tokens,
-            "cached_tokens": total.cached_tokens,
-            "reencoded_tokens": total.reencoded_tokens,
-            "forward_calls": total.forward_calls,
-            "seconds": {phase: round(spent, 6) for phase, spent in total.seconds.items()},
-        },
+        "prm_search": _costs(total),
+    }
+
+
+def _costs(usage: Usage) -> dict[str, Any]:
+    return {
+        "sampled_tokens": usage.sampled_tokens,
+        "encoded_tokens": usage.encoded_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "reencoded_tokens": usage.reencoded_tokens,
+        "forward_calls": usage.forward_calls,
+        "seconds": {phase: round(spent, 6) for phase, spent in usage.seconds.items()},
     }
 
 
 def search_facts(job: Job, result: Result) -> dict[str, Any]:
     """What the search for one prompt says beside its text."""
     facts: dict[str, Any] = {"stopped": result.stopped, "value": finite(result.value), "answer": result.answer}
+    if job.ask.progress and result.node is not None:
+        facts["path"] = [node.index for node in result.node.path()]
     if job.ask.candidates:
         facts["candidates"] = [_candidate(job, node) for node in result.candidates]
     return facts
@@ -113,6 +120,24 @@ def _candidate(job: Job, node: Node) -> dict[str, Any]:
             }
             for text, step, reward in zip(texts, path, rewards, strict=True)
         ],
+    }
+
+
+def _step(node: Node) -> dict[str, Any]:
+    """A step of the growing tree. One that is told again has changed: it was drawn once more."""
+    return {
+        "id": node.index,
+        "parent": None if node.parent is None else node.parent.index,
+        "depth": node.depth,
+        "text": node.text,
+        "tokens": len(node.token_ids),
+        "reward": finite(node.reward),
+        "rewards": {name: finite(node.reward_of(name)) for name in node.rewards},
+        "q": finite(node.q),
+        "value": finite(node.value),
+        "count": node.count,
+        "finish": node.finish,
+        "rollout": node.rollout,
     }
 
 
@@ -191,17 +216,12 @@ class _Chunks:
         return list(map(_event, chunks))
 
     def _progress(self, number: int, event: Event) -> str:
-        steps = [
-            {
-                "text": node.text,
-                "depth": node.depth,
-                "reward": finite(node.reward),
-                "q": finite(node.q),
-                "finish": node.finish,
-            }
-            for node in event.nodes
-        ]
-        return _event(self._chunk(None) | {"prm_search": [{"prompt": number, "steps": steps}]})
+        told = {
+            "prompt": number,
+            "steps": list(map(_step, event.nodes)),
+            "usage": _costs(self.job.usage_so_far(number)),
+        }
+        return _event(self._chunk(None) | {"prm_search": [told]})
 
     def _delta(self, text: str) -> dict[str, Any]:
         return {"content": text} if self.ask.kind == "chat" else {"text": text}

@@ -176,16 +176,26 @@ class Job:
                 raise failure(event)
         return [answered(result) for result in self._results if result is not None]
 
+    def usage_so_far(self, number: int) -> Usage:
+        """What one prompt's search has cost, and what the engine has spent meanwhile, for others too."""
+        usage = self._loop.models.usage(self.searches[number].tree)
+        usage.seconds, usage.forward_calls = self._spent()
+        return usage
+
     @property
     def usage(self) -> Usage:
         """What the searches that have ended cost together, and what the engine spent meanwhile, for others too."""
         total = sum((result.usage for result in self._results if result is not None), Usage())
+        total.seconds, total.forward_calls = self._spent()
+        return total
+
+    def _spent(self) -> tuple[dict[str, float], dict[str, int]]:
+        """The engine's seconds and forwards since the request came."""
         seconds, calls = (
-            {phase: now[phase] - before.get(phase, 0) for phase in now}
+            {phase: now[phase] - before.get(phase, 0) for phase in list(now)}
             for now, before in zip(self.service.engine.costs(), self._costs, strict=True)
         )
-        total.seconds, total.forward_calls = seconds, {phase: int(count) for phase, count in calls.items()}
-        return total
+        return seconds, {phase: int(count) for phase, count in calls.items()}
 
     async def close(self) -> None:
         """Give up the searches that have not ended; every model forgets them."""
