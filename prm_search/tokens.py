@@ -1,212 +1,27 @@
-"""What bytes each token id adds to a text, read off a tokenizer once and cached.
+"""Tokenizers: prompts and responses as token ids, and what two tokenizers have in common. No torch.
 
-Decoding token by token is wrong: a character may be split over tokens, and decoders glue spaces on by position.
-Bytes have neither trouble. The pieces of a response, joined, are what the response adds to the text before it,
-for whatever run of tokens and wherever it is cut; that is what step rules match on and what `Node.text` shows.
+token_bytes.py goes the other way, from token ids to bytes.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from .tree import Prompt
+from .prompt import Prompt
+from .token_bytes import Piece, TokenText
 
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_REPLACED = "\ufffd"  # what decoders show for bytes that are no character
+__all__ = ["Piece", "TokenText", "TokenizerMatch", "encode_prompt", "encode_text"]
+
 _LEADS = ("\n", ".", "a")  # what a text may be put after, to be tokenised as it goes on
-_PROBE = "A b\n"  # shows begin-of-sequence tokens and spaces that a tokenizer puts before a text
+_PROBE = Prompt(text="A b\n")  # shows begin-of-sequence tokens and spaces that a tokenizer puts before a text
 
-Piece = Callable[[int], bytes]
-
-
-def _byte_level() -> dict[str, int]:
-    """The byte each character of a byte-level BPE vocabulary stands for (GPT-2's `bytes_to_unicode`, inverted):
-    printable Latin-1 stands for itself, the 68 other bytes for U+0100 and on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_LEVEL = _byte_level()
-
-
-class _Cache(dict[int, bytes]):
-    """id -> bytes, filled on first use; a hit costs one dict look-up."""
-
-    def __init__(self, make: Callable[[int], bytes]) -> None:
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, token_id: int) -> bytes:
-        made = self[token_id] = self._make(token_id)
-        return made
-
-
-class TokenText:
-    """Bytes and text of token ids.
-
-    Args:
-        tokenizer: a transformers tokenizer, of either backend, or what has its methods `convert_ids_to_tokens`,
-            `decode` and, where it is a fast one, `backend_tokenizer`. Nothing is imported.
-
-    Attributes:
-        special: ids that are control tokens: `piece` gives their content, `text` leaves them out.
-        piece: id -> the bytes it adds after other tokens (`piece(id)`), empty for an id that the vocabulary lacks (a
-            model's head is often padded beyond it).
-
-    Joined pieces equal `decode(..., clean_up_tokenization_spaces=False)` but at the edge of a text: decoders of the
-    sentencepiece and WordPiece kinds drop the space before a text's first word (and the "</w>" kind that after
-    its last), which a piece keeps, since a response goes on after its prompt. Special tokens that are decoded, not
-    skipped, may get a space too in tokenizers that join words with one.
-    """
-
-    piece: Piece
-
-    def __init__(self, tokenizer: Any) -> None:
-        added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-        flagged = {int(i) for i, token in added.items() if getattr(token, "special", False)}
-        self.special: frozenset[int] = frozenset(flagged | {int(i) for i in tokenizer.all_special_ids})
-        self._tokenizer = tokenizer
-        self._bytes_of = _of_decoder(tokenizer)
-        self._pieces = _Cache(self._read)
-        self.piece = self._pieces.__getitem__
-
-    def text(self, ids: Iterable[int]) -> str:
-        """The text that these ids add, without special tokens; bytes that are no UTF-8 become U+FFFD.
-
-        A character whose tokens are split over two calls is lost in both: render a whole path in one call where that
-        matters.
-        """
-        return self.text_bytes(ids).decode("utf-8", "replace")
-
-    def text_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of the text that these ids add, without special tokens. Those of two calls join to the whole text."""
-        pieces, special = self._pieces, self.special
-        return b"".join([pieces[i] for i in ids if i not in special])
-
-    def _read(self, token_id: int) -> bytes:
-        if token_id < 0:
-            raise ValueError(f"token id {token_id} is negative; ids start at 0")
-        try:
-            token = self._tokenizer.convert_ids_to_tokens(int(token_id))
-        except (KeyError, IndexError, OverflowError):
-            token = None
-        if token is None:
-            return b""
-        if isinstance(token, bytes):  # tiktoken-like vocabularies
-            return token
-        if token_id in self.special:
-            return token.encode()
-        if self._bytes_of is not None:
-            return self._bytes_of(token)
-        return _by_difference(self._tokenizer, token_id, token)
-
-
-def _of_decoder(tokenizer: Any) -> Callable[[str], bytes] | None:
-    """Bytes of a vocabulary entry, from the tokenizer's decoder; None where it does not work entry by entry."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    if backend.decoder is None:
-        return lambda token: b" " + token.encode()  # tokenizers joins with spaces
-    try:
-        state = json.loads(backend.decoder.__getstate__())
-    except Exception:  # a decoder written in Python; the library raises no narrower type
-        return None
-    stages: list[Callable[[str | bytes], str | bytes]] = []
-    fused = False
-    for spec in state["decoders"] if state["type"] == "Sequence" else [state]:
-        kind = spec["type"]
-        if kind == "Fuse":
-            fused = True
-        elif kind == "Strip" and fused:
-            continue  # acts on the edge of the whole text
-        elif fused:
-            return None
-        else:
-            stage = _stage(spec)
-            if stage is None:
-                return None
-            stages.append(stage)
-            fused = kind == "ByteLevel"  # gives one string
-
-    def bytes_of(token: str) -> bytes:
-        value: str | bytes = token
-        for stage in stages:
-            value = stage(value)
-        return value if isinstance(value, bytes) else value.encode()
-
-    return bytes_of
-
-
-def _stage(spec: dict[str, Any]) -> Callable[[str | bytes], str | bytes] | None:
-    """One decoder of the tokenizers library as it treats an entry that is not a text's first; None if unknown."""
-    kind = spec["type"]
-    if kind == "ByteLevel":
-        return _on_str(_unmap)
-    if kind == "ByteFallback":
-        return _on_str(lambda token: bytes([int(m[1], 16)]) if (m := _BYTE.fullmatch(token)) else token)
-    if kind == "Metaspace":
-        mark = spec["replacement"]
-        return _on_str(lambda token: token.replace(mark, " "))
-    if kind == "Replace" and "String" in spec["pattern"]:
-        old, new = spec["pattern"]["String"], spec["content"]
-        return _on_str(lambda token: token.replace(old, new))
-    if kind == "BPEDecoder":
-        suffix = spec["suffix"]
-        return _on_str(lambda token: token.replace(suffix, " "))
-    if kind == "WordPiece":
-        prefix, cleanup = spec["prefix"], spec["cleanup"]
-
-        def word_piece(token: str) -> str:
-            token = token[len(prefix) :] if token.startswith(prefix) else " " + token
-            if cleanup:  # done by the library entry by entry, so a piece can do it too
-                for old, new in _CLEANUP:
-                    token = token.replace(old, new)
-            return token
-
-        return _on_str(word_piece)
-    return None
-
-
-_CLEANUP = (
-    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
-    (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
-)  # fmt: skip
-
-
-def _on_str(act: Callable[[str], str | bytes]) -> Callable[[str | bytes], str | bytes]:
-    """Leaves alone what an earlier stage has turned into bytes."""
-    return lambda value: value if isinstance(value, bytes) else act(value)
-
-
-def _unmap(token: str) -> bytes:
-    """Bytes of a byte-level entry. One with any character outside the table (an added token) is plain text."""
-    try:
-        return bytes([_BYTE_LEVEL[c] for c in token])
-    except KeyError:
-        return token.encode()
-
-
-def _by_difference(tokenizer: Any, token_id: int, token: str) -> bytes:
-    """What decoding the id after an anchor adds to decoding the anchor."""
-    anchor: Sequence[int] = tokenizer.encode("a", add_special_tokens=False)[-1:]
-
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    alone, both = decode(anchor), decode([*anchor, token_id])
-    added = both[len(alone) :] if both.startswith(alone) else decode([token_id])
-    byte = _BYTE.fullmatch(token)
-    if byte and added != token:
-        return bytes([int(byte[1], 16)])
-    if _REPLACED in added:  # part of a character, in the alphabet of a byte-level vocabulary
-        return _unmap(token)
-    return added.encode()
+Literal = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
+_literals: WeakKeyDictionary[TokenText, Literal] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -230,26 +45,46 @@ class TokenizerMatch:
             return cls(False, False)
         template = getattr(ours, "chat_template", None)
         same_template = template is None or template == getattr(theirs, "chat_template", None)
-        return cls(True, same_template and list(ours(_PROBE)["input_ids"]) == list(theirs(_PROBE)["input_ids"]))
+        return cls(True, same_template and encode_prompt(ours, _PROBE) == encode_prompt(theirs, _PROBE))
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a prompt under a tokenizer. Raises ValueError where there are none."""
+def encode_prompt(tokenizer: Any, prompt: Prompt, whose: str = "the tokenizer") -> tuple[int, ...]:
+    """Token ids of a prompt under a tokenizer.
+
+    What a tokenizer puts behind a text by itself (an end of sequence) is left out: a response goes on from here.
+
+    Args:
+        tokenizer: a transformers tokenizer; not used where the prompt has ids.
+        prompt: the prompt.
+        whose: the tokenizer, for messages.
+
+    Raises:
+        ValueError: there are no tokens, or the prompt is chat messages and the tokenizer has no chat template.
+    """
     if prompt.token_ids is not None:
-        ids = prompt.token_ids
+        ids = list(prompt.token_ids)
     elif prompt.messages is not None:
+        if getattr(tokenizer, "chat_template", "") is None:
+            raise ValueError(
+                f"{whose} has no chat template to render chat messages with: set its chat_template, or give the prompt "
+                "as text (Prompt(text=...))"
+            )
         ids = tokenizer.apply_chat_template(
             [dict(m) for m in prompt.messages], add_generation_prompt=True, tokenize=True, return_dict=True
         )["input_ids"]
     else:
-        ids = tokenizer(prompt.text)["input_ids"]
+        ids = list(tokenizer(prompt.text)["input_ids"])
+        if ids and ids[-1] in tokenizer.all_special_ids:
+            own = list(tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
+            behind = (n for n in range(len(ids) - len(own) + 1) if ids[len(ids) - n - len(own) : len(ids) - n] == own)
+            ids = ids[: len(ids) - next(behind, 0)]
     if len(ids) == 0:
         raise ValueError("empty prompt: at least one token is needed")
     return tuple(int(i) for i in ids)
 
 
 def encode_text(tokenizer: Any, text: str, token_text: TokenText | None = None) -> list[int]:
-    """Token ids of a response's text, as it goes on after its prompt.
+    """Token ids of a response's text, as it goes on after its prompt. Control tokens spelled in it are ordinary text.
 
     Tokenizers of the sentencepiece kind put a space before a text's first word. Ids that spell exactly the text are
     looked for: those of the text without the space it begins with, or those it has after something else. Where there
@@ -263,7 +98,7 @@ def encode_text(tokenizer: Any, text: str, token_text: TokenText | None = None) 
     token_text = token_text or TokenText(tokenizer)
 
     def encode(part: str) -> list[int]:
-        return [int(i) for i in tokenizer(part, add_special_tokens=False)["input_ids"]] if part else []
+        return _encode(token_text, part)
 
     def spelt(ids: Sequence[int]) -> bytes:
         return b"".join(map(token_text.piece, ids))
@@ -273,8 +108,69 @@ def encode_text(tokenizer: Any, text: str, token_text: TokenText | None = None) 
         return ids
     if text.startswith(" ") and spelt(shorter := encode(text[1:])) == wanted:
         return shorter
+    names = tuple(name for i in token_text.special if len(name := token_text.piece(i)) > 1)
     for lead in _LEADS:
+        if (lead.encode() + wanted).startswith(names):
+            continue  # the two together would spell a control token
         before, whole = encode(lead), encode(lead + text)
         if whole[: len(before)] == before and spelt(whole[len(before) :]) == wanted:
             return whole[len(before) :]
     return ids
+
+
+def _encode(token_text: TokenText, text: str) -> list[int]:
+    """Token ids of a text by itself. A control token that is spelled in it is ordinary text, whatever spells it."""
+    tokenizer = token_text.tokenizer
+    ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]] if text else []
+    if token_text.special.isdisjoint(ids):
+        return ids
+    if token_text not in _literals:
+        _literals[token_text] = _literal(tokenizer, token_text.special)
+    ids, spans = _literals[token_text](text)
+    # Vocabularies of whole words and Unigram ones may find the spelling by themselves: a cut inside it ends that.
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    cuts = []
+    for token_id, (start, end) in zip(ids, spans, strict=True):
+        if token_id in token_text.special and end - start > 1:
+            written = text[start:end].encode("utf-8", "replace")
+            if token_id != unknown or written == token_text.piece(token_id):
+                cuts.append(start + 1)
+    if not cuts:
+        return ids
+    first, *others = (text[start:end] for start, end in pairwise([0, *cuts, len(text)]))
+    return _encode(token_text, first) + [i for part in others for i in encode_text(tokenizer, part, token_text)]
+
+
+def _literal(tokenizer: Any, special: Collection[int]) -> Literal:
+    """A text's token ids with no control token looked for in it, and the characters [start, end) of each control token.
+
+    A copy of the tokenizer's core does it, since others may be using that in other threads. Where there is no core to
+    copy, control tokens are found by their spelling.
+    """
+    try:
+        core = copy.deepcopy(tokenizer.backend_tokenizer)
+        core.encode_special_tokens = True
+        core.no_truncation()
+        core.no_padding()
+    except Exception:  # no such core, or parts of it are written in Python
+        core = None
+
+    def by_core(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = core.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
+
+    def by_name(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        try:
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        except (TypeError, ValueError):  # it knows no such option
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        spans, end = [], 0
+        for token_id in ids:
+            name = str(tokenizer.convert_ids_to_tokens(int(token_id))) if token_id in special else ""
+            start = text.find(name, end) if name else -1
+            if start >= 0:
+                end = start + len(name)
+            spans.append((start, end) if start >= 0 else (0, 0))
+        return [int(i) for i in ids], spans
+
+    return by_name if core is None else by_core

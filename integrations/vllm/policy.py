@@ -72,7 +72,7 @@ class _Base(HoldsModels):
         Raises:
             ValueError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context.
         """
-        ids = encode_prompt(self.tokenizer, prompt)
+        ids = encode_prompt(self.tokenizer, prompt, "the policy's tokenizer")
         if min(ids) < 0 or max(ids) >= self.facts.vocab:
             raise ValueError(f"prompt ids {min(ids)}..{max(ids)} lie outside the vocabulary of {self.facts.vocab}")
         if len(ids) >= self.context:

@@ -13,7 +13,6 @@ from prm_search.integrations.vllm.scoring_job import Job
 from prm_search.scorers.base import BETA, Pair
 from prm_search.scorers.implicit.implicit_prm import ConstantReference
 from prm_search.scorers.retokenise import PathReader
-from prm_search.tokens import encode_prompt
 from prm_search.tree import Node, SearchTree
 
 Round = list[tuple[ScoredEngine, list[Ask]]]
@@ -107,7 +106,7 @@ class VLLMImplicitPRM(Pair):
                 "the policy has another vocabulary than the pair: VLLMImplicitPRM scores the very tokens that were "
                 "sampled (ImplicitPRM reads another policy's text)"
             )
-        self._reader = None if fit.prompts else PathReader(self.tokenizer, self.eos_token_id, policy, fit)
+        self._reader = None if fit.prompts else PathReader(self.tokenizer, self.eos_token_id, policy, fit, self.name)
         self._policy = policy
 
     # --- scoring -----------------------------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ class VLLMImplicitPRM(Pair):
             if own is not None:
                 self.refuse_prompt()
             if own is None and tree.prompt.token_ids is None:
-                tree.prompt = tree.prompt.with_ids(encode_prompt(self.need_tokenizer(), tree.prompt))
+                tree.prompt = tree.prompt.with_ids(self.encode_prompt(tree.prompt))
             self._prompts[tree] = tree.prompt_ids if own is None else own
         return self._prompts[tree]
 

@@ -135,9 +135,7 @@ def _records(
 def _score(
     pair: ImplicitPRM, prompt: Prompt, responses: Sequence[Response], plan: Plan
 ) -> tuple[Sequence[Scores], Cost]:
-    from ..tokens import encode_prompt
-
-    ids = prompt.token_ids or encode_prompt(pair.need_tokenizer(), prompt)
+    ids = pair.encode_prompt(prompt)
     began = perf_counter()
     scores = pair.score(
         [Prompt(token_ids=ids)] * len(responses),

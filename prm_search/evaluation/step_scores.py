@@ -125,9 +125,7 @@ def _score(
 
 def _fits(scorer: ImplicitPRM, prompt: Prompt, tokens: int) -> None:
     """Raises ValueError where prompt and response exceed the pair's context, or the prompt cannot be encoded."""
-    from ..tokens import encode_prompt
-
-    ids = encode_prompt(None if prompt.token_ids is not None else scorer.need_tokenizer(), prompt)
+    ids = scorer.encode_prompt(prompt)
     if scorer.context is not None and len(ids) + tokens > scorer.context:
         raise ValueError(f"{len(ids) + tokens} tokens with its prompt exceed the pair's context of {scorer.context}")
 

@@ -150,7 +150,7 @@ class HFPolicy(HoldsModels, PolicyBase):
         Raises:
             ValueError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context.
         """
-        ids = encode_prompt(self.tokenizer, prompt)
+        ids = encode_prompt(self.tokenizer, prompt, "the policy's tokenizer")
         if min(ids) < 0 or max(ids) >= self.lm.head.vocab:
             raise ValueError(f"prompt ids {min(ids)}..{max(ids)} lie outside the vocabulary of {self.lm.head.vocab}")
         limit = self.context

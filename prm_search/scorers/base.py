@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import checks
 from ..protocols import ScorerDefaults
-from ..tokens import TokenizerMatch, TokenText
+from ..tokens import TokenizerMatch, TokenText, encode_prompt
 from ..tree import Node, Prompt, SearchTree
 from .responses import Response, Steps, batches, read_responses
 from .scores import Scores, text_pieces
@@ -73,6 +73,12 @@ class ScorerBase(ScorerDefaults):
         if self._token_text is None:
             self._token_text = TokenText(self.need_tokenizer())
         return self._token_text
+
+    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt, those it has or the scorer's own; see tokens.encode_prompt."""
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        return encode_prompt(self.need_tokenizer(), prompt, f"the tokenizer of {self.kind} {self.name!r}")
 
     # --- scoring -----------------------------------------------------------------------------------------------------
 

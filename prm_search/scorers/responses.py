@@ -10,7 +10,7 @@ import numpy as np
 
 from ..checks import integer
 from ..steps import StepRule
-from ..tokens import TokenText, encode_prompt, encode_text
+from ..tokens import TokenText, encode_text
 from ..tree import Prompt
 
 Steps = StepRule | Sequence[Sequence[int]] | None
@@ -32,6 +32,8 @@ class Reader(Protocol):
     def context(self) -> int | None: ...
 
     def need_tokenizer(self) -> Any: ...
+
+    def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +131,11 @@ def _integers(items: Any) -> bool:
 def _response_ids(scorer: Reader, place: int, response: Any, close: bool) -> list[int]:
     name = f"responses[{place}]"
     if isinstance(response, str):
-        ids = encode_text(scorer.need_tokenizer(), response, scorer.token_text)
-        eos = scorer.eos_token_id
-        if close and eos is not None and ids[-1:] != [eos]:
+        tokenizer, eos = scorer.need_tokenizer(), scorer.eos_token_id if close else None
+        if eos is not None:  # the one control token that a text may spell, at its end: it is there already
+            response = response.removesuffix(scorer.token_text.piece(eos).decode("utf-8", "replace"))
+        ids = encode_text(tokenizer, response, scorer.token_text)
+        if eos is not None:
             ids.append(eos)
     else:
         items = _plain(response)
@@ -148,8 +152,7 @@ def _response_ids(scorer: Reader, place: int, response: Any, close: bool) -> lis
 
 def _prompt_ids(scorer: Reader, place: int, given: Any) -> tuple[int, ...]:
     try:
-        prompt = Prompt.of(_plain(given))
-        return encode_prompt(None if prompt.token_ids is not None else scorer.need_tokenizer(), prompt)
+        return scorer.encode_prompt(Prompt.of(_plain(given)))
     except (ValueError, TypeError) as error:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(f"prompts[{place}]: {error}") from error

@@ -154,10 +154,12 @@ class PathReader:
         eos: the pair's end of sequence; None for none.
         policy: whose nodes they are.
         fit: what the two tokenizers have in common.
+        name: the pair's, for messages.
     """
 
-    def __init__(self, tokenizer: Any, eos: int | None, policy: Any, fit: TokenizerMatch) -> None:
+    def __init__(self, tokenizer: Any, eos: int | None, policy: Any, fit: TokenizerMatch, name: str = "prm") -> None:
         self.tokenizer = tokenizer
+        self._name = name
         self.eos = eos
         self.fit = fit
         self._own = TokenText(tokenizer)
@@ -169,7 +171,8 @@ class PathReader:
         """The pair's token ids of a tree's prompt; None where the policy's serve, and its sampled tokens too.
 
         Raises:
-            ValueError: the prompt is given as the policy's token ids only, which mean nothing to the pair.
+            ValueError: the prompt is given as the policy's token ids only, which mean nothing to the pair; or as chat
+                messages, which the pair has no template for.
         """
         prompt = tree.prompt
         if prompt.text is None and prompt.messages is None:
@@ -180,7 +183,10 @@ class PathReader:
                 "give it as Prompt(text=...) or Prompt(messages=...), a string or chat messages, so that the pair can "
                 "tokenise it (in generate: PRMGuidance(prompts=...))"
             )
-        own = encode_prompt(self.tokenizer, Prompt(text=prompt.text, messages=prompt.messages))
+        if self.fit.tokens and prompt.messages is not None and getattr(self.tokenizer, "chat_template", "") is None:
+            return None
+        unread = Prompt(text=prompt.text, messages=prompt.messages)
+        own = encode_prompt(self.tokenizer, unread, f"the tokenizer of pair {self._name!r}, not the policy's,")
         return None if self.fit.tokens and own == prompt.token_ids else own
 
     def path(self, node: Node) -> Sequence[int]:

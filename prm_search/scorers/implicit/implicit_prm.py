@@ -19,7 +19,7 @@ from ...checks import number
 from ...engine.adapters import AUTO
 from ...engine.language_model import LanguageModel
 from ...engine.node_logprobs import logprobs_under
-from ...tokens import TokenizerMatch, encode_prompt
+from ...tokens import TokenizerMatch
 from ...tree import Node, SearchTree
 from ..base import BETA, Pair
 from ..retokenise import PathReader, RetokenisedTree, score_paths
@@ -248,7 +248,7 @@ class ImplicitPRM(Pair):
             raise ValueError("reference='policy': the policy has another vocabulary than the pair's model")
         if self.follows_policy and _model_of(policy) is not None:
             self._warn_if_same(_model_of(policy))
-        self._reader = None if fit.prompts else PathReader(self.tokenizer, self.eos_token_id, policy, fit)
+        self._reader = None if fit.prompts else PathReader(self.tokenizer, self.eos_token_id, policy, fit, self.name)
         self._readers[getattr(policy, "id", None)] = self._reader
         self._policy = policy
 
@@ -301,7 +301,7 @@ class ImplicitPRM(Pair):
         for node in nodes:
             prompt = node.tree.prompt
             if prompt.token_ids is None:
-                node.tree.prompt = prompt.with_ids(encode_prompt(self.need_tokenizer(), prompt))
+                node.tree.prompt = prompt.with_ids(self.encode_prompt(prompt))
         self.refuse_strangers(nodes)
         known = logprobs_under(self._lms(), nodes)
         for node, mine, theirs in zip(nodes, known[self.prm], self._theirs(nodes, known), strict=True):
