@@ -193,6 +193,7 @@ class SearchTree:
         primary: the pair that Node.reward, .q and .token_rewards speak of.
         meter: token counts by model, read out as Result.usage.
         seed: of the search, for strategies that draw numbers of their own.
+        notes: what a reader of the result should know, in sentences; scorers add to it.
         log_z: estimate of log sum_y policy(y) exp(value(y) / temperature), nats, where a strategy makes one.
     """
 
@@ -203,6 +204,7 @@ class SearchTree:
         self.meter = Meter()
         self.seed = 0
         self.log_z: float | None = None
+        self.notes: list[str] = []
         self.nodes: list[Node] = []
         self._stream: int | None = None
         self.root = self._append(Node(self, None, ()))
@@ -292,6 +294,7 @@ class SearchTree:
             "occurrence": self.occurrence,
             "primary": self.primary,
             "log_z": self.log_z,
+            "notes": self.notes,
             "nodes": [_node_record(node) for node in self.nodes],
         }
         return json.dumps(record, ensure_ascii=False, indent=indent)
@@ -307,6 +310,7 @@ class SearchTree:
                 raise ValueError(f"version {version!r} with {len(nodes)} nodes")
             tree = cls(Prompt(**given), occurrence=record["occurrence"])
             tree.primary = record["primary"]
+            tree.notes = list(record.get("notes", ()))
             tree.log_z = record.get("log_z")  # trees of older versions have none, and no weights
             _restore(tree.root, nodes[0])
             for item in nodes[1:]:

@@ -46,6 +46,23 @@ def minimum(node: Node) -> float:
     return min((step.reward for step in node.path()), default=0.0)
 
 
+def product(node: Node) -> float:
+    """Product of the step rewards on the path, prod_s r_s ("prod"): for step scores in [0, 1], which it needs.
+
+    Source: Let's Verify Step by Step (arXiv 2305.20050), where it is the probability that every step is right. It is
+    computed as exp(sum_s log r_s), so that long paths of small scores keep their order down to fp64's range.
+
+    Raises:
+        ValueError: a step reward is negative.
+    """
+    rewards = [step.reward for step in node.path()]
+    if any(reward < 0 for reward in rewards):
+        raise ValueError(f"value='prod' needs step scores >= 0, such as a step PRM's; got {min(rewards)!r}")
+    if not rewards:
+        return 0.0
+    return 0.0 if 0.0 in rewards else math.exp(math.fsum(map(math.log, rewards)))
+
+
 def mean(node: Node) -> float:
     """Mean step reward on the path, q over the number of steps."""
     return node.q / max(node.depth, 1)
@@ -104,7 +121,7 @@ class Advantage:
 
 
 VALUES: Mapping[str, Value] = MappingProxyType(
-    {"q": q, "last": last, "min": minimum, "mean": mean, "prefix_mean": prefix_mean, "min_q": min_q}
+    {"q": q, "last": last, "min": minimum, "prod": product, "mean": mean, "prefix_mean": prefix_mean, "min_q": min_q}
 )
 
 

@@ -37,13 +37,17 @@ def byte_tokenizer(
     template: str | None = CHATML,
     eos: str = "<|im_end|>",
     lines: bool = False,
+    pattern: str | None = None,
     **given: Any,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the GPT-2 kind; `lines` keeps line breaks together, as newer ones do."""
+    """A byte-level BPE tokenizer of the GPT-2 kind; `lines` keeps line breaks together, as newer ones do.
+
+    `pattern` says how a text is cut before merges.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if lines:
-        breaks = pre_tokenizers.Split(Regex("\n+|[^\n]+"), behavior="isolated")
+    if lines or pattern:
+        breaks = pre_tokenizers.Split(Regex(pattern or "\n+|[^\n]+"), behavior="isolated")
         core.pre_tokenizer = pre_tokenizers.Sequence([breaks, pre_tokenizers.ByteLevel(False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

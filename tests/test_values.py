@@ -15,6 +15,9 @@ from prm_search.values import Advantage, resolve_value, step_ends, step_q, step_
 REWARDS = st.lists(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=4), min_size=1, max_size=6)
 
 
+OF_REWARDS = {name: value for name, value in values.VALUES.items() if name != "prod"}  # that one takes scores >= 0
+
+
 def chain(rewards: list[list[float]], **pairs: list[list[float]]) -> Node:
     """The last node of a path whose tokens have these rewards, under the primary pair and others."""
     tree = SearchTree("p")
@@ -40,14 +43,14 @@ def test_every_value_is_its_formula(rewards):
         "prefix_mean": qs[-1] / tokens,
         "min_q": min(qs),
     }
-    assert set(want) == set(values.VALUES)
+    assert set(want) == set(OF_REWARDS)
     for name, number in want.items():
         assert resolve_value(name)(node) == pytest.approx(number, abs=1e-9), name
 
 
 def test_a_worked_example():
     node = chain([[1.0, 1.0], [-3.0], [0.5, 0.5, 0.5]])
-    assert {name: value(node) for name, value in values.VALUES.items()} == pytest.approx(
+    assert {name: value(node) for name, value in OF_REWARDS.items()} == pytest.approx(
         {"q": 0.5, "last": 1.5, "min": -3.0, "mean": 0.5 / 3, "prefix_mean": 0.5 / 6, "min_q": -1.0}
     )
 
@@ -61,7 +64,7 @@ def test_the_root_has_value_zero():
 @given(rewards=REWARDS, scale=st.sampled_from([0.5, 2.0, 8.0]))
 def test_another_beta_rescales_every_value(rewards, scale):
     node, scaled = chain(rewards), chain([[r * scale for r in step] for step in rewards])
-    for value in values.VALUES.values():
+    for value in OF_REWARDS.values():
         assert value(scaled) == pytest.approx(scale * value(node), abs=1e-9)
 
 
@@ -131,3 +134,14 @@ class TestStatistics:
     def test_of_a_pair_that_has_not_scored(self):
         with pytest.raises(KeyError, match="prover"):
             step_rewards(chain([[1.0]]), "prover")
+
+
+@given(scores=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=8))
+def test_a_product_of_step_scores(scores):
+    node = chain([[0.0, score] for score in scores])
+    assert resolve_value("prod")(node) == pytest.approx(math.prod(scores), rel=1e-6, abs=1e-300)
+
+
+def test_a_product_wants_scores():
+    with pytest.raises(ValueError, match=r"value='prod' needs step scores >= 0, .* got -0\.5"):
+        resolve_value("prod")(chain([[0.5], [-0.5]]))

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..engine.language_model import LanguageModel
 from .checkpoint import Checkpoint
+from .heads import tensor_files
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -45,6 +46,7 @@ def load(
     base: Any = None,
     tokenizer: Any = None,
     capacity: int | None = None,
+    heads: tuple[str, ...] = (),
     **options: Any,
 ) -> Loaded:
     """Load a model by name, or find it loaded already.
@@ -57,6 +59,8 @@ def load(
             HFPolicy or a LanguageModel. A module carries the adapter's layers from then on, switched off.
         tokenizer: a tokenizer, or where to load it from; None for the model's own, an adapter's else its base's.
         capacity: tokens of KV; see LanguageModel.
+        heads: beginnings of the names of tensors that belong to heads which the caller reads by itself; such a model
+            may lack an output embedding.
         options: for transformers' from_pretrained: dtype, device_map, attn_implementation, quantization_config,
             trust_remote_code, token, ...
 
@@ -74,7 +78,7 @@ def load(
         elif base is not None:
             raise ValueError(f"base={base!r}: {source.name!r} is no adapter, so there is nothing to put on a base")
         else:
-            lm, words = LanguageModel.of(_load_module(source, options), adapter=None, capacity=capacity), None
+            lm, words = LanguageModel.of(_load_module(source, options, heads), adapter=None, capacity=capacity), None
         if isinstance(tokenizer, str | PathLike):
             words = _load_tokenizer(Checkpoint.of(tokenizer), hub)
         elif tokenizer is not None:
@@ -89,19 +93,23 @@ def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in _HUB if key in options}
 
 
-def _load_module(source: Checkpoint, options: Mapping[str, Any]) -> nn.Module:
+def _load_module(source: Checkpoint, options: Mapping[str, Any], heads: tuple[str, ...] = ()) -> nn.Module:
     """A checkpoint's module; the same one while it is in use."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if source.local and source.gguf_file is None and source.file("config.json", {}) is None:
         raise FileNotFoundError(f"there is no model in {source.path!r}: no config.json")
     options = _normal(options)
-    key = _key(source, options)
+    key = (*_key(source, options), heads)
     module = _modules.get(key)
     if module is not None:
         return module
     given = dict(options) | source.where() | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
     with _named("the model", source):
+        if heads:  # the body of another class: what would be its output embedding stands in for one that is missing
+            config = AutoConfig.from_pretrained(source.path, **hub_options(options), **source.where())
+            config.tie_word_embeddings = not any(name.startswith("lm_head.") for name in tensor_files(source, options))
+            given["config"] = config
         made, report = AutoModelForCausalLM.from_pretrained(source.path, output_loading_info=True, **given)
     lacking = sorted(report["missing_keys"])
     if lacking:  # transformers fills them with random numbers

@@ -200,6 +200,8 @@ class Steered(HFPolicy):
     def __init__(self, policy: HFPolicy, pair: ImplicitPRM, alpha: float) -> None:
         if not isinstance(policy, HFPolicy):
             raise TypeError(f"Steered wraps an HFPolicy, got {type(policy).__name__}")
+        if not hasattr(pair, "steering_models"):  # scorers of whole steps have no number for a token
+            raise TypeError(f"pair must be an ImplicitPRM, got {type(pair).__name__}")
         strength("alpha", alpha)
         pair.bind(policy)
         self.pair = pair

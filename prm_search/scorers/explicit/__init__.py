@@ -1,0 +1,1 @@
+"""Explicit reward models: step PRMs as people publish them, outcome reward models."""
