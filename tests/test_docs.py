@@ -1,6 +1,7 @@
 """The documentation: its Python blocks run and print what they are said to print, and its links lead somewhere.
 
-Run as a script, it writes what the blocks print now into the pages.
+The models of the blocks compute in float64, so that the output shown is that of every machine. Run as a script, this
+writes what the blocks print now into the pages.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # run as a script, there is no conftest.py
+
+import pytest
+from exact import exact_loading
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ["README.md", "docs/search.md", "docs/scoring.md"]
@@ -58,7 +60,12 @@ def blocks(text: str) -> list[Block]:
 
 
 def outputs(page: str) -> Iterator[tuple[Block, str]]:
-    """Run a page's blocks in one namespace; each with what it printed."""
+    """Run a page's blocks in one namespace, in float64; each with what it printed."""
+    with exact_loading():
+        yield from _outputs(page)
+
+
+def _outputs(page: str) -> Iterator[tuple[Block, str]]:
     names: dict[str, Any] = {"__name__": "docs"}
     for block in blocks((ROOT / page).read_text(encoding="utf-8")):
         # Blank lines before it: a traceback names the page's own lines.
