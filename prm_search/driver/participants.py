@@ -163,14 +163,14 @@ class Participants(Generic[P]):
             self.event("steps", tree, fresh)
 
     @contextmanager
-    def measured(self, phase: Phase, model: object, calls: int = 1) -> Iterator[None]:
-        """Count the seconds and the forwards of a block: the model's own count of them, or else `calls`."""
-        began, before = time.perf_counter(), getattr(model, "forward_calls", None)
+    def measured(self, phase: Phase, model: PolicyBase | ScorerDefaults) -> Iterator[None]:
+        """Count the seconds and the forwards of a block: the model's own count of them, or else one."""
+        began, before = time.perf_counter(), model.forward_calls
         try:
             yield
         finally:
             self.seconds[phase] += time.perf_counter() - began
-            self.forward_calls[phase] += calls if before is None else getattr(model, "forward_calls", 0) - before
+            self.forward_calls[phase] += 1 if before is None else (model.forward_calls or 0) - before
 
     def usage(self, tree: SearchTree) -> Usage:
         """A tree's token counts by role, and the whole batch's forwards and seconds so far."""

@@ -58,14 +58,14 @@ class ModelThread:
             self._loop.call_soon_threadsafe(_resolve, future, value)
 
     @contextmanager
-    def measured(self, phase: str, model: object) -> Iterator[None]:
+    def measured(self, phase: str, model: PolicyBase | ScorerDefaults) -> Iterator[None]:
         """Count a block's seconds and forwards."""
-        began, before = time.perf_counter(), getattr(model, "forward_calls", None)
+        began, before = time.perf_counter(), model.forward_calls
         try:
             yield
         finally:
             self.seconds[phase] += time.perf_counter() - began
-            self.forward_calls[phase] += 1 if before is None else getattr(model, "forward_calls", 0) - before
+            self.forward_calls[phase] += 1 if before is None else (model.forward_calls or 0) - before
 
     def close(self) -> None:
         """Let the thread end what it is doing and stop; futures that wait stay unanswered."""
