@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from .private_tokenizer import private_tokenizer
+
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACED = "\ufffd"  # what decoders show for bytes that are no character
 
@@ -190,7 +192,7 @@ def _unmap(token: str) -> bytes:
 
 def _by_difference(tokenizer: Any, token_id: int, token: str) -> bytes:
     """What decoding the id after an anchor adds to decoding the anchor."""
-    anchor: Sequence[int] = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    anchor: Sequence[int] = private_tokenizer(tokenizer).encode("a", add_special_tokens=False)[-1:]
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from .private_tokenizer import private_tokenizer
 from .prompt import Prompt
 from .token_bytes import Piece, TokenText
 
@@ -48,6 +49,11 @@ class TokenizerMatch:
         return cls(True, same_template and encode_prompt(ours, _PROBE) == encode_prompt(theirs, _PROBE))
 
 
+def _ids(tokenizer: Any, text: str | None, **options: Any) -> list[int]:
+    """Token ids of a text, whatever other threads set the tokenizer to."""
+    return [int(i) for i in private_tokenizer(tokenizer)(text, **options)["input_ids"]]
+
+
 def encode_prompt(tokenizer: Any, prompt: Prompt, whose: str = "the tokenizer") -> tuple[int, ...]:
     """Token ids of a prompt under a tokenizer.
 
@@ -69,13 +75,17 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, whose: str = "the tokenizer") 
                 f"{whose} has no chat template to render chat messages with: set its chat_template, or give the prompt "
                 "as text (Prompt(text=...))"
             )
-        ids = tokenizer.apply_chat_template(
-            [dict(m) for m in prompt.messages], add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
+        chat = [dict(m) for m in prompt.messages]
+        if private_tokenizer(tokenizer) is tokenizer:
+            encoding = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+            ids = list(encoding["input_ids"])
+        else:
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            ids = _ids(tokenizer, text, add_special_tokens=False)
     else:
-        ids = list(tokenizer(prompt.text)["input_ids"])
+        ids = _ids(tokenizer, prompt.text)
         if ids and ids[-1] in tokenizer.all_special_ids:
-            own = list(tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
+            own = _ids(tokenizer, prompt.text, add_special_tokens=False)
             behind = (n for n in range(len(ids) - len(own) + 1) if ids[len(ids) - n - len(own) : len(ids) - n] == own)
             ids = ids[: len(ids) - next(behind, 0)]
     if len(ids) == 0:
@@ -121,7 +131,7 @@ def encode_text(tokenizer: Any, text: str, token_text: TokenText | None = None) 
 def _encode(token_text: TokenText, text: str) -> list[int]:
     """Token ids of a text by itself. A control token that is spelled in it is ordinary text, whatever spells it."""
     tokenizer = token_text.tokenizer
-    ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]] if text else []
+    ids = _ids(tokenizer, text, add_special_tokens=False) if text else []
     if token_text.special.isdisjoint(ids):
         return ids
     if token_text not in _literals:

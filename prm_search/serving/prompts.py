@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..private_tokenizer import private_tokenizer
 from ..tokens import TokenText
 from ..tree import Prompt
 from .errors import invalid
@@ -51,7 +52,7 @@ class PromptLength:
 
 def _bytes_kept(tokenizer: Any, words: TokenText, text: str) -> int:
     """The bytes that the tokens of a text spell."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = private_tokenizer(tokenizer)(text, add_special_tokens=False)["input_ids"]
     return sum(len(words.piece(token)) for token in ids)
 
 

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ...private_tokenizer import private_tokenizer
+
 if TYPE_CHECKING:
     from ...engine.language_model import LanguageModel
     from .implicit_prm import ImplicitPRM
@@ -110,7 +112,7 @@ def eurus_score(
         raise ValueError(f"queries has {len(queries)} entries and responses {len(responses)}")
     if not np.isfinite(coefficient):
         raise ValueError(f"coefficient={coefficient!r}: a finite number is needed")
-    tokenizer = pair.need_tokenizer()
+    tokenizer = private_tokenizer(pair.need_tokenizer())
     cut = [format_steps(r) if isinstance(r, str) else list(r) for r in responses]
     for place, steps in enumerate(cut):
         if not steps:
@@ -136,7 +138,7 @@ def _plain_ratios(pair: ImplicitPRM, ids: Sequence[int]) -> np.ndarray:
     reference = pair.reference
     if reference is None:
         raise ValueError("parity=True needs a pair with a reference model")
-    tokenizer = pair.need_tokenizer()
+    tokenizer = private_tokenizer(pair.need_tokenizer())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return _plain_logprobs(pair.prm, ids, pad) - _plain_logprobs(reference, ids, pad)
 
