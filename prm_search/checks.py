@@ -1,11 +1,14 @@
-"""Numbers that users pass, checked where they come in, so that a wrong one is named and not what it led to."""
+"""What users pass, checked where they come in, so that a wrong one is named and not what it led to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
+from operator import index
 from typing import Any, NoReturn, Self
+
+import numpy as np
 
 
 def number(name: str, given: object, needed: str, fits: Callable[[float], bool]) -> None:
@@ -40,6 +43,37 @@ def integer(name: str, given: object, least: int, needed: str) -> None:
     """Check an integer (numpy's too); a float is none, whole or not. Raises as `number`."""
     whole = isinstance(given, Real) and hasattr(given, "__index__")
     number(name, given, needed, lambda value: whole and value >= least)
+
+
+def flag(name: str, given: object) -> None:
+    """Check a truth value. Raises TypeError for anything else: "false" would count as true."""
+    if not isinstance(given, bool | np.bool):
+        raise TypeError(f"{name}={shown(given)}: True or False is needed, not {type(given).__name__}")
+
+
+def function(name: str, given: object, needed: str) -> None:
+    """Check a function. Raises TypeError saying what is needed."""
+    if not callable(given):
+        raise TypeError(f"{name}={shown(given)}: {needed} is needed, not {type(given).__name__}")
+
+
+def token_set(name: str, given: object, vocab: int) -> frozenset[int]:
+    """Check tokens of a vocabulary, and return them.
+
+    Raises:
+        TypeError: they are not a collection of integers.
+        ValueError: one lies outside the vocabulary.
+    """
+    needed = f"{name}={shown(given)}: token ids from 0 to {vocab - 1} are needed"
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise TypeError(f"{needed}, not {type(given).__name__}")
+    ids = list(given)
+    for token in ids:
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise TypeError(f"{needed}, not {type(token).__name__}")
+        if not 0 <= index(token) < vocab:
+            raise ValueError(needed)
+    return frozenset(map(index, ids))
 
 
 class HoldsModels:

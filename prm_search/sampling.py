@@ -39,6 +39,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.steps, StepRule):
+            raise TypeError(f"steps must be a StepRule, got {type(self.steps).__name__}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int, got {type(self.seed).__name__}")
         number("temperature", self.temperature, "a finite number >= 0", lambda value: 0 <= value < float("inf"))
         number("top_p", self.top_p, "a number in (0, 1]", lambda value: 0 < value <= 1)
         number("min_p", self.min_p, "a number in [0, 1]", lambda value: 0 <= value <= 1)

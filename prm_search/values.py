@@ -99,6 +99,7 @@ class Advantage:
 
     Raises:
         ValueError: alpha is not finite; or, when called, the prover has not scored the node.
+        TypeError: prover is no name, value no value.
     """
 
     alpha: float = 1.0
@@ -107,6 +108,9 @@ class Advantage:
 
     def __post_init__(self) -> None:
         number("alpha", self.alpha, "a finite number", math.isfinite)
+        if self.prover is not None and not isinstance(self.prover, str):
+            kind = type(self.prover).__name__
+            raise TypeError(f"prover must be the name of a scorer (scorer.name) or None, got {kind}")
         object.__setattr__(self, "value", resolve_value(self.value))
 
     def __call__(self, node: Node) -> float:

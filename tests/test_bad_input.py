@@ -18,6 +18,7 @@ from benches import TOKENIZER, Bench
 from hf_models import STEPS, VOCAB, llama, near
 
 import prm_search as ps
+from prm_search.sampling import Sampling
 
 _shared, bench, _ = benches.FIXTURES
 NAN, INF = math.nan, math.inf
@@ -49,7 +50,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_new_tokens": True}, TypeError, "max_new_tokens=True: an integer >= 1"),
     ({"seed": None}, TypeError, "seed must be an int, got NoneType"),
     ({"seed": 0.5}, TypeError, "seed must be an int, got float"),
-    ({"strategy": "beams"}, ValueError, "strategy='beams' is unknown; it is one of beam, best_of_n"),
+    ({"strategy": "beams"}, ValueError, "strategy='beams' is unknown; it is one of .*beam, best_of_n"),
     ({"strategy": None}, TypeError, "strategy must be a name or a configured strategy"),
     ({"select": "worst"}, ValueError, r"select='worst' is unknown; it is one of \('best', 'majority', 'weighted'\)"),
     ({"answer": "roman"}, ValueError, "answer='roman' is unknown; it is one of .*boxed"),
@@ -62,6 +63,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"budget": -3}, ValueError, "budget: tokens=-3: an integer >= 1 or None"),
     ({"budget": "some"}, TypeError, r"budget must be a Budget, an int \(sampled tokens\) or None, got str"),
     ({"steps": "\n"}, TypeError, "steps must be a StepRule, got str"),
+    ({"on_event": "x"}, TypeError, "on_event='x': a function of an Event, or None, is needed, not str"),
     ({"policy": llama}, TypeError, "policy must be a Policy, but function has no advance"),
     ({"scorer": TOKENIZER}, TypeError, "scorer must be a Scorer"),
 ]
@@ -105,6 +107,23 @@ MADE: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: ps.StepRule(confidence=2), ValueError, r"confidence=2: a probability in \[0, 1\] or None"),
     (lambda: ps.StepRule(confidence="x"), TypeError, "confidence='x': a probability"),  # type: ignore[arg-type]
     (lambda: ps.values.Advantage(NAN), ValueError, "alpha=nan: a finite number"),
+    (lambda: ps.values.Advantage(prover=3), TypeError, "prover must be the name of a scorer .*, got int"),  # type: ignore[arg-type]
+    (lambda: ps.Beam(merge="no"), TypeError, "merge='no': True or False is needed, not str"),  # type: ignore[arg-type]
+    (lambda: ps.DVTS(merge=1), TypeError, "merge=1: True or False is needed, not int"),  # type: ignore[arg-type]
+    (lambda: ps.Lookahead(merge=None), TypeError, "merge=None: True or False"),  # type: ignore[arg-type]
+    (lambda: Sampling("x"), TypeError, "steps must be a StepRule, got str"),  # type: ignore[arg-type]
+    (lambda: Sampling(STEPS, seed=1.5), TypeError, "seed must be an int, got float"),  # type: ignore[arg-type]
+    (lambda: ps.HFPolicy(llama(), TOKENIZER, stop_ids=5), TypeError, "stop_ids=5: token ids from 0 to .* not int"),  # type: ignore[arg-type]
+    (lambda: ps.HFPolicy(llama(), TOKENIZER, stop_ids="5"), TypeError, "stop_ids='5': token ids from 0 .* not str"),  # type: ignore[arg-type]
+    (lambda: ps.HFPolicy(llama(), TOKENIZER, stop_ids=[2.0]), TypeError, r"stop_ids=\[2.0\]: token ids .* not float"),  # type: ignore[list-item]
+    (lambda: ps.HFPolicy(llama(), TOKENIZER, stop_ids=[VOCAB]), ValueError, rf"stop_ids=.*from 0 to {VOCAB - 1} are"),
+    (
+        lambda: ps.HFPolicy(llama(), TOKENIZER, sampler="greedy"),
+        TypeError,
+        "sampler must be a Sampler or None",
+    ),  # type: ignore[arg-type]
+    (lambda: ps.HFPolicy(llama(), TOKENIZER, stop="x"), TypeError, "stop='x': a function of rows, or None"),  # type: ignore[arg-type]
+    (lambda: ps.Steered(ps.HFPolicy(llama(), TOKENIZER), None, 1), TypeError, "pair must be an ImplicitPRM, got NoneT"),  # type: ignore[arg-type]
     (lambda: ps.HFPolicy("gpt2", TOKENIZER), TypeError, "a causal LM .* is needed, got str"),
     (lambda: ps.HFPolicy(TOKENIZER, llama), TypeError, "tokenizer must be a transformers tokenizer, got function"),
     (lambda: ps.HFPolicy(llama(), None), TypeError, "tokenizer must be a transformers tokenizer, got NoneType"),

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from prm_search.checks import HoldsModels, strength
+from prm_search.checks import HoldsModels, flag, function, strength, token_set
 from prm_search.integrations.vllm.drawing import Drawing, EngineRow
 from prm_search.integrations.vllm.engines import (
     PROCESSOR,
@@ -39,6 +39,8 @@ class _Base(HoldsModels):
             raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(self.tokenizer).__name__}")
         self.facts = EngineFacts.of(engine)
         self.facts.need_raw_logprobs()
+        if seeds is not None:
+            flag("seeds", seeds)
         if seeds and not self._seeds_are_safe:
             raise ValueError(
                 "seeds=True: on a CPU a seeded request whose prompt is split over two forwards kills vLLM's engine: "
@@ -46,8 +48,12 @@ class _Base(HoldsModels):
             )
         self.seeds = self._seeds_are_safe if seeds is None else bool(seeds)
         self.token_text = TokenText(self.tokenizer)
-        found = eos_of(engine, self.tokenizer) if stop_ids is None else stop_ids
-        self.stop_ids = frozenset(int(i) for i in found if 0 <= i < self.facts.vocab)  # vLLM refuses others
+        if stop_ids is None:  # vLLM refuses ids beyond its vocabulary, which no draw brings either
+            self.stop_ids = frozenset(i for i in eos_of(engine, self.tokenizer) if 0 <= i < self.facts.vocab)
+        else:
+            self.stop_ids = token_set("stop_ids", stop_ids, self.facts.vocab)
+        if stop is not None:
+            function("stop", stop, "a function of rows, or None,")
         self._stop = stop
         self.alpha: float | None = None
         self._ledger = Ledger.of(engine)

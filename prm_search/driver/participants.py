@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Generic, Literal, TypeVar
 
 from ..answers import Selection
-from ..checks import require
+from ..checks import function, require
 from ..protocols import AsyncPolicyBase, PolicyBase, Request, Scorer, ScorerDefaults
 from ..strategies import Steer
 from ..tree import Node, Prompt, SearchTree
@@ -58,6 +58,8 @@ class Participants(Generic[P]):
         for each in self.scorers:
             each.bind(given)  # a pair whose reference is the policy learns here which that is
         self.policy: P = policy
+        if on_event is not None:
+            function("on_event", on_event, "a function of an Event, or None,")
         self.on_event = on_event
         self._numbers: dict[SearchTree, int] = {}
         self._added = 0

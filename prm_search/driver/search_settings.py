@@ -55,10 +55,6 @@ class SearchSettings:
         weight_temperature: float = 1.0,
     ) -> SearchSettings:
         """Settings from the arguments of `search`. Raises ValueError or TypeError as it does."""
-        if steps is not None and not isinstance(steps, StepRule):
-            raise TypeError(f"steps must be a StepRule, got {type(steps).__name__}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         if select not in SELECTS:
             raise ValueError(f"select={select!r} is unknown; it is one of {SELECTS}")
         if weight not in ("softmax", "sigmoid"):

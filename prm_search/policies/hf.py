@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from ..checks import HoldsModels, integer, strength
+from ..checks import HoldsModels, function, integer, strength, token_set
 from ..engine.adapters import AUTO
 from ..engine.decoder import Decoder
 from ..engine.decoding_row import DecodingRow
@@ -19,9 +19,6 @@ from ..policy import PolicyBase
 from ..sampling import Request
 from ..tokens import TokenText, encode_prompt
 from ..tree import Node, Prompt, SearchTree
-
-if TYPE_CHECKING:
-    from ..scorers.implicit.implicit_prm import ImplicitPRM
 
 
 class HFPolicy(HoldsModels, PolicyBase):
@@ -46,7 +43,8 @@ class HFPolicy(HoldsModels, PolicyBase):
         context: tokens that prompt and response may have together, or None where the model does not say.
 
     Raises:
-        TypeError, ValueError: see LanguageModel.of; or max_rows < 1.
+        TypeError, ValueError: see LanguageModel.of; or max_rows < 1, a stop id lies outside the vocabulary, or an
+            argument is of the wrong kind.
     """
 
     def __init__(
@@ -62,12 +60,20 @@ class HFPolicy(HoldsModels, PolicyBase):
         stop: Callable[[Sequence[DecodingRow]], Sequence[bool]] | None = None,
     ) -> None:
         integer("max_rows", max_rows, 1, "a number of rows >= 1")
+        if sampler is not None and not isinstance(sampler, Sampler):
+            raise TypeError(f"sampler must be a Sampler or None, got {type(sampler).__name__}")
+        if stop is not None:
+            function("stop", stop, "a function of rows, or None,")
         if not hasattr(tokenizer, "convert_ids_to_tokens"):
             raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
         self.lm = LanguageModel.of(model, adapter=adapter, capacity=capacity)
         self.tokenizer = tokenizer
         self.token_text = TokenText(tokenizer)
-        self.stop_ids = frozenset(_stop_ids(self.lm, tokenizer) if stop_ids is None else stop_ids)
+        vocab = self.lm.head.vocab
+        if stop_ids is None:
+            self.stop_ids = frozenset(i for i in _stop_ids(self.lm, tokenizer) if 0 <= i < vocab)
+        else:
+            self.stop_ids = token_set("stop_ids", stop_ids, vocab)
         self.max_rows = max_rows
         self.sampler = sampler or Sampler()
         self._stop = stop
@@ -179,6 +185,19 @@ class HFPolicy(HoldsModels, PolicyBase):
         self._decoder.release(tree)
 
 
+@runtime_checkable
+class SteeringPair(Protocol):
+    """What Steered asks of an ImplicitPRM."""
+
+    def bind(self, policy: Any, /) -> None:
+        """Meet the policy; see ImplicitPRM.bind."""
+        ...
+
+    def steering_models(self) -> tuple[LanguageModel, LanguageModel]:
+        """The PRM's model and the reference's."""
+        ...
+
+
 class Steered(HFPolicy):
     """A policy whose every token is drawn from logits + alpha * (log pi_phi - log pi_ref), before temperature.
 
@@ -191,16 +210,16 @@ class Steered(HFPolicy):
         alpha: strength; 0 leaves the policy as it is. beta plays no part.
 
     Raises:
-        TypeError: policy is not an HFPolicy, or alpha no number.
+        TypeError: policy is not an HFPolicy, pair not an ImplicitPRM, or alpha no number.
         ValueError: alpha is not in [-1e6, 1e6], or the pair has another tokenizer or no reference.
     """
 
     alpha: float
 
-    def __init__(self, policy: HFPolicy, pair: ImplicitPRM, alpha: float) -> None:
+    def __init__(self, policy: HFPolicy, pair: SteeringPair, alpha: float) -> None:
         if not isinstance(policy, HFPolicy):
             raise TypeError(f"Steered wraps an HFPolicy, got {type(policy).__name__}")
-        if not hasattr(pair, "steering_models"):  # scorers of whole steps have no number for a token
+        if not isinstance(pair, SteeringPair):  # scorers of whole steps have no number for a token
             raise TypeError(f"pair must be an ImplicitPRM, got {type(pair).__name__}")
         strength("alpha", alpha)
         pair.bind(policy)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..checks import flag
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Expand, Run, at_least, distinct
@@ -40,6 +41,7 @@ class Beam:
     value: Value | str | None = None
 
     def __post_init__(self) -> None:
+        flag("merge", self.merge)
         at_least("width", self.width)
         at_least("expansions", self.expansions)
         if self.per_parent is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..checks import flag
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Expand, Run, at_least, distinct
@@ -43,6 +44,7 @@ class Lookahead:
     value: Value | str | None = None
 
     def __post_init__(self) -> None:
+        flag("merge", self.merge)
         for name in ("width", "expansions", "steps", "rollouts"):
             at_least(name, getattr(self, name))
         if self.per_parent is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..checks import number
+from ..checks import flag, number
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Expand, Run, at_least, distinct
@@ -74,6 +74,7 @@ class MCTS:
     value: Value | str | None = None
 
     def __post_init__(self) -> None:
+        flag("merge", self.merge)
         for name in ("simulations", "expansions", "leaves"):
             at_least(name, getattr(self, name))
         at_least("rollout_steps", self.rollout_steps, 0)

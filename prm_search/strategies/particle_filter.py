@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..checks import number
+from ..checks import flag, number
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Expand, OwnNumbers, Run, at_least, distinct
@@ -70,6 +70,7 @@ class ParticleFilter:
     value: Value | str | None = None
 
     def __post_init__(self) -> None:
+        flag("merge", self.merge)
         at_least("particles", self.particles)
         at_least("sweeps", self.sweeps)
         if self.sweeps > 1 and self.particles < 2:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checks import number
+from ..checks import flag, number
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Expand, Run, at_least, distinct
@@ -39,6 +39,7 @@ class Rebase:
     value: Value | str | None = None
 
     def __post_init__(self) -> None:
+        flag("merge", self.merge)
         at_least("width", self.width)
         number("temperature", self.temperature, "a finite number > 0", lambda value: 0 < value < math.inf)
         if self.value is not None:
