@@ -182,7 +182,8 @@ def main() -> None:
         about = (
             f"# its_hub {VERSION} beside prm_search\n\n`python benchmarks/peers/its_hub_beams.py`: "
             f"{CANDIDATES} candidates, beam width {WIDTH}, steps of {STEP} tokens, a prompt of {PROMPT}; "
-            f"6-layer random Llamas, one thread of {machine.name}, medians of {arguments.repeats} runs in turn. {machine.versions}.\n\n"
+            f"6-layer random Llamas, one thread of {machine.name}, "
+            f"medians of {arguments.repeats} runs in turn. {machine.versions}.\n\n"
         )
         table = "\n".join([head, "|---|---:|---:|---:|---:|---:|", *rows])
         (arguments.out / "report.md").write_text(about + table + "\n", encoding="utf-8")
