@@ -115,6 +115,14 @@ class PolicyBase(_PolicyFacts):
         serves one loop at a time."""
         return self
 
+    def steered(self, pair: Any, alpha: float) -> PolicyBase:
+        """Return a policy that draws from this one's logits + alpha * the pair's log-ratio.
+
+        Raises:
+            TypeError: it cannot be steered token by token.
+        """
+        raise TypeError(f"Steered wraps an HFPolicy, got {type(self).__name__}")
+
     def drop(self, requests: Sequence[Request]) -> None:
         """Forget unanswered requests of this session after an error."""
         for request in requests:

@@ -54,12 +54,6 @@ ORDER["cli"] = tuple(ORDER)
 TORCH_FREE = ("plain", "strategies", "driver", "search", "guidance")
 ROOT_FILES = {"__init__", "cli", "guidance", "search", *PLAIN} - {"answers"}
 
-# Chains that stand from before the order did, each to go. An entry that no import needs any more fails the test.
-STILL_CIRCLES: set[frozenset[str]] = set()
-STILL_UP: set[tuple[str, str]] = {
-    ("strategies.steer", "policies.hf"),
-}
-
 
 @dataclass(frozen=True)
 class Import:
@@ -165,22 +159,16 @@ def table() -> str:
 
 def test_modules_import_in_no_circle():
     arrows = {module: {one.target for one in OURS if one.module == module} for module in MODULES}
-    found = {frozenset(map(short, members)): way for members, way in circles(arrows).items()}
-    new = [way for members, way in found.items() if not any(members <= known for known in STILL_CIRCLES)]
-    assert not new, "modules import one another in a circle:\n    " + "\n  and\n    ".join(map(chain, new))
-    stale = [sorted(known) for known in STILL_CIRCLES if not any(members <= known for members in found)]
-    assert not stale, f"these circles are gone: take them out of STILL_CIRCLES: {stale}"
+    ways = circles(arrows).values()
+    assert not ways, "modules import one another in a circle:\n    " + "\n  and\n    ".join(map(chain, ways))
 
 
 def test_no_arrow_between_rooms_runs_back_up():
     unknown = {room(module) for module in MODULES} - set(ORDER)
     assert not unknown, f"rooms without a place in the order (new files of the root stand in PLAIN): {sorted(unknown)}"
     up = [one for one in OURS if room(one.target) not in (room(one.module), *ORDER[room(one.module)])]
-    pairs = {(short(one.module), short(one.target)) for one in up}
-    new = [one for one in up if (short(one.module), short(one.target)) not in STILL_UP]
-    told = [f"{written(one)}: {room(one.module)} may know {', '.join(ORDER[room(one.module)])}" for one in new]
+    told = [f"{written(one)}: {room(one.module)} may know {', '.join(ORDER[room(one.module)])}" for one in up]
     assert not told, "arrows that the order of DESIGN.md does not have:\n    " + "\n    ".join(told)
-    assert not STILL_UP - pairs, f"these arrows are gone: take them out of STILL_UP: {sorted(STILL_UP - pairs)}"
 
 
 def test_the_order_is_one():

@@ -180,6 +180,10 @@ class HFPolicy(HoldsModels, PolicyBase):
         """Forget unanswered requests; see PolicyBase.drop."""
         self._decoder.drop(requests)
 
+    def steered(self, pair: Any, alpha: float) -> Steered:
+        """Return the policy steered by a pair; see Steered."""
+        return Steered(self, pair, alpha)
+
     def release(self, tree: SearchTree) -> None:
         """Drop a tree's requests and free its KV."""
         self._decoder.release(tree)

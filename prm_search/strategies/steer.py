@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checks import strength
+from ..policy import PolicyBase
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Run, at_least
 from .best_of_n import BestOfN
-
-if TYPE_CHECKING:
-    from ..policies.hf import Steered
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class Steer:
         if self.value is not None:
             resolve_value(self.value)
 
-    def wrap(self, policy: Any, pair: Any) -> Steered:
-        """The steered policy.
+    def wrap(self, policy: Any, pair: Any) -> Any:
+        """Return the steered policy.
 
         Args:
             policy: an HFPolicy that is not steered yet.
@@ -51,13 +49,12 @@ class Steer:
             ValueError: there is no pair, or the policy is steered already.
             TypeError: the policy is not an HFPolicy.
         """
-        from ..policies.hf import Steered  # imports torch
-
         if pair is None:
             raise ValueError("strategy=Steer(...) needs scorer=, the pair to steer by")
-        if isinstance(policy, Steered):
+        own = PolicyBase.of(policy)
+        if own.alpha is not None:
             raise ValueError("strategy=Steer(...) with a Steered policy would steer twice: use BestOfN(1) with it")
-        return Steered(policy, pair, self.alpha)
+        return own.steered(pair, self.alpha)
 
     def run(self, root: Node) -> Run:
         return BestOfN(self.n, self.value).run(root)
