@@ -33,6 +33,7 @@ _PUBLIC = {
     "Driver": ".driver.driver",
     "HFPolicy": ".policies.hf",
     "ImplicitPRM": ".scorers.implicit.implicit_prm",
+    "OutcomeRM": ".scorers.explicit.outcome_rm",
     "PRMFormat": ".scorers.explicit.formats",
     "StepPRM": ".scorers.explicit.step_prm",
     "StepScores": ".scorers.explicit.step_scores",
@@ -79,6 +80,10 @@ if TYPE_CHECKING:
     from .integrations.huggingface import disable as disable, enable as enable, generate as generate
     from .policies.hf import HFPolicy as HFPolicy, Steered as Steered
     from .protocols import Policy as Policy, Sampling as Sampling, Scorer as Scorer
+    from .scorers.explicit.formats import PRMFormat as PRMFormat
+    from .scorers.explicit.outcome_rm import OutcomeRM as OutcomeRM
+    from .scorers.explicit.step_prm import StepPRM as StepPRM
+    from .scorers.explicit.step_scores import StepScores as StepScores
     from .scorers.implicit.implicit_prm import (
         ConstantReference as ConstantReference,
         ImplicitPRM as ImplicitPRM,

@@ -82,19 +82,21 @@ class Spelling:
         return self._pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
-def _chat(tokenizer: Any, messages: Messages, *, generation: bool) -> list[int]:
+def chat_ids(tokenizer: Any, messages: Messages, *, generation: bool = False) -> list[int]:
+    """Return the token ids of a rendered chat."""
     encoded = tokenizer.apply_chat_template(
         [dict(message) for message in messages], add_generation_prompt=generation, tokenize=True, return_dict=True
     )
     return [int(i) for i in encoded["input_ids"]]
 
 
-def _needs_template(tokenizer: Any) -> None:
+def needs_template(tokenizer: Any) -> None:
+    """Raise ValueError where a tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template, which this format writes the question with")
 
 
-def _keeps_answers(tokenizer: Any) -> None:
+def keeps_answers(tokenizer: Any) -> None:
     """Raise ValueError where a template drops or alters what the assistant said."""
     said = "one two"
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": said}]
@@ -119,8 +121,8 @@ class MarkerChat:
     def check(self, tokenizer: Any) -> None:
         """See Layout."""
         one_token(tokenizer, self.marker)
-        _needs_template(tokenizer)
-        _keeps_answers(tokenizer)
+        needs_template(tokenizer)
+        keeps_answers(tokenizer)
 
     def ids(self, tokenizer: Any, question: Messages, steps: Sequence[str]) -> list[int]:
         """See Layout."""
@@ -128,7 +130,7 @@ class MarkerChat:
         if self.system is not None and messages[0].get("role") != "system":
             messages.insert(0, {"role": "system", "content": self.system})
         answer = self.marker.join(steps) + self.marker
-        ids = _chat(tokenizer, [*messages, {"role": "assistant", "content": answer}], generation=False)
+        ids = chat_ids(tokenizer, [*messages, {"role": "assistant", "content": answer}])
         marker = one_token(tokenizer, self.marker)
         return ids[: len(ids) - ids[::-1].index(marker)]
 
@@ -191,8 +193,8 @@ class VerdictTurns:
 
     def check(self, tokenizer: Any) -> None:
         """See Layout."""
-        _needs_template(tokenizer)
-        _keeps_answers(tokenizer)
+        needs_template(tokenizer)
+        keeps_answers(tokenizer)
 
     def ids(self, tokenizer: Any, question: Messages, steps: Sequence[str]) -> list[int]:
         """See Layout."""
@@ -204,7 +206,7 @@ class VerdictTurns:
                 messages.append({"role": "assistant", "content": self.verdict})
             # Not str.format: a step may hold braces.
             messages.append({"role": "user", "content": _fill(form, question=asked, step=step)})
-        return _chat(tokenizer, messages, generation=True)
+        return chat_ids(tokenizer, messages, generation=True)
 
 
 def _fill(form: str, **parts: str) -> str:
@@ -270,7 +272,7 @@ class EndOfPrefix:
 
     def check(self, tokenizer: Any) -> None:
         """See Layout."""
-        _needs_template(tokenizer)
+        needs_template(tokenizer)
         if self.end is None and tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end of sequence, which this format reads")
 

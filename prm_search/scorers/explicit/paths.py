@@ -67,17 +67,26 @@ class PathTree:
             return None
         return self._write(texts)
 
+    def whole(self, node: Node) -> list[int]:
+        """Return the ids of a node's whole text, taken as one."""
+        return self._write([node.path_text()])
+
     def keep(self, node: Node) -> ReadPath:
         """Give a node its parent's path."""
         path = self._paths[node] = self._paths[node.parent or node.tree.root]
         return path
 
-    def grow(self, node: Node, ids: Sequence[int]) -> ReadPath:
-        """Give a node the path of these ids: one that is known, or a fork where they leave the parent's."""
+    def grow(self, node: Node, ids: Sequence[int], after: Node | None = None) -> ReadPath:
+        """Give a node the path of these ids: one that is known, or a fork where they leave the one of `after`.
+
+        Args:
+            node, ids: see above.
+            after: a node that has a path; None for the parent.
+        """
         key = tuple(ids)
         path = self._known.get(key)
         if path is None:
-            above = self._paths[node.parent or node.tree.root]
+            above = self._paths[after or node.parent or node.tree.root]
             shared = min(_common(above.ids, key), len(key) - 1)
             fork = self._lm.tree.fork
             below = above.trunk if shared <= above.trunk.length else above.branch

@@ -44,7 +44,7 @@ class Reading(Protocol):
         ...
 
 
-Squash = Literal["sigmoid", "second", "difference"]
+Squash = Literal["none", "sigmoid", "second", "difference"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class TensorHead:
 
     Args:
         layers: names of its linear layers in the checkpoint, each with ".weight" and perhaps ".bias".
-        squash: "sigmoid" of one number; "second": the second of two classes' probabilities; "difference": the second
-            minus the first.
+        squash: "none": one number as it is; "sigmoid" of one number; "second": the second of two classes'
+            probabilities; "difference": the second minus the first.
     """
 
     layers: tuple[str, ...]
@@ -67,7 +67,7 @@ class TensorHead:
 
     def reader(self, head: Head, tensors: Mapping[str, Tensor], tokenizer: Any, width: int) -> Reader:
         """See Reading."""
-        outputs = 1 if self.squash == "sigmoid" else 2
+        outputs = 1 if self.squash in ("none", "sigmoid") else 2
         stack: list[nn.Module] = []
         inputs = width
         for place, name in enumerate(self.layers):
@@ -95,6 +95,8 @@ class _Read:
     def __call__(self, hidden: Tensor) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         logits = self.head.to(hidden.device, exact)(hidden.to(exact))
+        if self.squash == "none":
+            return logits[:, 0]
         if self.squash == "sigmoid":
             return torch.sigmoid(logits[:, 0])
         shares = torch.softmax(logits, -1)

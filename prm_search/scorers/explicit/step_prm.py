@@ -12,13 +12,14 @@ import torch
 
 from ...engine.adapters import AUTO
 from ...engine.language_model import LanguageModel
-from ...tree import Node, Prompt, SearchTree
+from ...tree import Node, SearchTree
 from ..base import BATCH_TOKENS, ScorerBase
 from ..responses import Steps
 from .formats import FORMATS, PRMFormat
 from .layouts import Spelling
 from .loading import load_parts
 from .paths import PathTree, ReadPath, read_ends
+from .questions import question_of
 from .step_scores import StepScores, score_texts
 
 TooLong = Literal["error", "keep"]
@@ -188,8 +189,8 @@ class StepPRM(ScorerBase):
         """The paths of a search tree; made on first use."""
         paths = self._trees.get(tree)
         if paths is None:
-            question, tokenizer, layout = self._question(tree.prompt), self.tokenizer, self.format.layout
-            plain = self._spelling.plain
+            question, plain = question_of(self.name, tree.prompt, self._spelling), self._spelling.plain
+            tokenizer, layout = self.tokenizer, self.format.layout
             paths = self._trees[tree] = PathTree(
                 tree,
                 self.prm,
@@ -197,22 +198,6 @@ class StepPRM(ScorerBase):
                 keeps_end=layout.keeps_end,
             )
         return paths
-
-    def _question(self, prompt: Prompt) -> list[dict[str, Any]]:
-        if prompt.messages is not None:
-            messages = [dict(message) for message in prompt.messages]
-        elif prompt.text is not None:
-            messages = [{"role": "user", "content": prompt.text}]
-        else:
-            raise ValueError(
-                f"{self.name!r} writes the question in its own format, and the prompt is given only as token ids: give "
-                "it as text or chat messages (in generate: PRMGuidance(prompts=...))"
-            )
-        return [
-            message | {"content": self._spelling.plain(content)} if isinstance(content := message.get("content"), str)
-            else message
-            for message in messages
-        ]  # fmt: skip
 
     def score(  # type: ignore[override]  # a number a step, and text: ids would mean nothing to it
         self,

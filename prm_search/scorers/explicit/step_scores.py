@@ -34,9 +34,15 @@ class StepScores:
 
 
 def score_texts(
-    scorer: ScorerBase, prompts: Iterable[Any], responses: Iterable[Any], *, steps: Any, batch_tokens: int
+    scorer: ScorerBase,
+    prompts: Iterable[Any],
+    responses: Iterable[Any],
+    *,
+    steps: Any,
+    batch_tokens: int,
+    whole: bool = False,
 ) -> list[StepScores]:
-    """Score texts; see StepPRM.score."""
+    """Score texts; see StepPRM.score. `whole` takes each as one finished step."""
     integer("batch_tokens", batch_tokens, 1, "at least 1 token, a whole number,")
     if steps is not None and not isinstance(steps, StepRule):
         raise TypeError(
@@ -52,7 +58,9 @@ def score_texts(
     for place, (prompt, response) in enumerate(zip(asked, answers, strict=True)):
         tree = _tree(trees, place, prompt)
         tree.primary = scorer.name
-        ends.append(_plant(scorer, tree, place, response, steps or StepRule()))
+        end = _plant(scorer, tree, place, response, None if whole else steps or StepRule())
+        end.finish = "stop"
+        ends.append(end)
     try:
         for batch in _batches(ends, batch_tokens):
             scorer.score_nodes(batch)
@@ -89,22 +97,23 @@ def _tree(trees: dict[Any, SearchTree], place: int, given: Any) -> SearchTree:
     return trees.setdefault(key, SearchTree(prompt))
 
 
-def _plant(scorer: ScorerBase, tree: SearchTree, place: int, response: Any, rule: StepRule) -> Node:
+def _plant(scorer: ScorerBase, tree: SearchTree, place: int, response: Any, rule: StepRule | None) -> Node:
     """Add a response to its prompt's tree, a node a step, and return its end."""
     tokenizer, text = scorer.need_tokenizer(), scorer.token_text
     node = tree.root
     if isinstance(response, str):
         ids = encode_text(tokenizer, response, text)
-        cuts = rule.ends(ids, text.piece) if ids else []
+        cuts = ([len(ids)] if rule is None else rule.ends(ids, text.piece)) if ids else []
         parts = [ids[start:end] for start, end in zip([0, *cuts], cuts, strict=False)]
         for part in parts:
             node = tree.add(node, part, text=text.text_bytes(part))
-    elif isinstance(response, Sequence) and all(isinstance(step, str) for step in response):
+    elif rule is not None and isinstance(response, Sequence) and all(isinstance(step, str) for step in response):
         for step in response:
             part = encode_text(tokenizer, step, text)
             node = tree.add(node, part, text=step) if part else node
     else:
-        raise TypeError(f"responses[{place}] must be a text or a list of texts, a step each, got {response!r:.80}")
+        allowed = "a text" if rule is None else "a text or a list of texts, a step each"
+        raise TypeError(f"responses[{place}] must be {allowed}, got {response!r:.80}")
     if node is tree.root:
         raise ValueError(f"responses[{place}] is empty: at least one step is needed")
     return node
