@@ -33,6 +33,10 @@ class Usage:
     The token counts are the result's own, each a dict keyed "policy", "prm", "reference" (and "<pair>.prm",
     "<pair>.reference" for further pairs); a model that plays two parts counts once, under the first of them.
     forward_calls and seconds (by phase: "policy", "scorer") belong to the whole batch the result was made in.
+
+    rescored_tokens and rescored_cached_tokens are no cost of this search: the scorer's model would have encoded so many
+    by reading prompt and response anew for each distinct step that it scored, or the response alone, with the prompt
+    kept from step to step.
     """
 
     sampled_tokens: dict[str, int] = field(default_factory=dict)
@@ -41,6 +45,8 @@ class Usage:
     reencoded_tokens: dict[str, int] = field(default_factory=dict)
     forward_calls: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    rescored_tokens: int = 0
+    rescored_cached_tokens: int = 0
 
     @classmethod
     def read(cls, meter: Meter, roles: Mapping[str, Hashable]) -> Usage:
@@ -69,6 +75,9 @@ class Usage:
         total = Usage()
         for part in fields(Usage):
             mine, theirs = getattr(self, part.name), getattr(other, part.name)
-            both = {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}}
+            if isinstance(mine, dict):
+                both: object = {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}}
+            else:
+                both = mine + theirs
             setattr(total, part.name, both)
         return total

@@ -1,4 +1,4 @@
-"""The demo task, its tokenizer, the pair that ships and the recipe's own measurements."""
+"""The demo task, its tokenizer, and the pair that ships."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import islice
 
 import pytest
@@ -14,9 +15,7 @@ import torch
 from hypothesis import given, strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prm_search.demo import chains, learn, measure, pair_dir, recipe, tokenizer
-from prm_search.demo.sampling import response_log_probs, sample
-from prm_search.evaluation.statistics import sign_test
+from prm_search.demo import chains, learn, make, pair_dir, tokenizer
 
 CHAINS = st.builds(
     chains.make_problem,
@@ -216,12 +215,19 @@ def pair():
 def test_the_pair_is_small_and_its_card_says_how_it_was_made(pair):
     card = json.loads((pair_dir() / "pair.json").read_text())
     assert (card["model"], card["reference"]) == ("prm", "policy")
-    assert card["beta"] == learn.PRMRecipe().beta
+    recipe = make.prm_recipe(card["seed"])
+    assert (card["beta"], card["prm_recipe"]["learning_rate"], card["prm_recipe"]["epochs"]) == (0.05, 1e-3, 3)
+    assert card["beta"] == recipe.scale
+    assert card["prm_recipe"] == asdict(recipe) | {"beta": recipe.scale, "balanced": "none"}
+    assert card["prm_arguments"] == make.ARGUMENTS
     assert card["task"] == chains.CONSTRUCTED
     assert card["policy"]["gate_passed"]
     assert card["policy"]["gate_ratios"][-1] < card["policy_recipe"]["gate_ratio"]
     assert [run["seed"] for run in card["all_seeds"]] == [0, 1, 2]
     assert next(run["seed"] for run in card["all_seeds"] if run["policy"]["gate_passed"]) == card["seed"]
+    assert "fixed in advance" in card["selection"]
+    for run in card["all_seeds"]:
+        assert run["metrics"]["problems"] == make.TESTED
     assert sum(f.stat().st_size for f in pair_dir().rglob("*")) < 3_000_000
     for model in pair:
         assert model.config.model_type == "llama"
@@ -243,103 +249,51 @@ def test_the_policy_generates_whole_responses_through_generate(pair, words):
         assert [s[:3] for s in text.split(";")] == [s[:3] for s in problem.steps]
 
 
-def test_the_pair_searches_better_than_it_votes(pair):
-    """The claim of the demo, on problems that the published figures do not use."""
-    policy, prm = pair
-    asked = chains.problems(100, seed=12345)  # enough for the test's power: 40 would leave it to luck
-    groups = measure.complete_candidates(policy, prm, 0.05, asked, 16, seed=1)
-    best = [max(group, key=lambda c: sum(c.rewards)) for group in groups]
-    found, tokens = measure.beam(policy, prm, 0.05, asked, width=4, expansions=4, rank=lambda c: min(c.rewards), seed=1)
-    spent = sum(len(c.ids) for group in groups for c in group) / len(asked)
-    assert tokens == pytest.approx(spent, rel=0.02)
-    any_right = [any(chains.check(p, c.text).correct for c in g) for p, g in zip(asked, groups, strict=True)]
-    solved = [chains.check(p, c.text).correct for p, c in zip(asked, found, strict=True)]
-    chosen = [chains.check(p, c.text).correct for p, c in zip(asked, best, strict=True)]
-    assert sum(solved) > sum(any_right) >= sum(chosen)  # beyond what any choice among the samples could reach
-    assert sign_test(solved, chosen) < 0.01
+# The recipe
 
 
-# The recipe's tools
-
-
-@pytest.fixture(scope="module")
-def small():
-    return learn.new_model(0).eval()
-
-
-def test_sampled_log_probs_equal_a_full_forward(small):
-    prefixes = [tokenizer.prompt_ids(p.prompt) for n in (1, 3) for p in chains.problems(2, length=n)]
-    other = learn.new_model(1).eval()
-    drawn = sample((small, other), prefixes, copies=3, max_new_tokens=6, generator=torch.Generator().manual_seed(0))
-    assert len(drawn) == 12
-    assert len({tuple(s.ids) for s in drawn}) > 1
-    for k, s in enumerate(drawn):
-        assert tokenizer.EOS_ID not in s.ids[:-1]
-        prompt, ids = torch.tensor([prefixes[k // 3]]), torch.tensor([s.ids])
-        for model, log_probs in zip((small, other), s.log_probs, strict=True):
-            with torch.inference_mode():
-                full = response_log_probs(model, prompt, ids)[0]
-            torch.testing.assert_close(torch.tensor(log_probs), full, atol=1e-5, rtol=0)
-
-
-def test_greedy_takes_the_most_likely_token(small):
-    prefix = tokenizer.prompt_ids("=1a+1?")
-    (drawn,) = sample((small,), [prefix], max_new_tokens=3)
+def test_log_probs_of_responses_are_those_of_a_full_forward():
+    small = learn.new_model(0).eval()
+    prompt, ids = tokenizer.prompt_ids("=1a+1b*3?"), tokenizer.response_ids("a+1=2;b*3=6")
     with torch.inference_mode():
-        for k, token in enumerate(drawn.ids):
-            assert small(torch.tensor([prefix + drawn.ids[:k]])).logits[0, -1].argmax() == token
+        found = learn.response_log_probs(small, torch.tensor([prompt]), torch.tensor([ids]))[0]
+        full = small(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+    expected = torch.stack([full[len(prompt) + k - 1, token] for k, token in enumerate(ids)])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_prm_training_separates_right_from_wrong_answers(small):
-    """CE on outcome labels: the reward's sign comes to agree with the label, and the policy stays as it was."""
-    asked = chains.problems(24, split="prm", length=2)
-    rollouts = []
-    for k, problem in enumerate(asked):
-        text = response(problem) if k % 2 else response(problem)[:-1] + str((int(problem.answer) + 1) % 10)
-        ids = tokenizer.response_ids(text)
-        with torch.inference_mode():
-            reference = response_log_probs(
-                small, torch.tensor([tokenizer.prompt_ids(problem.prompt)]), torch.tensor([ids])
-            )
-        rollouts.append(learn.Rollout(problem, ids, reference[0].tolist(), bool(k % 2)))
-    before = {name: weight.clone() for name, weight in small.state_dict().items()}
-    lines: list[str] = []
-    prm = learn.train_prm(small, rollouts, 0, learn.PRMRecipe(epochs=60, batch=8, learning_rate=2e-3), lines.append)
-    with torch.inference_mode():
-        rewards = 0.05 * learn.log_ratios(prm, rollouts)
-    labels = torch.tensor([r.label for r in rollouts])
-    assert float(lines[-1].split()[-1]) < 0.5 < math.log(2)
-    assert rewards[labels].mean() > 0 > rewards[~labels].mean()
-    assert all(torch.equal(before[name], weight) for name, weight in small.state_dict().items())
+def test_shipping_takes_the_first_run_that_passed_the_gate_not_the_best(tmp_path, monkeypatch):
+    accuracy = {"a": 0.5, "b": 0.1, "c": 0.9}
+    monkeypatch.setattr(make, "measure", lambda run, count: {"accuracy": accuracy[run.name], "problems": count})
 
-
-def test_steps_end_at_delimiters_and_at_the_end():
-    d, e = tokenizer.DELIMITER_ID, tokenizer.EOS_ID
-    assert measure.step_ends([9, 20, 30, d, 9, 20, 30, e]) == [4, 8]
-    assert measure.step_ends([9, 20, d, 9]) == [3, 4]
-
-
-def test_shipping_takes_the_first_run_that_passed_the_gate_not_the_best(tmp_path):
-    def write(name, seed, passed, accuracy):
+    def write(name, seed, passed):
         run = tmp_path / name
-        run.mkdir()
-        card = {"seed": seed, "policy": {"gate_passed": passed}, "metrics": {"accuracy": accuracy}}
-        (run / "pair.json").write_text(json.dumps(card))
+        for stage in ("policy", "prm"):
+            (run / stage).mkdir(parents=True)
+            for file in ("model.safetensors", "pair.json", "log.jsonl"):
+                (run / stage / file).write_text(name)
+        (run / "rollouts.jsonl").write_text("")
+        (run / "pair.json").write_text(json.dumps({"seed": seed, "policy": {"gate_passed": passed}}))
         return run
 
-    runs = [write("a", 0, False, 0.5), write("b", 1, True, 0.1), write("c", 2, True, 0.9)]
-    card = recipe.ship(runs, tmp_path / "out")
-    assert card["seed"] == 1
-    assert [c["seed"] for c in json.loads((tmp_path / "out" / "pair.json").read_text())["all_seeds"]] == [0, 1, 2]
+    runs = [write("a", 0, False), write("b", 1, True), write("c", 2, True)]
+    out = tmp_path / "out"
+    assert make.ship(runs, out, 7)["seed"] == 1
+    card = json.loads((out / "pair.json").read_text())
+    assert [run["metrics"] for run in card["all_seeds"]] == [{"accuracy": a, "problems": 7} for a in accuracy.values()]
+    assert "[0, 1, 2]" in card["selection"]
+    files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
+    assert files == ["pair.json", "policy/model.safetensors", "prm/model.safetensors"]
+    assert {(out / file).read_text() for file in files[1:]} == {"b"}
     with pytest.raises(ValueError, match="gate"):
-        recipe.ship(runs[:1], tmp_path / "none")
+        make.ship(runs[:1], tmp_path / "none")
 
 
 def test_the_task_imports_neither_torch_nor_transformers():
     code = (
         "import sys, types; sys.modules['prm_search'] = p = types.ModuleType('prm_search');"
         f"p.__path__ = [{str(pair_dir().parent.parent)!r}];"
-        "import prm_search.demo.chains, prm_search.demo.tokenizer;"
+        "import prm_search.demo.chains, prm_search.demo.tokenizer, prm_search.demo.comparison;"
         "print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

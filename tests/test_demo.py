@@ -13,14 +13,16 @@ import pytest
 
 from prm_search.cli import main
 from prm_search.commands import smollm2
-from prm_search.commands.contest import BUDGET, LENGTH, SAMPLES, STEP_TOKENS, TITLES, Board, Contest, Row
 from prm_search.commands.models import load_pair, load_policy
-from prm_search.commands.render import console, tree_view
-from prm_search.commands.savings import Savings
-from prm_search.demo import learn, recipe
+from prm_search.commands.render import console, savings, tree_view
+from prm_search.demo import learn, make
 from prm_search.demo.chains import CONSTRUCTED, check, make_problem, problems, split_of
+from prm_search.demo.comparison import LENGTH, SAMPLES, STEP_TOKENS, TITLES, card as metrics_of, compare, figures, plan
+from prm_search.evaluation import summarise
+from prm_search.evaluation.statistics import sign_test
 from prm_search.strategies import Beam
 from prm_search.training.data import read_rollouts
+from prm_search.training.recipe import Recipe
 from prm_search.tree import SearchTree
 
 FIELDS = ["accuracy", "low", "high", "policy_tokens", "prm_tokens", "reference_tokens", "seconds"]
@@ -58,12 +60,12 @@ def test_demo_prints_a_table_a_tree_and_what_scoring_saved(run, tmp_path):
     assert "The search of problem" in words
 
     record = json.loads(file.read_text())
-    assert (record["problems"], record["seed"], record["budget_tokens"]) == (3, 4, BUDGET)
+    assert (record["problems"], record["seed"], record["samples"]) == (3, 4, SAMPLES)
     assert list(record["strategies"]) == list(TITLES)
     for row in record["strategies"].values():
         assert list(row) == FIELDS
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
-        assert 0 < row["policy_tokens"] <= BUDGET
+        assert 0 < row["policy_tokens"] <= record["strategies"]["majority"]["policy_tokens"]  # the common budget
         assert row["reference_tokens"] == 0  # the reference is the policy
         assert row["seconds"] > 0
     rows = record["strategies"]
@@ -95,58 +97,74 @@ def test_problems_are_held_out():
     assert {split_of(problem.prompt) for problem in asked} == {"test"}
 
 
-def test_budget_is_what_the_samples_need():
-    """16 whole answers: a right one has 4 tokens a step, its end included, so the cap cuts none."""
-    assert BUDGET == SAMPLES * LENGTH * STEP_TOKENS
+def test_a_whole_answer_fits_in_what_the_plan_gives_it():
+    """A right answer has 4 tokens a step, its end included: no step and no answer is cut."""
     policy = load_policy("demo")
     problem = problems(1, length=LENGTH)[0]
     ids = policy.tokenizer("".join(problem.steps), add_special_tokens=False)["input_ids"]
     assert len(ids) + 1 == LENGTH * STEP_TOKENS
     assert check(problem, policy.tokenizer.decode(ids)).correct
+    assert plan(0).max_new_tokens >= len(ids) + 1
+    assert plan(0).steps.max_tokens >= STEP_TOKENS
 
 
 def test_search_beats_voting_by_far(demo_models):
     """What the demo is for. Majority fails, best-of-N does better, the beam much better, each on the same problems."""
     asked = problems(40, length=LENGTH)
-    board = Board(len(asked), console(stderr=True))
-    Contest(asked, *demo_models, 0, board).run()
-    accuracy = {name: row.accuracy for name, row in board.rows.items()}
+    kept = []
+    records = list(compare(asked, *demo_models, seed=0, on_result=lambda unit, result: kept.append((unit, result))))
+    summary = summarise(records)
+    rows = {row.cell.strategy: row for row in summary.rows}
+    accuracy = {name: row.accuracy for name, row in rows.items()}
     assert accuracy["greedy"] <= 0.25
     assert accuracy["majority"] + 0.1 <= accuracy["best_of_n"]
     assert accuracy["best_of_n"] + 0.2 <= accuracy["beam"]
-    assert board.rows["majority"].interval()[1] < board.rows["beam"].interval()[0]
+    assert rows["majority"].high < rows["beam"].low
+    (chance,) = summary.pass_at
+    assert accuracy["beam"] > chance.mean  # beyond what any choice among the samples could reach
+    best = [next(c["right"] for c in r["chosen"] if c["strategy"] == "best_of_n") for r in records if "chosen" in r]
+    beam = [record["right"] for record in records if record.get("strategy") == "beam"]
+    assert sign_test(beam, best) < 0.01
+    # every step of the beams' answers is right where the answer is, but for errors that cancel
+    paths = [(asked[unit.problem], result.text) for unit, result in kept if unit.kind == "search"]
+    assert sum(check(problem, text).correct for problem, text in paths) > 0.7 * sum(beam)
+
+    card = metrics_of(summary)  # what `make` writes of it
+    assert card["strategies"]["beam"] == {k: v for k, v in figures(rows["beam"]).items() if k != "seconds"}
+    assert card["tests"]["beam against majority"]["difference"] == round(accuracy["beam"] - accuracy["majority"], 4)
+    assert card["pass@16"] == round(chance.mean, 4)
+    assert "greedy against majority" not in card["tests"]
 
 
-def test_row_has_wilsons_interval():
-    row = Row([True] * 8 + [False] * 2, 0.0, 0.0, 0.0, 0.0)
-    assert row.accuracy == 0.8
-    assert row.interval() == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
-
-
-def test_savings_are_counted_from_the_trees(demo_models):
-    """A tree of one prompt and a few steps, by hand."""
+def test_what_scoring_step_by_step_would_have_cost_is_counted_from_the_trees(demo_models):
+    """Trees of two prompts, by hand."""
     import prm_search as ps
 
     policy, pair = demo_models
-    results = ps.search(
-        [problem.prompt for problem in problems(2, length=3)], policy=policy, scorer=pair, strategy=Beam(2, 2),
-        steps=ps.StepRule(";"), max_new_tokens=24, temperature=1.5,
-    )  # fmt: skip
-    again = cached = encoded = 0
+    asked = [problem.prompt for problem in problems(2, length=3)]
+    options = {"policy": policy, "steps": ps.StepRule(";"), "max_new_tokens": 24, "temperature": 1.5}
+    results = ps.search(asked, scorer=pair, strategy=Beam(2, 2), **options)
     for result in results:
-        prompt = len(result.tree.prompt_ids)
-        cached += prompt
-        encoded += prompt
-        for node in result.tree.nodes[1:]:
-            again += prompt + len(node.path_ids())
-            cached += len(node.path_ids())
-            encoded += len(node.token_ids)
-    found = Savings.of(results)
-    assert (found.again, found.cached, found.reference) == (again, cached, 0)
-    # A step's last token is its score's; whatever nothing follows need not be read by the model itself.
-    ends = sum(not node.children for result in results for node in result.tree.nodes)
-    assert encoded - ends <= found.encoded <= encoded
-    assert f"{again:,}" in found.line()
+        prompt, nodes = len(result.tree.prompt_ids), result.tree.nodes[1:]
+        assert result.usage.rescored_tokens == sum(prompt + len(node.path_ids()) for node in nodes)
+        assert result.usage.rescored_cached_tokens == prompt + sum(len(node.path_ids()) for node in nodes)
+        # A step's last token is its score's; whatever nothing follows need not be read by the model itself.
+        encoded = prompt + sum(len(node.token_ids) for node in nodes)
+        ends = sum(not node.children for node in nodes)
+        assert encoded - ends <= result.usage.encoded_tokens["prm"] <= encoded
+    (blind,) = ps.search(asked[:1], strategy=ps.BestOfN(2), **options)
+    assert (blind.usage.rescored_tokens, blind.usage.rescored_cached_tokens) == (0, 0)
+
+
+def test_the_sentence_about_savings():
+    counts = {"encoded": 1500, "reencoding_every_step": 6000, "reencoding_with_cached_prompt": 3000, "reference": 0}
+    assert savings(counts) == (
+        "The reward model encoded 1,500 tokens, the reference no tokens: it is the policy, run once for both. Reading "
+        "prompt and response anew for every step, the reward model would encode 6,000 (4.0 times as many; with the "
+        "prompt cached 3,000, 2.0 times)."
+    )
+    assert "the reference 7 tokens." in savings(counts | {"reference": 7})
+    assert savings(counts | {"encoded": 0}) == "The reward model encoded no tokens."
 
 
 def test_tree_view_marks_the_path_and_hides_nothing(capsys):
@@ -242,21 +260,22 @@ def test_smollm2_from_its_package(run, tmp_path, monkeypatch):
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The recipe with a few steps of everything; the stages that were run are noted."""
     begun: list[str] = []
-    plain = {"train_policy": learn.train_policy, "train_prm": learn.train_prm}
+    plain = {"train_policy": make.train_policy, "sample_rollouts": make.sample_rollouts, "train": make.train}
 
     def noted(name: str) -> Callable[..., object]:
-        def stage(*args: object) -> object:
+        def stage(*args: object, **options: object) -> object:
             begun.append(name)
-            return plain[name](*args)
+            return plain[name](*args, **options)
 
         return stage
 
     for name in plain:
-        monkeypatch.setattr(recipe, name, noted(name))
+        monkeypatch.setattr(make, name, noted(name))
     policy = learn.PolicyRecipe(max_curriculum_steps=3, anneal_steps=2, extra_rounds=0, gate_problems=8)
-    prm = learn.PRMRecipe(epochs=1, problems=((2, 8),), rollouts=2)
-    monkeypatch.setattr(recipe, "PolicyRecipe", lambda: policy)
-    monkeypatch.setattr(recipe, "PRMRecipe", lambda: prm)
+    monkeypatch.setattr(make, "PolicyRecipe", lambda: policy)
+    monkeypatch.setattr(make, "LENGTHS", ((2, 8),))
+    monkeypatch.setattr(make, "RESPONSES", 2)
+    monkeypatch.setattr(make, "prm_recipe", lambda seed: Recipe(batch=8, learning_rate=1e-3, holdout=0.0, seed=seed))
     return begun
 
 
@@ -264,31 +283,33 @@ def test_training_from_nothing_goes_on_after_a_finished_stage(run, quick, tmp_pa
     out = tmp_path / "made"
     args = ["--train", "--out", out, "--problems", 1, "--seed", 5]
 
-    def interrupt(*args: object) -> None:
+    def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe, "collect_rollouts", interrupt)
-        status, _, err = run(*args)
-    assert status == 130
-    assert err.endswith("prm-search: interrupted\n")
-    assert not (out / "pair.json").exists()
+    for stage in ("sample_rollouts", "train"):
+        with monkeypatch.context() as patch:
+            patch.setattr(make, stage, interrupt)
+            status, _, err = run(*args)
+        assert status == 130
+        assert err.endswith("prm-search: interrupted\n")
+        assert not (out / "pair.json").exists()
     status, said, err = run(*args, "--json", tmp_path / "demo.json")
     assert status == 0
-    assert quick == ["train_policy", "train_prm"]
+    assert quick == ["train_policy", "sample_rollouts", "train"]
     assert "the policy is trained" in err
-    assert sorted(path.name for path in out.iterdir()) == ["pair.json", "policy", "prm", "rollouts.jsonl"]
+    names = [path.name for path in out.iterdir() if path.suffix != ".safetensors"]  # the reference's log-probabilities
+    assert sorted(names) == ["pair.json", "policy", "prm", "rollouts.jsonl"]
     rows = read_rollouts(out / "rollouts.jsonl")
     assert len(rows) == 16
     card = json.loads((out / "pair.json").read_text())
-    assert (card["seed"], card["rollouts"]["right_answer"]) == (5, sum(row.label for row in rows))
-    assert "beam 4x4 min" in said
+    assert (card["seed"], card["rollouts"]["right"]) == (5, sum(row.label for row in rows))
+    assert "beam 4 x 4" in said
     record = json.loads((tmp_path / "demo.json").read_text())
-    assert record["trained"]["strategies"] == card["metrics"]["strategies"]
+    assert record["trained"]["rollouts"] == card["rollouts"]
     assert record["problems"] == 1
 
     assert run(*args)[0] == 0  # all is there: it is only shown
-    assert len(quick) == 2
+    assert len(quick) == 3
     status, _, err = run(*args[:-1], 6)
     assert status == 2
     assert "seed 5" in err
@@ -298,16 +319,16 @@ def test_same_seed_same_pair_and_other_settings_are_not_mixed_in(quick, tmp_path
     lines: list[str] = []
     weights = []
     for name in ("a", "b"):
-        recipe.run(5, tmp_path / name, test_problems=1, log=lines.append)
+        make.make(5, tmp_path / name, log=lines.append)
         weights.append([(tmp_path / name / part / "model.safetensors").read_bytes() for part in ("policy", "prm")])
     assert weights[0] == weights[1]
     assert weights[0][0] != weights[0][1]
     (tmp_path / "a" / "policy.json").write_text('{"settings": {"seed": 5, "recipe": {}}}')
     (tmp_path / "a" / "pair.json").unlink()
     with pytest.raises(ValueError, match="another seed or recipe"):
-        recipe.run(5, tmp_path / "a", test_problems=1)
+        make.make(5, tmp_path / "a")
     with pytest.raises(ValueError, match="holds a pair"):
-        recipe.run(5, tmp_path / "b", test_problems=1)
+        make.make(5, tmp_path / "b")
 
 
 @pytest.mark.parametrize(

@@ -97,3 +97,12 @@ def test_the_report_that_is_committed_is_whole():
         [sys.executable, "-c", code, str(RESULTS)], capture_output=True, text=True, cwd=FOLDER, check=True
     )
     assert done.stdout == (RESULTS / "report.md").read_text()
+
+
+def test_the_shipped_pair_is_made_as_the_reports_pairs_are():
+    code = (
+        "from protocol import Protocol; from prm_search.demo import make; p = Protocol();"
+        "assert p.runs(3)[0].recipe == make.prm_recipe(3); assert p.arguments == make.ARGUMENTS;"
+        "assert (p.lengths, p.responses) == (make.LENGTHS, make.RESPONSES)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=FOLDER, check=True)

@@ -15,8 +15,7 @@ from localise import Steps, localisation
 from protocol import POLICY, WITHOUT, Protocol
 
 from prm_search.demo.chains import Problem, answer, check, problems, wrong_steps
-from prm_search.demo.measure import step_ends
-from prm_search.demo.tokenizer import EOS_ID, text
+from prm_search.demo.tokenizer import DELIMITER_ID, EOS_ID, text
 from prm_search.evaluation.plan import Cell, Plan
 from prm_search.evaluation.samples import Cost, Sample, record_of
 from prm_search.evaluation.statistics import paired_bootstrap, pass_at_k, wilson
@@ -79,6 +78,12 @@ def _plain(note: Mapping[str, Any]) -> dict[str, Any]:
 def _logprobs(folder: Path, name: str, rows: Sequence[LabelledResponse]) -> list[np.ndarray]:
     flat = np.load(folder / f"logprobs-{name.replace(' ', '-')}.npz")["logprobs"]
     return np.split(flat, np.cumsum([len(row.response_ids) for row in rows])[:-1])
+
+
+def step_ends(ids: Sequence[int]) -> list[int]:
+    """Where each step of a response ends (exclusive): after a delimiter, or at the end of the response."""
+    ends = [i + 1 for i, token in enumerate(ids) if token in (DELIMITER_ID, EOS_ID)]
+    return ends if ends and ends[-1] == len(ids) else [*ends, len(ids)]
 
 
 def _rewards(

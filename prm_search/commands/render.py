@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
@@ -28,6 +28,26 @@ def console(*, stderr: bool = False) -> Console:
 def waiting(screen: Console, what: str) -> AbstractContextManager[object]:
     """Says what is being waited for, on a terminal."""
     return screen.status(what) if screen.is_terminal else nullcontext()
+
+
+def savings(counts: Mapping[str, int]) -> str:
+    """A sentence on what scoring trees once saved.
+
+    Args:
+        counts: tokens that the reward model encoded ("encoded"), would have encoded by reading prompt and response anew
+            for every step ("reencoding_every_step"), and with the prompt kept ("reencoding_with_cached_prompt"); those
+            that the reference encoded beside it ("reference").
+    """
+    encoded, again = counts["encoded"], counts["reencoding_every_step"]
+    cached, reference = counts["reencoding_with_cached_prompt"], counts["reference"]
+    if not encoded:
+        return "The reward model encoded no tokens."
+    own = f"{reference:,} tokens" if reference else "no tokens: it is the policy, run once for both"
+    return (
+        f"The reward model encoded {encoded:,} tokens, the reference {own}. Reading prompt and response anew for every "
+        f"step, the reward model would encode {again:,} ({again / encoded:.1f} times as many; with the prompt cached "
+        f"{cached:,}, {cached / encoded:.1f} times)."
+    )
 
 
 def visible(text: str, *, lines: bool = False) -> str:

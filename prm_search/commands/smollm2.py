@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from ..search import search
 from ..steps import StepRule
 from ..strategies import Beam
 from ..tree import Prompt
+from ..usage import Usage
 from . import BadInput, render
 from .progress import Bar
 from .records import json_lines
-from .savings import Savings
 
 QUESTIONS = (  # of its own, with their answers
     ("Tom has 3 apples. He buys 4 more and then eats 2. How many apples does he have?", "5"),
@@ -90,9 +91,10 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
     screen.print(Text("The first search:"))
     screen.print(render.tree_view(results[0].tree, results[0].node))
     screen.print(Text(render.LEGEND, style="dim"))
-    savings = Savings.of(results)
+    saved = _saved(results)
     screen.print()
-    screen.print(Text(f"{sum(map(_sampled, results)):,} tokens sampled in {seconds:.1f} s. ").append(savings.line()))
+    sampled = f"{sum(map(_sampled, results)):,} tokens sampled in {seconds:.1f} s. "
+    screen.print(Text(sampled).append(render.savings(saved)))
     return {
         "model": "SmolLM2-135M-Instruct (Q4_1)",
         "notice": NOTICE,
@@ -103,7 +105,7 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
             for (question, right), result in zip(asked, results, strict=True)
         ],
         "policy_tokens": sum(map(_sampled, results)),
-        "beam_scoring": savings.record(),
+        "beam_scoring": saved,
         "seconds": {"loading": round(loading, 1), "search": round(seconds, 1)},
         "version": __version__,
     }
@@ -111,6 +113,17 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
 
 def _sampled(result: Result) -> int:
     return result.usage.sampled_tokens.get("policy", 0)
+
+
+def _saved(results: Sequence[Result]) -> dict[str, int]:
+    """Counts of render.savings, summed over results."""
+    total = sum((result.usage for result in results), Usage())
+    return {
+        "encoded": total.of_role("prm"),
+        "reencoding_every_step": total.rescored_tokens,
+        "reencoding_with_cached_prompt": total.rescored_cached_tokens,
+        "reference": total.of_role("reference"),
+    }
 
 
 def read_questions(path: str) -> list[tuple[str, str]]:

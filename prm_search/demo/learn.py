@@ -1,8 +1,13 @@
-"""How the demo's two models are trained: the policy on flawed demonstrations, the PRM on outcome labels alone."""
+"""How the demo's policy is trained: on flawed demonstrations of `chains`, until its loss passes a gate.
+
+The lengths grow as it learns them, then it anneals. A third of every batch goes to the length that it knows worst:
+given only the longest one, it can stay wrong at one step of one middle length for good. It passes the gate when its
+loss on fresh demonstrations *of the test length* is below 1.15 times their entropy; otherwise it trains on, at most
+three rounds.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Callable
@@ -10,12 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from .chains import MAX_LENGTH, Problem, answer, demonstrate, problems, stream
-from .sampling import response_log_probs, sample
-from .tokenizer import BOS_ID, EOS_ID, PAD_ID, TOKENS, prompt_ids, response_ids, text
+from .chains import MAX_LENGTH, demonstrate, stream
+from .tokenizer import BOS_ID, EOS_ID, PAD_ID, TOKENS, prompt_ids, response_ids
 
 Log = Callable[[str], None]
 
@@ -34,22 +37,6 @@ class PolicyRecipe:
     gate_problems: int = 1000
     extra_rounds: int = 3
     extra_steps: int = 200  # at full learning rate, before each extra round's annealing
-
-
-@dataclass(frozen=True)
-class PRMRecipe:
-    """CE on sigmoid(beta * sum of log-ratios) against "the final answer is right"."""
-
-    beta: float = 0.05
-    learning_rate: float = 3e-3
-    epochs: int = 5
-    batch: int = 64
-    problems: tuple[tuple[int, int], ...] = (
-        (2, 300),
-        (3, 650),
-        (4, 650),
-    )  # (length, how many): short, so many are right
-    rollouts: int = 4
 
 
 def new_model(seed: int) -> LlamaForCausalLM:
@@ -87,6 +74,22 @@ class _Demonstrations:
         prompts = torch.tensor([prompt_ids(problem.prompt) for problem in drawn])
         responses = torch.tensor([response_ids(response) for response, _ in written])
         return prompts, responses, sum(nll for _, nll in written) / responses.numel()
+
+
+def response_log_probs(model: PreTrainedModel, prompts: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each response token, with gradients.
+
+    Args:
+        model: a causal LM.
+        prompts: [rows, P] token ids, all of one length.
+        responses: [rows, R] token ids.
+
+    Returns:
+        [rows, R] float32, nats.
+    """
+    width = responses.shape[1]
+    logits = model(input_ids=torch.cat([prompts, responses], 1), use_cache=False, logits_to_keep=width + 1).logits
+    return logits[:, :-1].float().log_softmax(-1).gather(2, responses[:, :, None]).squeeze(2)
 
 
 def _loss(model: LlamaForCausalLM, prompts: torch.Tensor, responses: torch.Tensor) -> torch.Tensor:
@@ -162,78 +165,3 @@ def train_policy(seed: int, recipe: PolicyRecipe, log: Log) -> tuple[LlamaForCau
         "gate_ratios": ratios,
         "gate_passed": passed,
     }
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One sampled response, the policy's log-probs of it, and its outcome label."""
-
-    problem: Problem
-    ids: list[int]
-    log_probs: list[float]
-    label: bool
-
-    def record(self) -> dict[str, Any]:
-        """What ``prm-search train`` reads of it."""
-        return {"prompt_ids": prompt_ids(self.problem.prompt), "response_ids": self.ids, "label": int(self.label)}
-
-
-def collect_rollouts(policy: LlamaForCausalLM, seed: int, recipe: PRMRecipe) -> list[Rollout]:
-    """Samples at temperature 1; the label is whether the final answer is right, nothing about steps."""
-    asked = [p for length, n in recipe.problems for p in problems(n, split="prm", seed=seed, length=length)]
-    drawn = sample(
-        (policy,),
-        [prompt_ids(p.prompt) for p in asked],
-        copies=recipe.rollouts,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    rollouts = []
-    for k, s in enumerate(drawn):
-        problem = asked[k // recipe.rollouts]
-        right = s.ids[-1] == EOS_ID and answer(text(s.ids)) == problem.answer
-        rollouts.append(Rollout(problem, s.ids, s.log_probs[0], right))
-    return rollouts
-
-
-def train_prm(
-    policy: LlamaForCausalLM, rollouts: list[Rollout], seed: int, recipe: PRMRecipe, log: Log
-) -> LlamaForCausalLM:
-    """A copy of the policy, trained by CE on the rollouts' outcome labels; the policy is the reference."""
-    model = copy.deepcopy(policy).train()
-    order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    batches = -(-len(rollouts) // recipe.batch)
-    total, done = recipe.epochs * batches, 0
-    for epoch in range(recipe.epochs):
-        losses = 0.0
-        shuffled = [rollouts[i] for i in torch.randperm(len(rollouts), generator=order).tolist()]
-        for start in range(0, len(shuffled), recipe.batch):
-            batch = shuffled[start : start + recipe.batch]
-            rewards = recipe.beta * log_ratios(model, batch)
-            labels = torch.tensor([float(r.label) for r in batch])
-            loss = binary_cross_entropy_with_logits(rewards, labels)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * (1 - done / total)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses, done = losses + loss.item(), done + 1
-        log(f"  prm epoch {epoch + 1}: CE {losses / batches:.4f}")
-    return model.eval()
-
-
-def log_ratios(model: LlamaForCausalLM, batch: list[Rollout]) -> torch.Tensor:
-    """Sum over each response of log pi_prm - log pi_ref, [rows]; grouped by prompt length: no prompt is padded."""
-    sums: list[torch.Tensor] = [torch.empty(0)] * len(batch)
-    for length in sorted({len(r.problem.ops) for r in batch}):
-        rows = [i for i, r in enumerate(batch) if len(r.problem.ops) == length]
-        width = max(len(batch[i].ids) for i in rows)
-        prompts = torch.tensor([prompt_ids(batch[i].problem.prompt) for i in rows])
-        responses = torch.tensor([batch[i].ids + [PAD_ID] * (width - len(batch[i].ids)) for i in rows])
-        real = torch.tensor([[1.0] * len(batch[i].ids) + [0.0] * (width - len(batch[i].ids)) for i in rows])
-        log_probs = (response_log_probs(model, prompts, responses) * real).sum(1)
-        reference = torch.tensor([sum(batch[i].log_probs) for i in rows])
-        for k, i in enumerate(rows):
-            sums[i] = log_probs[k] - reference[k]
-    return torch.stack(sums)

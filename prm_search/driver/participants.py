@@ -181,6 +181,11 @@ class Participants(Generic[P]):
             for role, model in scorer.models.items():
                 roles[role if place == 0 else f"{scorer.name}.{role}"] = model
         usage = Usage.read(tree.meter, roles)
+        if self.scorers:
+            prompt = len(tree.prompt_ids)
+            ends = [node.end for node in tree.nodes[1:] if node.scored_by(self.scorers[0].name)]
+            usage.rescored_tokens = sum(prompt + end for end in ends)
+            usage.rescored_cached_tokens = prompt + sum(ends) if ends else 0
         self.read_batch(usage)
         return usage
 
