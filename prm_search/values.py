@@ -8,9 +8,10 @@ search starts with, has value 0 under each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 
@@ -20,7 +21,35 @@ from .tree import Node
 Value = Callable[[Node], float]
 
 
-def q(node: Node) -> float:
+class Scored(Protocol):
+    """What the values here read of a node, so that they are defined for any scored step: see `along`."""
+
+    @property
+    def reward(self) -> float:
+        """Reward of the step."""
+        ...
+
+    @property
+    def q(self) -> float:
+        """Sum of rewards up to the step's end."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """Steps up to this one."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """Response tokens up to the step's end."""
+        ...
+
+    def path(self) -> Sequence[Scored]:
+        """The steps from the first to this one."""
+        ...
+
+
+def q(node: Scored) -> float:
     """Sum of token rewards so far: q_t = sum_{i<=t} beta * log(pi_phi(y_i | y_<i) / pi_ref(y_i | y_<i)).
 
     Source: arXiv 2412.01981, eq. 2: the soft expectation of the outcome reward when the reference goes on from
@@ -29,7 +58,7 @@ def q(node: Node) -> float:
     return node.q
 
 
-def last(node: Node) -> float:
+def last(node: Scored) -> float:
     """Reward of the last step: q here minus q at its parent.
 
     Source: arXiv 2412.01981, eq. 3. Ranks siblings as q does, and nodes of different parents by progress alone.
@@ -37,7 +66,7 @@ def last(node: Node) -> float:
     return node.reward
 
 
-def minimum(node: Node) -> float:
+def minimum(node: Scored) -> float:
     """Smallest step reward on the path, min_s r_s ("min").
 
     Source: the selector of Math-Shepherd (arXiv 2312.08935) on the step rewards of arXiv 2412.01981, eq. 3;
@@ -46,7 +75,7 @@ def minimum(node: Node) -> float:
     return min((step.reward for step in node.path()), default=0.0)
 
 
-def product(node: Node) -> float:
+def product(node: Scored) -> float:
     """Product of the step rewards on the path, prod_s r_s ("prod"): for step scores in [0, 1], which it needs.
 
     Source: Let's Verify Step by Step (arXiv 2305.20050), where it is the probability that every step is right. It is
@@ -63,12 +92,12 @@ def product(node: Node) -> float:
     return 0.0 if 0.0 in rewards else math.exp(math.fsum(map(math.log, rewards)))
 
 
-def mean(node: Node) -> float:
+def mean(node: Scored) -> float:
     """Mean step reward on the path, q over the number of steps."""
     return node.q / max(node.depth, 1)
 
 
-def prefix_mean(node: Node) -> float:
+def prefix_mean(node: Scored) -> float:
     """q over the number of response tokens so far: the length-normalised prefix value.
 
     Source: IPVRM (arXiv 2604.13197), v_t = beta * sum_{i<=t} log-ratio_i / t, on which such pairs are trained.
@@ -76,7 +105,7 @@ def prefix_mean(node: Node) -> float:
     return node.q / max(node.end, 1)
 
 
-def min_q(node: Node) -> float:
+def min_q(node: Scored) -> float:
     """Smallest q at the end of any step on the path, min_s q_s.
 
     Source: "accumulative" rewards with "min" in the released evaluation of arXiv 2412.01981.
@@ -124,7 +153,7 @@ class Advantage:
         return self.value(node) + self.alpha * node.reward_of(name)
 
 
-VALUES: Mapping[str, Value] = MappingProxyType(
+VALUES: Mapping[str, Callable[[Scored], float]] = MappingProxyType(
     {"q": q, "last": last, "min": minimum, "prod": product, "mean": mean, "prefix_mean": prefix_mean, "min_q": min_q}
 )
 
@@ -143,6 +172,46 @@ def resolve_value(value: str | Value) -> Value:
     if not callable(value):
         raise TypeError(f"value must be one of {sorted(VALUES)} or a function of a node, got {type(value).__name__}")
     return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A scored step of no tree."""
+
+    reward: float
+    q: float
+    depth: int
+    end: int
+    steps: list[_Step]
+
+    def path(self) -> list[_Step]:
+        return self.steps[: self.depth]
+
+
+def along(value: str, step_rewards: Sequence[float] | np.ndarray, step_ends: Sequence[int] | np.ndarray) -> np.ndarray:
+    """A value at the end of every step of a response, from the rewards of its steps.
+
+    Args:
+        value: a name of VALUES.
+        step_rewards: [S] beta * nats, first step to last.
+        step_ends: [S] response tokens up to each step's end, rising.
+
+    Returns:
+        [S] float64; the last is the value of the whole response.
+
+    Raises:
+        ValueError: the value is unknown, or the lengths differ.
+    """
+    if value not in VALUES:
+        raise ValueError(f"value={value!r} is unknown; it is one of {sorted(VALUES)}")
+    if len(step_rewards) != len(step_ends):
+        raise ValueError(f"step_rewards has {len(step_rewards)} steps and step_ends {len(step_ends)}")
+    steps: list[_Step] = []
+    total = 0.0
+    for depth, (reward, end) in enumerate(zip(step_rewards, step_ends, strict=True), 1):
+        total += float(reward)
+        steps.append(_Step(float(reward), total, depth, int(end), steps))
+    return np.array([VALUES[value](step) for step in steps], np.float64)
 
 
 def step_rewards(node: Node, pair: str | None = None) -> np.ndarray:

@@ -200,6 +200,7 @@ def test_the_saved_pair_gives_the_rewards_that_were_trained(rollouts, tmp_path):
     train(POLICY, rollouts, tmp_path / "prm", Recipe(epochs=1, beta=0.2, **SMALL))
     pair = ps.ImplicitPRM.from_pretrained(tmp_path / "prm")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "prm").eval()
+    assert saved.config.use_cache  # as the model that it began with
     base = AutoModelForCausalLM.from_pretrained(POLICY).eval()
     for row in read_rollouts(rollouts)[:5]:
         ids = [*row.prompt_ids, *row.response_ids.tolist()]

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 
 from prm_search import values
 from prm_search.tree import Node, SearchTree
-from prm_search.values import Advantage, resolve_value, step_ends, step_q, step_rewards
+from prm_search.values import VALUES, Advantage, along, resolve_value, step_ends, step_q, step_rewards
 
 REWARDS = st.lists(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=4), min_size=1, max_size=6)
 
@@ -145,3 +145,31 @@ def test_a_product_of_step_scores(scores):
 def test_a_product_wants_scores():
     with pytest.raises(ValueError, match=r"value='prod' needs step scores >= 0, .* got -0\.5"):
         resolve_value("prod")(chain([[0.5], [-0.5]]))
+
+
+@given(
+    rewards=st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=6),
+    lengths=st.lists(st.integers(1, 4), min_size=6, max_size=6),
+)
+def test_values_along_rewards_are_those_of_the_nodes(rewards, lengths):
+    """Every value, at the end of every step, without a tree."""
+    tree = SearchTree("p")
+    node, nodes = tree.root, []
+    for reward, length in zip(rewards, lengths, strict=False):
+        node = tree.add(node, [1] * length)
+        node.set_rewards("prm", np.zeros(length, np.float32), reward)
+        nodes.append(node)
+    ends = [node.end for node in nodes]
+    for name, value in VALUES.items():
+        if name == "prod" and min(rewards) < 0:
+            with pytest.raises(ValueError, match="prod"):
+                along(name, rewards, ends)
+        else:
+            assert along(name, rewards, ends).tolist() == [value(node) for node in nodes]
+
+
+def test_along_names_what_is_wrong():
+    with pytest.raises(ValueError, match="value='best' is unknown"):
+        along("best", [1.0], [1])
+    with pytest.raises(ValueError, match="2 steps and step_ends 1"):
+        along("q", [1.0, 2.0], [1])

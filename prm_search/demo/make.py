@@ -44,6 +44,7 @@ LENGTHS = ((2, 300), (3, 650), (4, 650))  # (steps, problems) of the rollouts: s
 RESPONSES = 4  # to each problem
 ARGUMENTS = {"adam_beta2": 0.98, "weight_decay": 0.01, "logging_steps": 50}  # of transformers.TrainingArguments
 TESTED = 300  # problems that the runs which may ship are measured on
+SEEDS = (0, 1, 2)  # of the runs which may ship, fixed before any was made
 SELECTION = (
     "The first of the seeds {seeds}, fixed in advance, whose policy passes the loss gate. Test accuracy played no part "
     "in the choice. The PRM's learning rate and epochs were chosen on another seed (benchmarks/method)."
@@ -101,7 +102,7 @@ def make(seed: int, out: Path, *, log: Log = print) -> dict[str, Any]:
         "policy": note["policy"],
         "prm_recipe": prm["recipe"],
         "prm_arguments": ARGUMENTS,
-        "rollouts": {"lengths": LENGTHS, "responses": RESPONSES, **prm["data"]},
+        "rollouts": {"lengths": LENGTHS, "per_problem": RESPONSES, **prm["data"]},
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
         },
@@ -188,8 +189,10 @@ def ship(runs: Sequence[Path], out: Path, count: int = TESTED) -> dict[str, Any]
         kept = shutil.ignore_patterns(CARD, "log.jsonl")
         shutil.copytree(runs[chosen] / stage, out / stage, dirs_exist_ok=True, ignore=kept)
         (out / stage / "model.safetensors").chmod(0o644)  # safetensors writes 0600; packages are for all to read
+        for file in ("tokenizer.json", "tokenizer_config.json"):  # the policy's, without traces of where it lay
+            shutil.copy(runs[chosen] / "policy" / file, out / stage / file)
     card: dict[str, Any] = cards[chosen] | {
-        "selection": SELECTION.format(seeds=[each["seed"] for each in cards]),
+        "selection": SELECTION.format(seeds=list(SEEDS)),
         "all_seeds": [
             {"seed": each["seed"], "policy": each["policy"], "metrics": measure(run, count)}
             for each, run in zip(cards, runs, strict=True)

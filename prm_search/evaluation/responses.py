@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..answers import Answer, resolve_answer
 from ..problems import final_answer
 from ..scorers.scores import Scores
-from ..tree import Node, Prompt, SearchTree
-from ..values import VALUES
+from ..tree import Prompt
+from ..values import along
 from .plan import VOTES, Plan
 from .samples import Cost, Judge, Sample, record_of
 
@@ -117,8 +119,7 @@ def _records(
                 raise ValueError(f"problems[{place}]: {error}") from error
             tokens = tokens or [len(each.token_ids) for each in scores]
             for each, found in zip(scores, values, strict=True):
-                end = chain(each)[-1]
-                found[pair.name] = {value: float(VALUES[value](end)) for value in plan.values}
+                found[pair.name] = {value: float(values_of(each, value)[-1]) for value in plan.values}
         samples = []
         for response, count, found in zip(responses, tokens, values, strict=True):
             right = response.right
@@ -150,12 +151,11 @@ def _score(
     return scores, Cost(encoded, 0 if pair.reference is None else encoded, seconds)
 
 
-def chain(scores: Scores) -> list[Node]:
-    """A scored response as the path of a tree, so that values can be read at the end of every step."""
-    tree = SearchTree(Prompt(token_ids=(0,)))
-    node, found = tree.root, []
-    for begin, end in zip([0, *scores.step_ends[:-1]], scores.step_ends, strict=True):
-        node = tree.add(node, scores.token_ids[begin:end])
-        node.set_rewards(tree.primary, scores.token_rewards[begin:end])
-        found.append(node)
-    return found
+def values_of(scores: Scores, value: str) -> np.ndarray:
+    """A value at the end of every step of a scored response: [S] float64."""
+    starts = [0, *scores.step_ends[:-1]]
+    rewards = [
+        scores.token_rewards[begin:end].sum(dtype=np.float64)
+        for begin, end in zip(starts, scores.step_ends, strict=True)
+    ]
+    return along(value, rewards, scores.step_ends)

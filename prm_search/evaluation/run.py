@@ -3,7 +3,191 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from ..answers import Answer, resolve_answer
+from ..checks import require
+from ..driver.budget import Budget
+from ..driver.loop import Job, SearchLoop
+from ..driver.participants import Participants
+from ..driver.result import Result
+from ..driver.search_settings import SearchSettings
+from ..problems import Problem, final_answer
+from ..protocols import Policy, PolicyBase, Scorer, ScorerDefaults
+from ..rng import child_lineage
+from ..search import encode_all
+from ..strategies import BestOfN
+from ..tree import Node, Prompt, SearchTree
+from ..usage import Meter, Usage
+from ..values import VALUES
+from .plan import Plan, Unit
+from .samples import Cost, Judge, Judging, Sample, new_tokens, record_of, tokens_of
+
+Record = dict[str, Any]
+
+
+def evaluate(
+    problems: Sequence[Problem],
+    *,
+    policy: Policy,
+    scorers: Scorer | Sequence[Scorer] = (),
+    plan: Plan,
+    judge: Judge,
+    answer: str | Answer | None = None,
+    done: Mapping[int, Record] | None = None,
+    batch: int = 32,
+    on_result: Callable[[Unit, Result], object] | None = None,
+) -> Iterator[Record]:
+    """Answer problems by each strategy of a plan; a record is given out as soon as it is finished.
+
+    The samples of a problem under a seed are drawn once, at the largest budget, scored once by each scorer, and chosen
+    among by every strategy that votes, at every budget; sample k is what `search` with BestOfN draws as its k-th. Each
+    search of beam or lookahead draws its own steps, within the tokens of the samples it is compared with. Every draw is
+    a function of seed, prompt and place alone, so what `done` and `batch` say changes no record but its seconds.
+
+    Args:
+        problems: prompts and their right answers.
+        policy: samples; not to be used for anything else meanwhile.
+        scorers: the pairs to compare, of distinct names, over the same samples; none where no strategy needs one.
+        plan: see Plan.
+        judge: of a complete response's text and the right answer: the answer found, and whether it is right; see
+            problems.Judge. A response that was cut is wrong.
+        answer: finds what a response votes for: "boxed", "####", "number", a function of its text; None for the first
+            of "####", box and number that it has.
+        done: records of an earlier run with the same arguments, by their index.
+        batch: problems searched together.
+        on_result: is called with each search that ends, samples included, before its record is given out: for what a
+            record does not keep, such as the tree.
+
+    Yields:
+        Records, plain values: "index" is the place in `plan.units(len(problems), names)`, "kind", "problem" and "seed"
+        are that unit's. Seconds are wall time, of forwards that searches share in equal parts. `summarise` reads them.
+
+    Raises:
+        ValueError: a prompt is empty or too long (which one is said), scorers are missing or of one name; before
+            anything is sampled.
+        TypeError: policy or a scorer is none.
+    """
+    pairs = [scorers] if isinstance(scorers, Scorer) else list(scorers)
+    require("policy", policy, Policy)
+    for scorer in pairs:
+        require("scorers", scorer, Scorer)
+    names = [scorer.name for scorer in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"scorers are named {names}: each needs a name of its own (ImplicitPRM(..., name=...))")
+    if plan.ranked and not pairs:
+        raise ValueError(f"scorers is empty: {', '.join(plan.ranked)} need at least one")
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch={batch!r}: an integer >= 1 is needed")
+    given = [problem.prompt for problem in problems]
+    own = PolicyBase.of(policy)
+    prompts = encode_all(given, Participants(policy, own, None, None, None).encode)
+    for scorer in pairs:  # whose context may be shorter
+        encode_all(given, Participants(policy, own, scorer, None, None).encode)
+    extract = resolve_answer(answer) or final_answer
+    judgings = [Judging(judge, extract, problem.answer) for problem in problems]
+    run = _Run(prompts, judgings, policy, {scorer.name: scorer for scorer in pairs}, plan, batch, on_result)
+    return run.records(done or {})
+
+
+@dataclass
+class _Run:
+    prompts: Sequence[tuple[Prompt, int]]
+    judgings: Sequence[Judging]
+    policy: Policy
+    scorers: Mapping[str, Scorer]
+    plan: Plan
+    batch: int
+    on_result: Callable[[Unit, Result], object] | None = None
+
+    def records(self, done: Mapping[int, Record]) -> Iterator[Record]:
+        units = self.plan.units(len(self.prompts), list(self.scorers))
+        # What beam and lookahead may sample: (problem, seed, n) -> tokens.
+        tokens = {
+            (units[index].problem, units[index].seed, n): tokens_of(record, n)
+            for index, record in done.items()
+            if units[index].kind == "samples"
+            for n in self.plan.budgets
+        }
+        # Units of one strategy, seed and pair run together.
+        for (kind, _, cell), group in groupby(enumerate(units), _together):
+            jobs = [self._job(index, unit, tokens) for index, unit in group if index not in done]
+            scorer = None if cell is None or cell.pair is None else self.scorers[cell.pair]
+            for job, result in _searches(self.policy, scorer, jobs, self.batch):
+                unit, seconds = units[job.place], job.seconds
+                head = {"index": job.place, "kind": unit.kind, "problem": unit.problem, "seed": unit.seed}
+                if kind == "samples":
+                    record = self._samples(unit, result, seconds)
+                    for n in self.plan.budgets:
+                        tokens[unit.problem, unit.seed, n] = tokens_of(record, n)
+                else:
+                    record = self._search(unit, job, result, seconds)
+                if self.on_result is not None:
+                    self.on_result(unit, result)
+                yield head | record
+
+    def _job(self, index: int, unit: Unit, tokens: Mapping[tuple[int, int | None, int], int]) -> Job:
+        prompt, occurrence = self.prompts[unit.problem]
+        sampling, budget = self.plan.sampling(unit.seed or 0), Budget()
+        if unit.kind == "search" and unit.cell is not None:
+            strategy = self.plan.strategy(unit.cell)
+            if self.plan.capped:
+                budget = Budget(tokens=tokens[unit.problem, unit.seed, unit.cell.n])
+        else:
+            strategy = BestOfN(self.plan.most if unit.kind == "samples" else 1)
+        settings = SearchSettings.make(
+            strategy=strategy,
+            steps=sampling.steps,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=0.0 if unit.kind == "greedy" else sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            budget=budget,
+        )
+        return Job(prompt, settings, occurrence, index)
+
+    def _samples(self, unit: Unit, result: Result, seconds: float) -> Record:
+        tree, judging = result.tree, self.judgings[unit.problem]
+        by_lineage = {lineage: node for node in result.candidates for lineage in node.lineages}
+        root = tree.root
+        ends = [by_lineage[child_lineage(root.lineages[0], root.end, k)] for k in range(self.plan.most)]
+        costs = {name: _score(scorer, self.policy, tree, ends) for name, scorer in self.scorers.items()}
+        fresh = new_tokens([(node, len(node.token_ids)) for node in end.path()] for end in ends)
+        judged = {end: (text := end.path_text(), *judging(text, end.finish)) for end in dict.fromkeys(ends)}
+        values = {end: self._values(end) for end in judged}
+        samples = [
+            Sample(*judged[end], end.end, new, str(end.finish), values[end])
+            for end, new in zip(ends, fresh, strict=True)
+        ]
+        return record_of(samples, costs, self.plan, seconds=seconds, prompt_tokens=len(tree.prompt_ids))
+
+    def _values(self, end: Node) -> dict[str, dict[str, float]]:
+        found = {}
+        for name in self.scorers:
+            end.tree.primary = name
+            found[name] = {value: float(VALUES[value](end)) for value in self.plan.values}
+        return found
+
+    def _search(self, unit: Unit, job: Job, result: Result, seconds: float) -> Record:
+        node, usage = result.node, result.usage
+        answer, right = (None, False) if node is None else self.judgings[unit.problem](result.text, node.finish)
+        return {
+            **({"strategy": "greedy", "n": 1} if unit.cell is None else asdict(unit.cell)),
+            "answer": answer,
+            "right": right,
+            "response": result.text,
+            "finish": None if node is None else node.finish,
+            "stopped": result.stopped,
+            "search": repr(job.settings.strategy),
+            "budget_tokens": job.settings.budget.tokens,
+            "policy_tokens": sum(usage.sampled_tokens.values()),
+            "prm_tokens": usage.of_role("prm"),
+            "reference_tokens": usage.of_role("reference"),
             "rescored_tokens": usage.rescored_tokens,
             "rescored_cached_tokens": usage.rescored_cached_tokens,
             "seconds": seconds,

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..answers import Answer
-from ..driver.search_settings import SearchSettings
-from ..tree import Prompt, SearchTree
+from ..answers import Answer, Candidate, Select, elect
 from .plan import Cell, Plan
 
 #: Of a response's text and the reference answer: the answer found and whether it is right (problems.Judge).
 Judge = Callable[[str, str], tuple[str | None, bool]]
+HOW: dict[str, Select] = {"best_of_n": "best", "majority": "majority", "weighted": "weighted"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def choose(
 ) -> Sample:
     """The sample that a cell chooses among its first n.
 
-    Votes are counted by answers.select, complete responses before cut ones. A majority vote sees no rewards, so it
+    Votes are counted by answers.elect, complete responses before cut ones. A majority vote sees no rewards, so it
     breaks ties by draw order.
 
     Raises:
@@ -92,26 +91,20 @@ def choose(
     if len(samples) < cell.n:
         raise ValueError(f"{cell.title()} at {cell.n} needs as many samples, got {len(samples)}")
     among = samples[: cell.n]
-    tree = SearchTree(Prompt(token_ids=(0,)))
-    answers: dict[str, str | None] = {}
-    nodes = []
-    for sample in among:
-        node = tree.add(tree.root, (0,), text=sample.text, finish=sample.finish)
-        node.value = 0.0
-        if cell.pair is not None and cell.value is not None:
-            if cell.value not in sample.values.get(cell.pair, {}):
-                raise ValueError(f"{cell.title()}: the samples were not scored by {cell.pair!r} in that value")
-            node.value = sample.values[cell.pair][cell.value]
-        answers[sample.text] = sample.answer or answers.get(sample.text)
-        nodes.append(node)
-    how: Any = {"best_of_n": "best", "majority": "majority", "weighted": "weighted"}[cell.strategy]
+    rivals = [sample for sample in among if sample.finish == "stop"] or among
+    candidates = [Candidate(sample.answer, _value(sample, cell)) for sample in rivals]
+    how: Select = HOW[cell.strategy]
     weight: Any = cell.weight or "softmax"
-    settings = SearchSettings.make(
-        select=how, answer=answers.__getitem__, weight=weight, weight_temperature=weight_temperature
-    )
-    selection = settings.choose(nodes)
-    assert selection is not None  # n >= 1
-    return among[nodes.index(selection.node)]
+    return rivals[elect(candidates, how, weight=weight, temperature=weight_temperature).place]
+
+
+def _value(sample: Sample, cell: Cell) -> float:
+    """What a cell ranks or weighs a sample by; 0 for a majority vote, which then breaks ties by draw order."""
+    if cell.pair is None or cell.value is None:
+        return 0.0
+    if cell.value not in sample.values.get(cell.pair, {}):
+        raise ValueError(f"{cell.title()}: the samples were not scored by {cell.pair!r} in that value")
+    return sample.values[cell.pair][cell.value]
 
 
 def record_of(

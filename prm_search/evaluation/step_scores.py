@@ -11,7 +11,7 @@ import numpy as np
 
 from ..tree import Prompt
 from ..values import VALUES
-from .responses import chain
+from .responses import values_of
 
 if TYPE_CHECKING:
     from ..scorers.implicit.implicit_prm import ImplicitPRM
@@ -113,13 +113,12 @@ def _score(
             [solutions[place].prompt for place in places], [ids for ids, _ in cut], steps=[ends for _, ends in cut]
         )
         for place, scores in zip(places, found, strict=True):
-            nodes = chain(scores)
             yield {
                 "index": place,
                 "problem": first[_asked(solutions[place].prompt)],
                 "label": solutions[place].label,
                 "tokens": len(scores.token_ids),
-                "scores": {value: [float(f"{VALUES[value](node):.7g}") for node in nodes] for value in values},
+                "scores": {value: [float(f"{each:.7g}") for each in values_of(scores, value)] for value in values},
             }
 
 

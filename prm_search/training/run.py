@@ -260,7 +260,9 @@ def _run(
             trained, args, made, objective=recipe.objective, beta=recipe.scale, margin=recipe.margin, log=log,
             progress=told("training"),
         )  # fmt: skip
+        use_cache = getattr(lm.config, "use_cache", True)
         trainer.train(resume_from_checkpoint=last)
+        lm.config.use_cache = use_cache  # the Trainer switches it off, which the saved config would repeat
         trained.eval()
         metrics: dict[str, Any] = {
             "steps": trainer.state.global_step,
