@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList, StopStringCriteria
 
+from prm_search.checks import tokenizer as check_tokenizer
 from prm_search.driver.result import Result
 from prm_search.engine.adapters import unwrap
 from prm_search.engine.language_model import LanguageModel
@@ -123,8 +124,7 @@ def enable(model: Any, tokenizer: Any) -> None:
     """
     inner = _generating(model)
     check_model(inner)
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):
-        raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+    check_tokenizer("tokenizer", tokenizer)
     disable(inner)
     inner.generate = partial(_generate, inner, prm_enabled=_Enabled(tokenizer, inner.__dict__.get("generate")))
 

@@ -76,6 +76,12 @@ def token_set(name: str, given: object, vocab: int) -> frozenset[int]:
     return frozenset(map(index, ids))
 
 
+def tokenizer(name: str, given: object) -> None:
+    """Check a tokenizer by what is called of it. Raises TypeError."""
+    if not (callable(given) and hasattr(given, "convert_ids_to_tokens")):
+        raise TypeError(f"{name} must be a transformers tokenizer, got {type(given).__name__}")
+
+
 class HoldsModels:
     """Base of objects that hold models: they are not pickled and not deep-copied, and say so by their name.
 
@@ -126,5 +132,5 @@ def shown(given: object) -> str:
     try:
         text = repr(given)
     except ValueError:  # an integer of more digits than Python writes
-        text = f"an integer of about {int(given).bit_length() * 3 // 10} digits" if isinstance(given, int) else "?"
+        text = f"an integer of about {int(given.bit_length() * 0.30103) + 1} digits" if isinstance(given, int) else "?"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -18,7 +18,10 @@ from benches import TOKENIZER, Bench
 from hf_models import STEPS, VOCAB, llama, near
 
 import prm_search as ps
+from prm_search.engine.language_model import LanguageModel
 from prm_search.sampling import Sampling
+from prm_search.serving.config import ServeConfig
+from prm_search.training.recipe import Recipe
 
 _shared, bench, _ = benches.FIXTURES
 NAN, INF = math.nan, math.inf
@@ -133,6 +136,43 @@ MADE: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: ps.HFPolicy(llama().train(), TOKENIZER), ValueError, r"in training mode.*call \.eval\(\)"),
     (lambda: ps.ImplicitPRM(llama(), llama(1), beta=NAN), ValueError, "beta=nan: a finite number > 0"),
     (lambda: ps.ImplicitPRM(llama(), llama(1), beta=0), ValueError, "beta=0: a finite number > 0"),
+    (lambda: ps.ImplicitPRM(llama(), llama(1), beta=1e39), ValueError, r"beta=1e\+39: a finite number > 0.* 1e30"),
+    (lambda: ps.ImplicitPRM(llama(), llama(1), beta=1e-50), ValueError, "beta=1e-50: a finite number > 0.* 1e-30"),
+    (lambda: ps.ImplicitPRM(llama(), llama(1), beta=10**400), ValueError, r"beta=10+\.\.\.: a finite number > 0"),
+    (lambda: ps.ImplicitPRM(llama(), llama(1), beta=10**5000), ValueError, "beta=an integer of about 5001 digits"),
+    (lambda: ps.ImplicitPRM.from_pretrained("nowhere", beta=10**400), ValueError, "beta=10"),
+    (lambda: Recipe(beta=1e39), ValueError, r"beta=1e\+39: a finite number > 0"),
+    (lambda: Recipe(beta=10**400), ValueError, "beta=10"),
+    (lambda: Recipe(learning_rate=10**400), ValueError, "learning_rate=10"),
+    (lambda: ServeConfig(pair="demo", beta=1e-50), ValueError, "beta=1e-50: a finite number > 0"),
+    (lambda: ServeConfig(pair="demo", beta="1"), TypeError, "beta='1': a finite number > 0"),  # type: ignore[arg-type]
+    (
+        lambda: ps.ImplicitPRM(llama(), llama(1), tokenizer=5),
+        TypeError,
+        "tokenizer must be .*, got int",
+    ),
+    (lambda: ps.ImplicitPRM(llama(), llama(1), tokenizer="gpt2"), TypeError, "tokenizer must be .*, got str"),
+    (lambda: ps.ImplicitPRM(llama(), llama(1), eos_token_id="</s>"), TypeError, "eos_token_id='</s>': a token id >= 0"),
+    (lambda: ps.ImplicitPRM(llama(), llama(1), eos_token_id=1.5), ValueError, "eos_token_id=1.5: a token id >= 0"),
+    (lambda: ps.ImplicitPRM(llama(), llama(1), eos_token_id=-1), ValueError, "eos_token_id=-1: a token id >= 0"),
+    (
+        lambda: ps.ImplicitPRM(llama(), llama(1), eos_token_id=10**6),
+        ValueError,
+        "eos_token_id=1000000: the mod",
+    ),
+    (lambda: ps.ImplicitPRM(llama(), llama(1), capacity=0.5), ValueError, "capacity=0.5: a number of tokens >= 1"),
+    (lambda: ps.ImplicitPRM(LanguageModel.of(llama()), llama(1), capacity="x"), TypeError, "capacity='x': a number of"),
+    (lambda: ps.ImplicitPRM(llama(), llama(1), name=5), TypeError, "name=5: a non-empty string"),  # type: ignore[arg-type]
+    (lambda: ps.ImplicitPRM(5, llama(1)), TypeError, "model: a causal LM .* is needed, got int"),
+    (lambda: ps.ImplicitPRM(llama(), 5), TypeError, "reference: a causal LM .* is needed, got int"),
+    (lambda: ps.ImplicitPRM(llama(), llama(1)).score_nodes([1]), TypeError, r"nodes\[0\] must be a Node .*, got int"),  # type: ignore[list-item]
+    (
+        lambda: ps.ImplicitPRM(llama(), llama(1)).score_nodes(ps.SearchTree("a").root),
+        TypeError,
+        "nodes must be a li",
+    ),  # type: ignore[arg-type]
+    (lambda: ps.ConstantReference("x"), TypeError, "logprob='x': a log-probability"),  # type: ignore[arg-type]
+    (lambda: ps.ConstantReference(-1e39), ValueError, r"logprob=-1e\+39: a log-probability is needed"),
     (lambda: ps.ImplicitPRM(llama()), ValueError, "reference is missing: pass the model that the PRM was initialised"),
     (lambda: ps.ImplicitPRM(llama(), "nonsense"), ValueError, "reference='nonsense': a model or 'policy' is needed"),
     (lambda: ps.ImplicitPRM("nonsense", llama()), TypeError, "model='nonsense': a model is needed"),
@@ -235,12 +275,42 @@ def test_a_tree_by_hand(bench: Bench) -> None:
         ((["a"], [[5, 6]], {"logprobs": [[-1.0]]}), ValueError, r"logprobs\[0\] has shape \(1,\) for .* 2 tokens"),
         ((["a"], [[5, 6]], {"logprobs": [[NAN, -1.0]]}), ValueError, r"logprobs\[0\] holds NaN"),
         ((["a"], ["b"], {"batch_tokens": 0}), ValueError, "batch_tokens=0: at least 1"),
+        ((["a"], ["b"], {"batch_tokens": NAN}), ValueError, "batch_tokens=nan: at least 1"),
+        ((["a"], ["b"], {"batch_tokens": 2.0}), ValueError, "batch_tokens=2.0: at least 1 token, a whole number"),
+        ((["a"], ["b"], {"batch_tokens": "9"}), TypeError, "batch_tokens='9': at least 1"),
+        (
+            (["a"], [[5, 6]], {"logprobs": [[0.5, -1.0]]}),
+            ValueError,
+            r"logprobs\[0\]\[0\]=0.5: a log-probability is",
+        ),
+        (
+            (["a"], [[5, 6]], {"logprobs": [[-1.0, float("-inf")]]}),
+            ValueError,
+            r"logprobs\[0\]\[1\]=-inf: .*finite and",
+        ),
+        ((["a"], [[5, 6]], {"logprobs": [[-1e39, -1.0]]}), ValueError, r"logprobs\[0\]\[0\]=-inf: .*finite and <= 0"),
+        ((["a"], [[5, 6]], {"logprobs": [["x", -1.0]]}), TypeError, r"logprobs\[0\] must be numbers, one a token"),
+        ((["a"], [[5, 6]], {"logprobs": [None]}), ValueError, r"logprobs\[0\] has shape \(\) for"),
+        ((["a"], [[5, 6]], {"steps": [[1.5, 2]]}), TypeError, r"steps\[0\]=\[1.5, 2\]: a list of integers is needed"),
+        ((["a"], [[5, 6]], {"steps": [[True, 2]]}), TypeError, r"steps\[0\]=\[True, 2\]: a list of integers"),
+        ((["a"], [[5, 6]], {"steps": [2]}), TypeError, r"steps\[0\]=2: a list of integers"),
+        ((["a"], ["b"], {"append_eos": ["no"]}), TypeError, r"append_eos\[0\]='no': True or False is needed"),
+        ((["a"], ["b"], {"append_eos": [0]}), TypeError, r"append_eos\[0\]=0: True or False is needed"),
+        ((["a"], ["b"], {"append_eos": "yes"}), TypeError, "append_eos must be a list"),
+        ((["a"], ["b"], {"append_eos": 1}), TypeError, "append_eos must be a list"),
     ],
 )
 def test_score(bench: Bench, given: tuple[Any, Any, dict[str, Any]], error: type[Exception], message: str) -> None:
     prompts, responses, options = given
     with pytest.raises(error, match=message):
         bench.pair.score(prompts, responses, **options)
+
+
+def test_a_model_of_one_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="has a vocabulary of 1 token: at least 2 are needed"):
+        ps.ImplicitPRM(pairs.llama(1, vocab=1), pairs.llama(2, vocab=1))
+    with pytest.raises(ValueError, match="has a vocabulary of 1 token"):
+        ps.HFPolicy(pairs.llama(1, vocab=1), TOKENIZER)
 
 
 def test_a_pair_without_a_tokenizer_scores_ids_of_a_policy_only(bench: Bench) -> None:

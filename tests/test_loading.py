@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from prm_search import BestOfN, HFPolicy, ImplicitPRM, StepRule, search
 from prm_search.demo import pair_dir
 from prm_search.engine.language_model import LanguageModel
+from prm_search.integrations.vllm.steering_config import SteeringConfig
 from prm_search.models.loading import load
-from prm_search.scorers.implicit.card import read_card
+from prm_search.scorers.implicit.card import card_delimiter, read_card
 from prm_search.scorers.implicit.implicit_prm import ConstantReference
+from prm_search.serving.config import ServeConfig
 
 PROMPT, TEXT = "What is the sum of seven and eight?", "It is fifteen."
 RULE = StepRule(max_tokens=6)
@@ -267,7 +269,8 @@ def test_cards_resolve_their_names(folders, copied):
     write_card(root, model="prm", reference=str(folders / "base"))
     assert ImplicitPRM.from_pretrained(root).reference is load(folders / "base").lm
     write_card(root, model="prm", reference="policy")
-    assert ImplicitPRM.from_pretrained(root).models["reference"] == "policy"
+    with pytest.warns(UserWarning, match=r"names the reference 'policy', and no such folder .* by './policy'"):
+        assert ImplicitPRM.from_pretrained(root).models["reference"] == "policy"
     write_card(root / "prm", reference="../base", beta=1)  # a card beside the weights
     check(ImplicitPRM.from_pretrained(root / "prm"), llama(2), llama(1), 1.0)
     lora = copied("lora")
@@ -293,6 +296,73 @@ def test_bad_cards_are_named(tmp_path, card, message):
     (tmp_path / "pair.json").write_text(card)
     with pytest.raises(ValueError, match=rf"pair.json.*{message}"):
         ImplicitPRM.from_pretrained(tmp_path)
+
+
+def test_a_card_whose_reference_folder_is_lost_is_no_pair(folders, copied):
+    """Never the policy of whatever search comes: a folder and the keyword are written in two ways."""
+    root = copied("prm").parent
+    lost = copied("base").rename(root / "policy")
+    write_card(root, model="prm", reference="./policy")
+    check(ImplicitPRM.from_pretrained(root), llama(2), llama(1), 0.05)
+    shutil.rmtree(lost)
+    with pytest.raises(
+        ValueError, match=r"reference='./policy' of '.*pair.json' is a folder beside the card, and it is not"
+    ):
+        ImplicitPRM.from_pretrained(root)
+    assert ImplicitPRM.from_pretrained(root, folders / "base").reference is load(folders / "base").lm
+    write_card(root / "prm", reference="../base")
+    with pytest.raises(ValueError, match=r"reference='\.\./base'"):
+        ImplicitPRM.from_pretrained(root / "prm")
+
+
+@pytest.mark.parametrize("beta", [1e39, 1e-50, 10**400, True, None, "0.1"])
+def test_a_cards_beta_is_a_number_that_fp32_can_carry(copied, beta):
+    root = write_card(copied("prm"), reference="../base", beta=beta)
+    with pytest.raises(ValueError, match=r"pair.json': beta=.*: a finite number > 0"):
+        ImplicitPRM.from_pretrained(root)
+
+
+@pytest.fixture
+def hub(monkeypatch, copied):
+    """Folders as a hub has them, under org/: what was fetched before, and no network."""
+    root = copied("prm").parent
+    copied("base").rename(root / "policy")
+
+    def cached_file(repo, name, subfolder="", **options):
+        path = root / repo.removeprefix("org/") / subfolder / name
+        return str(path) if path.is_file() else None
+
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    return root
+
+
+def test_a_pair_on_the_hub_has_its_cards_delimiter(hub):
+    write_card(hub / "prm", reference="./policy", delimiter=";")
+    assert card_delimiter("org/prm") == ";"
+    assert card_delimiter("org/none") is card_delimiter(hub / "policy") is card_delimiter(hub / "nowhere") is None
+    with pytest.raises(ValueError, match=r"reference='./policy' of 'org/prm/pair.json' is a folder beside the card"):
+        ImplicitPRM.from_pretrained("org/prm")
+    write_card(hub / "prm", delimiter=5)
+    with pytest.raises(ValueError, match="delimiter=5 is not str"):
+        card_delimiter("org/prm")
+
+
+def test_a_server_is_configured_by_the_card_of_its_pair(hub):
+    write_card(hub / "prm", delimiter=";")
+    for section in ({"pair": "org/prm"}, {"prm": "org/prm"}, {"pair": str(hub / "prm"), "steps": {"max_tokens": 9}}):
+        config = ServeConfig.of(section)
+        assert config.steps.delimiter == ";"
+        assert config.steps.max_tokens == section.get("steps", {}).get("max_tokens", StepRule().max_tokens)
+        assert ServeConfig.find({"PRM_SEARCH_SERVE": config.json()}, None) == config
+    assert ServeConfig.of({"pair": "org/prm", "steps": {"delimiter": "\n"}}).steps.delimiter == "\n"
+    assert ServeConfig.of({"pair": "org/prm", "steps": {"delimiter": None, "regex": "x"}}).steps.delimiter is None
+    assert ServeConfig.of({"pair": "org/none"}).steps == StepRule()
+    assert ServeConfig.of({"pair": "demo"}).steps.delimiter == ";"
+    assert ServeConfig.of({"prm": "http://127.0.0.1:1", "reference": "policy"}).steps == StepRule()
+
+    steering = {"model": "org/prm", "reference": "policy", "report": "r.jsonl"}
+    assert SteeringConfig.of({"prm_search": steering}).steps.delimiter == ";"
+    assert SteeringConfig.of({"prm_search": steering | {"steps": {"delimiter": "."}}}).steps.delimiter == "."
 
 
 # --- what cannot be loaded -----------------------------------------------------------------------------------------

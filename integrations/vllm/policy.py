@@ -9,7 +9,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from prm_search.checks import HoldsModels, flag, function, strength, token_set
+from prm_search.checks import HoldsModels, flag, function, strength, token_set, tokenizer as check_tokenizer
 from prm_search.integrations.vllm.drawing import Drawing, EngineRow
 from prm_search.integrations.vllm.engines import (
     PROCESSOR,
@@ -35,8 +35,7 @@ class _Base(HoldsModels):
         self, engine: Any, tokenizer: Any, stop_ids: Iterable[int] | None, stop: Stop | None, seeds: bool | None
     ) -> None:
         self.tokenizer = engine.get_tokenizer() if tokenizer is None else tokenizer
-        if not hasattr(self.tokenizer, "convert_ids_to_tokens"):
-            raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(self.tokenizer).__name__}")
+        check_tokenizer("tokenizer", self.tokenizer)
         self.facts = EngineFacts.of(engine)
         self.facts.need_raw_logprobs()
         if seeds is not None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from prm_search.checks import integer, number, strength
+from prm_search.checks import beta, integer, number, strength
 from prm_search.steps import StepRule
 
 SECTION = "prm_search"
@@ -35,7 +35,8 @@ class SteeringConfig:
         capacity: tokens of KV that each of its models holds; None: see `default_capacity`.
         trust_remote_code: as in transformers.
         report: file that the rewards of requests with prm_report are appended to, a JSON object a line.
-        steps: where the report's steps end: the StepRule.
+        steps: where the report's steps end: the StepRule; the delimiter is the pair card's where neither it nor a regex
+            is given.
 
     Raises:
         ValueError: an unknown key, or a value that makes no sense; the key is named.
@@ -74,6 +75,8 @@ class SteeringConfig:
             steps = _step_rule(given.get("steps"))
             made = cls(**{**given, "steps": steps})
             made._check()
+            if made.report is not None and not {"delimiter", "regex"} & set(given.get("steps") or ()):
+                made = made._with_card()
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
         return made
@@ -84,7 +87,7 @@ class SteeringConfig:
             if (value is not None or name == "model") and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}={value!r}: a non-empty string is needed")
         if self.beta is not None:
-            number("beta", self.beta, "a finite number > 0", lambda value: 0 < value < math.inf)
+            beta("beta", self.beta)
         if self.capacity is not None:
             integer("capacity", self.capacity, 1, "a number of tokens >= 1")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -93,6 +96,13 @@ class SteeringConfig:
             raise ValueError(f"trust_remote_code={self.trust_remote_code!r}: true or false is needed")
         if self.model == "policy" and self.reference in (None, "policy"):
             raise ValueError(f'reference={self.reference!r}: with model="policy" the reference must be named')
+
+    def _with_card(self) -> SteeringConfig:
+        """The same with a report whose steps end as the pair's card says, if it has one that does."""
+        from prm_search.scorers.implicit.card import card_delimiter
+
+        delimiter = None if self.model == "policy" else card_delimiter(self.model)
+        return self if delimiter is None else replace(self, steps=replace(self.steps, delimiter=delimiter))
 
     @property
     def follows_policy(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -142,18 +141,14 @@ def make_budget(tokens: int | None, nodes: int | None, depth: int | None, second
 
 
 def card_delimiter(pair: str | None) -> str | None:
-    """The delimiter that the card of a pair on this machine names; None without one. Raises BadInput for a bad card."""
-    if pair is None:
-        return None
-    path = (shipped() if pair == DEMO else Path(pair)) / "pair.json"
-    if not path.is_file():
-        return None
+    """The delimiter that the card of a pair names, in a folder or on the hub; None without one. Raises BadInput for a
+    bad card."""
+    from ..scorers.implicit.card import card_delimiter as read
+
     try:
-        card = parse_json(path.read_bytes(), str(path))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--pair {pair}: its card {path} cannot be read: {error}") from error
-    found = card.get("delimiter") if isinstance(card, dict) else None
-    return found if isinstance(found, str) and found else None
+        return None if pair is None else read(shipped() if pair == DEMO else pair)
+    except ValueError as error:
+        raise BadInput(f"--pair {pair}: its card cannot be read: {error}") from error
 
 
 def unescape(text: str) -> str:

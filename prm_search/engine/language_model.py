@@ -78,7 +78,7 @@ class LanguageModel(Encoder):
         Raises:
             TypeError: not a causal LM of transformers.
             ValueError: the model is not served exactly (see admission); its adapters leave open what is meant (see
-                adapters); or capacity differs from the one in use, or is below 1.
+                adapters); capacity differs from the one in use, or is below 1; or there are fewer than 2 tokens.
         """
         if capacity is not None:
             integer("capacity", capacity, 1, "a number of tokens >= 1, or None,")
@@ -96,6 +96,8 @@ class LanguageModel(Encoder):
             if found is None:
                 width = admission.check(base, state, cls)
                 found = cls(base, state, capacity=capacity or default_capacity(adapters.device_of(base), width))
+                if found.head.vocab < 2:
+                    raise ValueError(f"{found.id} has a vocabulary of {found.head.vocab} token: at least 2 are needed")
                 known[state] = weakref.ref(found)
             elif capacity is not None and capacity != found.tree.capacity:
                 raise ValueError(

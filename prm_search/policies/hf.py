@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from ..checks import HoldsModels, function, integer, strength, token_set
+from ..checks import HoldsModels, function, integer, strength, token_set, tokenizer as check_tokenizer
 from ..engine.adapters import AUTO
 from ..engine.decoder import Decoder
 from ..engine.decoding_row import DecodingRow
@@ -64,8 +64,7 @@ class HFPolicy(HoldsModels, PolicyBase):
             raise TypeError(f"sampler must be a Sampler or None, got {type(sampler).__name__}")
         if stop is not None:
             function("stop", stop, "a function of rows, or None,")
-        if not hasattr(tokenizer, "convert_ids_to_tokens"):
-            raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+        check_tokenizer("tokenizer", tokenizer)
         self.lm = LanguageModel.of(model, adapter=adapter, capacity=capacity)
         self.tokenizer = tokenizer
         self.token_text = TokenText(tokenizer)

@@ -32,13 +32,17 @@ class ScorerBase(ScorerDefaults):
         eos_token_id: the end of a response given as text; None: the tokenizer's.
 
     Raises:
-        TypeError, ValueError: name is not a non-empty string.
+        TypeError, ValueError: name is not a non-empty string, tokenizer is none, or eos_token_id no token id.
     """
 
     kind: ClassVar[str] = "scorer"  # what messages call it
 
     def __init__(self, name: str, tokenizer: Any = None, eos_token_id: int | None = None) -> None:
         checks.non_empty("name", name)
+        if tokenizer is not None:
+            checks.tokenizer("tokenizer", tokenizer)
+        if eos_token_id is not None:
+            checks.integer("eos_token_id", eos_token_id, 0, "a token id >= 0, or None,")
         self.name = name
         self.tokenizer = tokenizer
         self._eos = eos_token_id
@@ -84,8 +88,12 @@ class ScorerBase(ScorerDefaults):
 
     def unscored(self, nodes: Sequence[Node]) -> list[Node]:
         """The nodes and ancestors of theirs that it has not scored, each once, parents first."""
+        if isinstance(nodes, Node):
+            raise TypeError("nodes must be a list of Nodes, got one Node: wrap it in a list")
         todo: dict[Node, None] = {}
-        for node in nodes:
+        for place, node in enumerate(nodes):
+            if not isinstance(node, Node):
+                raise TypeError(f"nodes[{place}] must be a Node of a SearchTree, got {type(node).__name__}")
             for part in node.path():
                 if not part.scored_by(self.name):
                     todo.setdefault(part)

@@ -201,7 +201,8 @@ ROUNDING = 1e-5  # nats: by so much a log-softmax in fp32 may lie above 0
 def _logprobs(place: int, given: Any, tokens: int) -> np.ndarray:
     name = f"logprobs[{place}]"
     try:
-        known = np.asarray(given, np.float32)
+        with np.errstate(over="ignore"):
+            known = np.asarray(given, np.float32)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be numbers, one a token, got {given!r:.80}") from error
     if known.shape != (tokens,):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..checks import beta
+from ..models.placement import DEMO, shipped
 from ..steps import StepRule
 from .request import Limits
 
@@ -24,7 +26,8 @@ class ServeConfig:
             servers, "http://127.0.0.1:8001" or with a model's name "http://127.0.0.1:8001#name".
         beta: of the rewards; None for the card's, else 0.05.
         device, dtype: of the pair.
-        steps: the StepRule of requests that give none.
+        steps: the StepRule of requests that give none; `of` ends its steps as the pair's card says where it names
+            neither a delimiter nor a regex.
         limits: see Limits.
     """
 
@@ -42,6 +45,8 @@ class ServeConfig:
             raise ValueError("one of pair and prm is needed")
         if self.pair is not None and self.reference is not None:
             raise ValueError(f"reference={self.reference!r}: the pair names both models; reference is for prm")
+        if self.beta is not None:
+            beta("beta", self.beta)
 
     @classmethod
     def of(cls, given: Any) -> ServeConfig:
@@ -51,9 +56,18 @@ class ServeConfig:
             ValueError: a key is unknown, or a value makes no sense; which is said.
         """
         try:
-            return _make(cls, given, "", steps=StepRule, limits=Limits)
+            made: ServeConfig = _make(cls, given, "", steps=StepRule, limits=Limits)
+            return made if {"delimiter", "regex"} & set(given.get("steps", ())) else made._with_card()
         except TypeError as error:
             raise ValueError(str(error)) from error
+
+    def _with_card(self) -> ServeConfig:
+        """The same with steps that end as the pair's card says, if it has one that does."""
+        from ..scorers.implicit.card import card_delimiter
+
+        name = self.prm if self.pair is None else shipped() if self.pair == DEMO else self.pair
+        delimiter = None if str(name).startswith(("http://", "https://")) else card_delimiter(str(name))
+        return self if delimiter is None else replace(self, steps=replace(self.steps, delimiter=delimiter))
 
     @classmethod
     def find(cls, environment: Mapping[str, str], additional_config: Any) -> ServeConfig:

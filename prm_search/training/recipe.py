@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .. import checks
+
 OBJECTIVES = ("ce", "dpo", "kto", "nca", "ipvrm")
 BETA = 0.05  # what the released pairs were trained with, and what a pair without a card is scored with
 IPVRM_BETA = 10.0  # of its paper: a prefix's value is divided by its length
@@ -70,11 +72,12 @@ class Recipe:
             raise ValueError(f"balanced={self.balanced!r}: only the objectives ce and kto have balanced forms")
         if self.margin and self.objective != "ipvrm":
             raise ValueError(f"margin={self.margin!r}: only objective='ipvrm' has a margin")
+        if self.beta is not None:
+            checks.beta("beta", self.beta)
         for name in ("beta", "learning_rate", "epochs"):
             given = getattr(self, name)
-            if given is not None and not 0 < given < float("inf"):
-                raise ValueError(f"{name}={given!r}: a finite number > 0 is needed")
             if given is not None:
+                checks.number(name, given, "a finite number > 0", lambda value: 0 < value < float("inf"))
                 object.__setattr__(self, name, float(given))  # 3 and 3.0 are one recipe
         for name in ("lora", "batch", "micro_batch", "max_length", "problems", "per_problem", "save_steps"):
             given = getattr(self, name)

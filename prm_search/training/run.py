@@ -342,7 +342,10 @@ def _finish(
 
     reference: str | None = None  # an adapter's base
     if recipe.lora is None:
-        reference = os.path.relpath(os.path.realpath(source.path), folder.resolve()) if source.local else source.path
+        reference = source.path
+        if source.local:  # a folder begins with a dot: "policy" alone is the policy of a search
+            reference = os.path.relpath(os.path.realpath(source.path), folder.resolve())
+            reference = reference if reference.startswith(".") else os.path.join(".", reference)
     main = metrics.pop("process") == 0
     card: dict[str, Any] = {
         "format": CARD_FORMAT,

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ...checks import number
 from ...private_tokenizer import private_tokenizer
 
 if TYPE_CHECKING:
@@ -110,8 +111,7 @@ def eurus_score(
     """
     if len(queries) != len(responses):
         raise ValueError(f"queries has {len(queries)} entries and responses {len(responses)}")
-    if not np.isfinite(coefficient):
-        raise ValueError(f"coefficient={coefficient!r}: a finite number is needed")
+    number("coefficient", coefficient, "a finite number that fp32 scores can carry", lambda value: abs(value) <= 1e30)
     tokenizer = private_tokenizer(pair.need_tokenizer())
     cut = [format_steps(r) if isinstance(r, str) else list(r) for r in responses]
     for place, steps in enumerate(cut):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ...checks import number
+from ...checks import integer, number
 from ...engine.adapters import AUTO
 from ...engine.language_model import LanguageModel
 from ...engine.node_logprobs import logprobs_under
@@ -125,7 +125,9 @@ class ImplicitPRM(Pair):
             )
         own = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         super().__init__(beta=beta, name=name, tokenizer=own, eos_token_id=eos_token_id)
-        self.prm: LanguageModel = _language_model(model, adapter, capacity)
+        if capacity is not None:
+            integer("capacity", capacity, 1, "a number of tokens >= 1, or None,")
+        self.prm: LanguageModel = _language_model("model", model, adapter, capacity)
         self._reference: LanguageModel | None = None
         self._reader: PathReader | None = None  # None: the policy's tokens serve
         self._readers: dict[Hashable, PathReader | None] = {}  # by the id of each policy met so far
@@ -151,8 +153,10 @@ class ImplicitPRM(Pair):
                 raise ValueError("reference has another vocabulary than the model: a pair needs one vocabulary")
             # The module that the PRM's adapter was put into, passed by itself, means its own weights.
             bare = None if reference is self.prm.module else AUTO
-            self._reference = _language_model(reference, bare, capacity)
+            self._reference = _language_model("reference", reference, bare, capacity)
             self._warn_if_same(self._reference)
+        if eos_token_id is not None and eos_token_id >= self.vocab:
+            raise ValueError(f"eos_token_id={eos_token_id}: the models have the tokens 0 to {self.vocab - 1}")
 
     @classmethod
     def from_pretrained(
@@ -345,5 +349,8 @@ def _model_of(given: Any) -> LanguageModel | None:
     return lm if isinstance(lm, LanguageModel) else None
 
 
-def _language_model(given: Any, adapter: str | None, capacity: int | None) -> LanguageModel:
-    return _model_of(given) or LanguageModel.of(given, adapter=adapter, capacity=capacity)
+def _language_model(name: str, given: Any, adapter: str | None, capacity: int | None) -> LanguageModel:
+    try:
+        return _model_of(given) or LanguageModel.of(given, adapter=adapter, capacity=capacity)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
