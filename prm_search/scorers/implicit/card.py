@@ -117,7 +117,9 @@ def read_card(path: str | PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{os.fspath(path)!r} is no JSON: {error}") from error
     if not isinstance(card, dict):
         raise ValueError(f"{os.fspath(path)!r} must hold a JSON object, got {type(card).__name__}")
-    defaults = {"format": CARD_FORMAT, "model": ".", "reference": None, "beta": BETA, "delimiter": None}
+    defaults: dict[str, Any] = {
+        "format": CARD_FORMAT, "model": ".", "reference": None, "beta": BETA, "delimiter": None,
+    }  # fmt: skip
     card = defaults | card
     kinds: dict[str, tuple[type, ...]] = {
         "format": (int,), "model": (str,), "reference": (str, type(None)), "delimiter": (str, type(None)),
