@@ -18,6 +18,7 @@ import numpy as np
 
 from .sampling import Request
 from .steps import StepMatcher
+from .stop_strings import StopMatcher
 from .tree import Node
 
 
@@ -44,21 +45,23 @@ class Segment:
     logprobs: list[float] = field(default_factory=list)
     text: str | bytes = ""
     finish: str = "step"
+    hidden: int = 0
 
 
 @dataclass(eq=False)
 class Draw:
     """One child while it is drawn. It decides where its steps and its response end; engines bring the tokens.
 
-    The order of its decisions: an unsure token ends the step before it; a token of `stop_ids`, or a stop condition of
-    the engine, ends the response; so does the child's cap; then the StepRule may end the step. Make it with `of`;
-    engines derive from it and add what they need (with defaults).
+    The order of its decisions: an unsure token ends the step before it; a token of `stop_ids`, one that completes a
+    stop string, or a stop condition of the engine, ends the response; so does the child's cap; then the StepRule may
+    end the step. Make it with `of`; engines derive from it and add what they need (with defaults).
 
     Attributes:
         request, index: the child's place in what was asked for.
         tokens: the policy's vocabulary.
         stop_ids: tokens that end a response.
         matcher: where its steps end.
+        stops: finds the sampling's stop strings; None where there are none.
         left: tokens it may still draw.
         chain: the steps drawn, the last one under way; closed where `fresh`.
         fresh: the next token starts a new step.
@@ -71,6 +74,7 @@ class Draw:
     tokens: Tokens
     stop_ids: frozenset[int]
     matcher: StepMatcher
+    stops: StopMatcher | None
     left: int
     chain: list[Segment] = field(default_factory=list)
     fresh: bool = True
@@ -80,8 +84,13 @@ class Draw:
     @classmethod
     def of(cls, request: Request, tokens: Tokens, stop_ids: frozenset[int]) -> list[Self]:
         """Begin the children of a request."""
-        matcher = request.sampling.steps.matcher(tokens.piece, request.node)
-        return [cls(request, i, tokens, stop_ids, matcher.copy(), cap) for i, cap in enumerate(request.caps)]
+        node, sampling = request.node, request.sampling
+        matcher = sampling.steps.matcher(tokens.piece, node)
+        stops = StopMatcher(sampling.stop, tokens.text_bytes(node.path_ids())) if sampling.stop else None
+        return [
+            cls(request, i, tokens, stop_ids, matcher.copy(), None if stops is None else stops.copy(), cap)
+            for i, cap in enumerate(request.caps)
+        ]
 
     @property
     def lineage(self) -> int:
@@ -145,7 +154,8 @@ class Draw:
         segment = self.chain[-1]
         token = segment.token_ids[-1]
         step = self.matcher.feed(token)
-        if stop or token in self.stop_ids:
+        match = None if self.stops is None else self.stops.feed(self.tokens.text_bytes([token]))
+        if stop or match is not None or token in self.stop_ids:
             segment.finish, self.done = "stop", True
         elif self.left == 0:
             segment.finish, self.done = self.request.cap_reasons[self.index], True
@@ -153,6 +163,10 @@ class Draw:
             segment.finish, self.done = "step", self.request.until == "step"
         if self.done or step:
             self._close()
+        if match is not None:
+            written = self.tokens.text_bytes(segment.token_ids)
+            segment.text = written[: len(written) - match.behind]
+            segment.hidden = 0 if self.request.sampling.include_stop_str else match.length
 
     def interrupt(self, finish: str = "budget") -> None:
         """End the child now, the step under way as it is. A child that has drawn nothing makes no node."""
@@ -222,6 +236,7 @@ def commit(request: Request, chains: Sequence[Sequence[Segment]], sampler: Hasha
                     lineage=lineage,
                     rollout=request.rollout,
                 )
+                node.hidden = segment.hidden
             nodes.append(node)
         for inner in nodes[:-1]:  # the chain went on from here in its own lineage: child 0 is drawn
             inner.drawn = 1

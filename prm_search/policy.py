@@ -67,6 +67,8 @@ class _PolicyFacts(ABC):
         forward_calls: forwards run so far; None to count the calls of advance (of run, where it is asynchronous).
         alpha: strength with which every token is steered; None where it is not.
         tokenizer: its transformers tokenizer; None where it has none.
+        takes_stop: whether responses end at Sampling.stop, as all do that are drawn by drawing.Draw. A search with stop
+            strings is refused where they do not.
     """
 
     if TYPE_CHECKING:  # read-only to a type checker: a derived class may compute them, or set them as attributes
@@ -82,6 +84,7 @@ class _PolicyFacts(ABC):
 
     alpha: float | None = None
     tokenizer: Any = None
+    takes_stop: bool = False
 
     @abstractmethod
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -162,6 +165,7 @@ class _Completed(PolicyBase):
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.alpha, self.tokenizer = getattr(policy, "alpha", None), getattr(policy, "tokenizer", None)
+        self.takes_stop = getattr(policy, "takes_stop", False)
 
     @property
     def id(self) -> Hashable:
@@ -290,6 +294,7 @@ class _CompletedAsync(AsyncPolicyBase):
     def __init__(self, policy: AsyncPolicy) -> None:
         self._policy = policy
         self.alpha, self.tokenizer = getattr(policy, "alpha", None), getattr(policy, "tokenizer", None)
+        self.takes_stop = getattr(policy, "takes_stop", False)
 
     @property
     def id(self) -> Hashable:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import integer, number
+from .checks import flag, integer, number
 from .rng import child_lineage
 from .steps import StepRule
+from .stop_strings import stop_strings
 from .tree import Node
 
 
@@ -24,10 +25,13 @@ class Sampling:
         min_p: in [0, 1]; 0 keeps all.
         max_new_tokens: response tokens of a path, all steps together.
         seed: 64-bit seed of every draw.
+        stop: strings that end a response (one may be given alone). The token that completes the first of them is the
+            response's last, with finish "stop", whatever step it is in.
+        include_stop_str: keep the stop string in the text. What its last token has behind it is no text in any case.
 
     Raises:
-        ValueError: a number is out of range or not finite.
-        TypeError: what should be a number is none.
+        ValueError: a number is out of range or not finite, or a stop string is empty.
+        TypeError: an argument is of another kind.
     """
 
     steps: StepRule
@@ -37,12 +41,16 @@ class Sampling:
     min_p: float = 0.0
     max_new_tokens: int = 1024
     seed: int = 0
+    stop: tuple[str, ...] = ()
+    include_stop_str: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, StepRule):
             raise TypeError(f"steps must be a StepRule, got {type(self.steps).__name__}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an int, got {type(self.seed).__name__}")
+        object.__setattr__(self, "stop", stop_strings(self.stop))
+        flag("include_stop_str", self.include_stop_str)
         number("temperature", self.temperature, "a finite number >= 0", lambda value: 0 <= value < float("inf"))
         number("top_p", self.top_p, "a number in (0, 1]", lambda value: 0 < value <= 1)
         number("min_p", self.min_p, "a number in [0, 1]", lambda value: 0 <= value <= 1)

@@ -40,6 +40,8 @@ def search(
     top_k: int = 0,
     min_p: float = 0.0,
     seed: int = 0,
+    stop: str | Sequence[str] | None = None,
+    include_stop_str: bool = False,
     select: Select = "best",
     answer: str | Answer | None = None,
     prover: Scorer | None = None,
@@ -64,6 +66,9 @@ def search(
         max_new_tokens: tokens of a response; the context of the policy, or of a pair, may leave fewer.
         temperature, top_p, top_k, min_p: see Sampling. 0.8 is the usual temperature of search with a PRM.
         seed: of every draw.
+        stop: strings of which the first to complete ends the response, over whatever tokens and steps it is spread.
+            Nothing is drawn behind it, and no text behind it is scored.
+        include_stop_str: keep it in the texts. Else they end before it; it is one of the tokens in any case.
         select: "best", "majority" or "weighted" (see answers.select). Responses that a length or a budget cut are
             chosen only where none is complete.
         answer: finds the final answer in a response: "boxed", "####", "number", a function, or None.
@@ -90,6 +95,8 @@ def search(
         top_k=top_k,
         min_p=min_p,
         seed=seed,
+        stop=stop,
+        include_stop_str=include_stop_str,
         select=select,
         answer=answer,
         budget=budget,

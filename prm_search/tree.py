@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,9 @@ class Node:
         token_ids: the step's tokens, in the policy's vocabulary; empty for the root.
         text: their decoding, without special tokens; U+FFFD where a character begins in an earlier step or ends in a
             later one (`path_text` shows it whole).
-        text_bytes: the bytes they add to the text, which may begin or end inside a character.
+        text_bytes: the bytes they add to the text, which may begin or end inside a character. Nothing behind the stop
+            string that ended the response is of them.
+        hidden: bytes at the path's end that are not shown: of the stop string that ended it, unless that is kept.
         logprobs: [T] fp32, nats: raw (before temperature and every processor) log-probabilities of the tokens
             under the policy that sampled them; None for nodes built by hand.
         sampler: id of the model that sampled the tokens; a scorer whose model has this id reads logprobs.
@@ -48,7 +51,7 @@ class Node:
     """
 
     __slots__ = (
-        "__weakref__", "_q", "_reward", "children", "depth", "drawn", "end", "finish", "index", "lineages",
+        "__weakref__", "_q", "_reward", "children", "depth", "drawn", "end", "finish", "hidden", "index", "lineages",
         "logprobs", "parent", "reward_ids", "rewards", "rollout", "sampler", "start", "text_bytes", "token_ids",
         "tree", "value", "weight",
     )  # fmt: skip
@@ -59,6 +62,7 @@ class Node:
         self.children: list[Node] = []
         self.token_ids: tuple[int, ...] = tuple(token_ids)
         self.text_bytes = b""
+        self.hidden = 0
         self.logprobs: np.ndarray | None = None
         self.sampler: Hashable | None = None
         self.rewards: dict[str, np.ndarray] = {}
@@ -79,7 +83,7 @@ class Node:
     @property
     def text(self) -> str:
         """The step's own text."""
-        return self.text_bytes.decode("utf-8", "replace")
+        return self.text_bytes[: max(len(self.text_bytes) - self.hidden, 0)].decode("utf-8", "replace")
 
     @text.setter
     def text(self, text: str | bytes) -> None:
@@ -171,7 +175,8 @@ class Node:
 
     def path_text(self) -> str:
         """Response text from the root to this node's end: the decoding of the steps' joined bytes."""
-        return b"".join([node.text_bytes for node in self.path()]).decode("utf-8", "replace")
+        whole = b"".join([node.text_bytes for node in self.path()])
+        return whole[: max(len(whole) - self.hidden, 0)].decode("utf-8", "replace")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _node_at, (self.tree, self.index)
@@ -355,6 +360,7 @@ def _node_record(node: Node) -> dict[str, Any]:
         "token_ids": list(node.token_ids),
         "text": text,
         **({"text_bytes": node.text_bytes.hex()} if cut else {}),
+        **({"hidden": node.hidden} if node.hidden else {}),
         "logprobs": None if node.logprobs is None else node.logprobs.tolist(),
         "sampler": None if node.sampler is None else str(node.sampler),
         "rewards": {name: values.tolist() for name, values in node.rewards.items()},
@@ -371,7 +377,7 @@ def _node_record(node: Node) -> dict[str, Any]:
 
 
 def _restore(node: Node, item: Mapping[str, Any]) -> None:
-    node.text = item["text"]
+    node.text, node.hidden = item["text"], index(item.get("hidden", 0))
     if "text_bytes" in item:
         node.text_bytes = bytes.fromhex(item["text_bytes"])
         if node.text != item["text"]:

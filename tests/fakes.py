@@ -144,6 +144,8 @@ class FakePolicy:
         fail_at: the call of advance that raises RuntimeError; None never.
     """
 
+    takes_stop = True
+
     def __init__(
         self,
         lm: ToyLM | None = None,
@@ -199,6 +201,8 @@ class FakePolicy:
 
 class FakeBlockingPolicy(BlockingPolicy):
     """The same draws, a whole batch of requests a call."""
+
+    takes_stop = True
 
     def __init__(self, lm: ToyLM | None = None, *, id: Hashable = "toy") -> None:
         super().__init__()
@@ -308,6 +312,8 @@ def step_scores(table: Mapping[str, float]) -> Callable[[tuple[int, ...], tuple[
 
 class FakeAsyncPolicy:
     """The same draws as coroutines, which give way to others after every token, `pauses(request)` times more before."""
+
+    takes_stop = True
 
     def __init__(
         self,

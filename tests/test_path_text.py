@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from fake_vllm import FakeAsyncLLM, FakeEngine, FakeLLM, install
-from fakes import EOS, FakeAsyncPolicy, FakeBlockingPolicy, FakePolicy, FakeScorer, SpelledLM, ids, sampling
+from fake_vllm import install
+from fakes import EOS, FakePolicy, FakeScorer, SpelledLM, ids, sampling
 from hypothesis import given, strategies as st
-from pairs import byte_tokenizer, llama
+from spelled import MODEL, POLICIES, TOKENIZER, found
 
 import prm_search as ps
 from prm_search.cli import main
 from prm_search.drawing import Segment, commit
 from prm_search.driver.result import Result
-from prm_search.engine.decoding_row import DecodingRow
-from prm_search.engine.sampler import Sampler
-from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMPolicy
 from prm_search.protocols import Request
-from prm_search.search import asearch, search
 from prm_search.serving.text import whole_text
 from prm_search.steps import StepRule
 from prm_search.tokens import TokenText
@@ -40,41 +33,11 @@ from prm_search.tree import Prompt, SearchTree
 BOXED = "so \\boxed{四十二}"
 TEXTS = [BOXED, "🧮 ∑ᵢ xᵢ ≤ √2\n\n\U0001f469\u200d\U0001f467 ✓"]
 RULES = [*(StepRule(None, max_tokens=n) for n in (1, 2, 3, 4)), StepRule(None, confidence=1.0), StepRule()]
-TOKENIZER = byte_tokenizer()
-
-
-class Spelling(Sampler):
-    """Draws the tokens of a text, whatever the model says."""
-
-    def __init__(self, text: str) -> None:
-        self.script = [*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
-
-    def draw(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> list[int]:
-        return [self.script[row.position] for row in rows]
-
-
-MODEL = llama(0)
-POLICIES: dict[str, Callable[[str], Any]] = {
-    "fake": lambda text: FakePolicy(SpelledLM(text, top=0.9)),
-    "blocking": lambda text: FakeBlockingPolicy(SpelledLM(text, top=0.9)),
-    "fake async": lambda text: FakeAsyncPolicy(SpelledLM(text, top=0.9)),
-    "hf": lambda text: ps.HFPolicy(MODEL, TOKENIZER, sampler=Spelling(text)),
-    "vllm": lambda text: VLLMPolicy(FakeLLM(FakeEngine(SpelledLM(text, top=0.9), burst=2))),
-    "async vllm": lambda text: AsyncVLLMPolicy(FakeAsyncLLM(FakeEngine(SpelledLM(text, top=0.9), burst=2))),
-}
 
 
 @pytest.fixture(autouse=True)
 def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
-
-
-def found(policy: Any, **options: Any) -> Result:
-    options = {"strategy": ps.BestOfN(2), "temperature": 0.0, "max_new_tokens": 200} | options
-    prompts = [Prompt(token_ids=(5,))]
-    if hasattr(policy, "advance"):
-        return search(prompts, policy=policy, **options)[0]
-    return asyncio.run(asearch(prompts, policy=policy, **options))[0]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

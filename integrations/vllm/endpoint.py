@@ -21,8 +21,6 @@ from prm_search.serving.errors import RequestError
 from prm_search.serving.metrics import Metrics
 from prm_search.serving.routes import ROUTES, outcome, path_of, read_body, refused, respond
 from prm_search.serving.service import Service
-from prm_search.serving.text import StopStrings
-from prm_search.tokens import TokenText
 
 NAME = "prm_search"
 
@@ -50,16 +48,15 @@ class PRMSearchEndpoint:
 
         config = ServeConfig.find(os.environ, getattr(args, "additional_config", None))
         tokenizer = chat_tokenizer(engine_client.get_tokenizer(), args)
-        stops = StopStrings(TokenText(tokenizer))
-        policy = AsyncVLLMPolicy(engine_client, tokenizer=tokenizer, stop=stops)
+        policy = AsyncVLLMPolicy(engine_client, tokenizer=tokenizer)
 
         def steered(alpha: float) -> AsyncVLLMPolicy:
-            return AsyncVLLMPolicy(engine_client, tokenizer=tokenizer, stop=stops, alpha=alpha)
+            return AsyncVLLMPolicy(engine_client, tokenizer=tokenizer, alpha=alpha)
 
         pair = await asyncio.to_thread(load_pair, config)
         names = args.served_model_name or [args.model]
         state.prm_search = Service(
-            AsyncEngine(policy, pair, policy.token_text, stops, steered if can_steer(engine_client) else None),
+            AsyncEngine(policy, pair, policy.token_text, steered if can_steer(engine_client) else None),
             [names] if isinstance(names, str) else names,
             limits=config.limits,
             steps=config.steps,

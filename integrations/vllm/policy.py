@@ -31,6 +31,8 @@ Stop = Callable[[Sequence[EngineRow]], Sequence[bool]]
 class _Base(HoldsModels):
     """What both policies have in common."""
 
+    takes_stop = True
+
     def __init__(
         self, engine: Any, tokenizer: Any, stop_ids: Iterable[int] | None, stop: Stop | None, seeds: bool | None
     ) -> None:

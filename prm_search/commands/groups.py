@@ -273,6 +273,21 @@ class SeededDraws(Draws):
     """The same with a seed."""
 
     seed: Annotated[int, typer.Option(help="Of every draw.", rich_help_panel=SAMPLING)] = 0
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=r"Ends a response, which does not show it; may be repeated; \n and \t are read as such.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    include_stop_str: Annotated[
+        bool, typer.Option("--include-stop-str", help="Responses show it.", rich_help_panel=ADVANCED)
+    ] = False
+
+    def fields(self) -> dict[str, Any]:
+        """As Sampling and SearchSettings take them."""
+        stop = tuple(map(options.unescape, self.stop or ()))
+        return super().fields() | {"stop": stop, "include_stop_str": self.include_stop_str}
 
     def sampling(self, steps: StepRule | None = None) -> Sampling:
         """A Sampling. Raises ValueError as it does."""

@@ -72,6 +72,8 @@ class Participants(Generic[P]):
         """Plant a tree for a prompt and start its search. Raises ValueError where prompt or settings do not fit."""
         if isinstance(settings.strategy, Steer) and self.policy.alpha != settings.strategy.alpha:
             raise ValueError("strategy=Steer(...) here needs policy=strategy.wrap(policy, pair)")
+        if settings.sampling.stop and not self.policy.takes_stop:
+            raise ValueError(f"stop={settings.sampling.stop!r}: this policy takes no stop strings")
         tree = SearchTree(self.encode(prompt), occurrence=occurrence)
         if self.scorers:
             tree.primary = self.scorers[0].name

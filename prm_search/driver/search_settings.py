@@ -10,6 +10,7 @@ from ..answers import SELECTS, Answer, Select, Selection, resolve_answer, select
 from ..checks import number
 from ..protocols import Sampling
 from ..steps import StepRule
+from ..stop_strings import stop_strings
 from ..strategies import Strategy, resolve_strategy
 from ..tree import Node
 from ..values import Value, resolve_value
@@ -47,6 +48,8 @@ class SearchSettings:
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        include_stop_str: bool = False,
         select: Select = "best",
         answer: str | Answer | None = None,
         budget: Budget | int | None = None,
@@ -70,6 +73,8 @@ class SearchSettings:
             min_p=min_p,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            stop=stop_strings(stop),
+            include_stop_str=include_stop_str,
         )
         return cls(
             resolve_strategy(strategy), sampling, Budget.of(budget), value, select, resolve_answer(answer),

@@ -47,6 +47,8 @@ class HFPolicy(HoldsModels, PolicyBase):
             argument is of the wrong kind.
     """
 
+    takes_stop = True
+
     def __init__(
         self,
         model: Any,

@@ -199,6 +199,9 @@ class PathReader:
         if self.fit.tokens:
             return sampled
         written = self._text.text_bytes(sampled)
+        own = self._text.text_bytes(node.token_ids)
+        if node.finish == "stop" and node.text_bytes and own.startswith(node.text_bytes):
+            written = written[: len(written) - len(own) + len(node.text_bytes)]  # nothing behind a stop string
         ids = encode_text(self.tokenizer, utf_8_decode(written, "replace", False)[0], self._own)
         if node.finish == "stop" and sampled[-1] in self._stops and self.eos is not None:
             ids.append(self.eos)

@@ -17,7 +17,6 @@ from ..tree import SearchTree
 from .errors import RequestError
 from .model_thread import ModelThread, ThreadPolicy, ThreadScorer
 from .prompts import PromptLength
-from .text import StopStrings
 
 if TYPE_CHECKING:
     from ..policies.hf import HFPolicy
@@ -33,19 +32,16 @@ class Backend(ABC):
     Args:
         policy: what samples; its context and tokenizer are read, where it has them.
         words: bytes of the policy's tokens.
-        stops: the policy's stop condition; None where responses cannot have stop strings.
 
     Attributes:
-        words, stops: as given.
+        words: as given.
         context: tokens that prompt and response may have together, where the policy says so.
         prompt_length: refuses prompts that cannot fit.
         encoders: threads in which prompts are tokenised.
     """
 
-    def __init__(
-        self, policy: PolicyBase | AsyncPolicyBase, words: TokenText, stops: StopStrings | None = None
-    ) -> None:
-        self.words, self.stops = words, stops
+    def __init__(self, policy: PolicyBase | AsyncPolicyBase, words: TokenText) -> None:
+        self.words = words
         self.context = policy.context
         self.prompt_length = PromptLength(policy.tokenizer, words, self.context)
         self.encoders = ThreadPoolExecutor(ENCODERS, "prm-search prompts")
@@ -89,11 +85,10 @@ class ThreadEngine(Backend):
         policy: samples steps.
         scorer: rewards them.
         words: bytes of the policy's tokens.
-        stops: the stop condition that the policy was made with; None where it has none.
     """
 
-    def __init__(self, policy: Policy, scorer: Scorer, words: TokenText, stops: StopStrings | None = None) -> None:
-        super().__init__(PolicyBase.of(policy), words, stops)
+    def __init__(self, policy: Policy, scorer: Scorer, words: TokenText) -> None:
+        super().__init__(PolicyBase.of(policy), words)
         self._thread = ModelThread()
         self._policy = ThreadPolicy(self._thread, policy)
         self._scorer = ThreadScorer(self._thread, scorer, policy)
@@ -103,19 +98,8 @@ class ThreadEngine(Backend):
 
     @classmethod
     def of_hf(cls, policy: HFPolicy, pair: ImplicitPRM) -> ThreadEngine:
-        """Over an HFPolicy's model. Responses may have stop strings, in the place of a stop condition of the policy."""
-        from ..policies.hf import HFPolicy
-
-        stops = StopStrings(policy.token_text)
-        own = HFPolicy(
-            policy.lm,
-            policy.tokenizer,
-            max_rows=policy.max_rows,
-            stop_ids=policy.stop_ids,
-            sampler=policy.sampler,
-            stop=stops,
-        )
-        return cls(own, pair, policy.token_text, stops)
+        """Over an HFPolicy."""
+        return cls(policy, pair, policy.token_text)
 
     def loop(self, *, guided: bool, alpha: float | None) -> AsyncSearchLoop:
         """See Engine.loop. Steered searches of one strength are decoded together."""
@@ -156,7 +140,6 @@ class AsyncEngine(Backend):
         policy: samples steps.
         scorer: rewards them; in a thread, unless it has ascore_nodes.
         words: bytes of the policy's tokens.
-        stops: the stop condition that the policy was made with; None where it has none.
         steered: makes the same policy steered with a strength; None where that cannot be.
     """
 
@@ -165,10 +148,9 @@ class AsyncEngine(Backend):
         policy: AsyncPolicy,
         scorer: Scorer,
         words: TokenText,
-        stops: StopStrings | None = None,
         steered: Callable[[float], AsyncPolicy] | None = None,
     ) -> None:
-        super().__init__(AsyncPolicyBase.of(policy), words, stops)
+        super().__init__(AsyncPolicyBase.of(policy), words)
         self._loop = AsyncSearchLoop(policy, scorer, on_event=self._tell)
         self._steered = steered
         self._loops: WeakValueDictionary[float, AsyncSearchLoop] = WeakValueDictionary()

@@ -115,7 +115,7 @@ class ThreadPolicy(AsyncPolicyBase):
     def __init__(self, thread: ModelThread, policy: Policy) -> None:
         self.base = policy
         self._policy = PolicyBase.of(policy).session()
-        self.alpha = self._policy.alpha
+        self.alpha, self.takes_stop = self._policy.alpha, self._policy.takes_stop
         self._thread = thread
         self._waiting: dict[Request, asyncio.Future[list[Node]]] = {}  # the thread's
 

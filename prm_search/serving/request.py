@@ -67,7 +67,6 @@ class SearchRequest:
         guided: score with the pair; otherwise plain sampling.
         alpha: strength of steering; None for an unsteered policy.
         n: choices a prompt.
-        stop: strings that end a response; they are no part of it.
         stream, include_usage, progress, candidates: how it is to be answered.
     """
 
@@ -78,7 +77,6 @@ class SearchRequest:
     guided: bool
     alpha: float | None
     n: int
-    stop: tuple[str, ...]
     stream: bool
     include_usage: bool
     progress: bool
@@ -90,6 +88,11 @@ class SearchRequest:
         if self.kind == "chat":
             return ["messages"]
         return ["prompt"] if len(self.prompts) == 1 else [f"prompt[{i}]" for i in range(len(self.prompts))]
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end a response; they are no part of it."""
+        return self.settings.sampling.stop
 
     @property
     def in_steps(self) -> bool:
@@ -137,6 +140,7 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
             top_k=max(body.top_k or 0, 0),  # vLLM's -1 keeps all
             min_p=body.min_p or 0.0,
             seed=secrets.randbits(63) if body.seed is None else body.seed,
+            stop=_stop(body.stop),
             budget=Budget(tokens=limits.sampled_tokens, seconds=limits.seconds),
         ),
     )
@@ -150,7 +154,6 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
         guided=guide is not None,
         alpha=alpha,
         n=n,
-        stop=_stop(body.stop),
         stream=stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         progress=guide is not None and guide.progress,

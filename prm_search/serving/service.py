@@ -108,7 +108,7 @@ class Job:
         self._failed: RequestError | None = None
         engine = service.engine
         self._loop = engine.loop(guided=ask.guided, alpha=ask.alpha)
-        if ask.stop and engine.stops is None:
+        if ask.stop and not self._loop.models.policy.takes_stop:
             said = "stop: this engine takes no stop strings for a search"
             raise RequestError(400, said, param="stop", code="unsupported_parameter")
         for prompt, name in zip(ask.prompts, ask.names, strict=True):
@@ -138,8 +138,6 @@ class Job:
         prompts = await asyncio.wrap_future(self._encoding)
         for number, (prompt, occurrence) in enumerate(numbered(prompts)):
             search = self._loop.begin(prompt, ask.settings, occurrence=occurrence)
-            if engine.stops is not None:
-                engine.stops.add(search.tree, ask.stop)
             engine.follow(search.tree, partial(self._heard, number))
             self.searches.append(search)
         for number, search in enumerate(self.searches):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
 
 from ..tokens import TokenText
-from ..tree import SearchTree
 
 
 class TextStream:
@@ -62,45 +59,3 @@ def whole_text(words: TokenText, ids: Iterable[int], stop: Sequence[str] = ()) -
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of the text with which `stop` begins, without being all of it."""
     return next((k for k in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:k])), 0)
-
-
-class StopStrings:
-    """The stop condition of an HFPolicy that serves many requests: rows end where a stop string of theirs completes.
-
-    Args:
-        words: bytes of token ids.
-    """
-
-    def __init__(self, words: TokenText) -> None:
-        self._words = words
-        self._of: WeakKeyDictionary[SearchTree, tuple[str, ...]] = WeakKeyDictionary()
-
-    def add(self, tree: SearchTree, stop: tuple[str, ...]) -> None:
-        """Let these strings end the responses of a tree."""
-        if stop:
-            self._of[tree] = stop
-
-    def __call__(self, rows: Sequence[Any]) -> list[bool]:
-        """Which of these decoder rows, each with a new token, end with it."""
-        return [self._ends(row, self._of.get(row.request.node.tree, ())) for row in rows]
-
-    def _ends(self, row: Any, stop: tuple[str, ...]) -> bool:
-        if not stop:
-            return False
-        longest = max(len(each.encode()) for each in stop)
-        tail, newest = b"", 0
-        for token in _backwards(row):
-            piece = b"" if token in self._words.special else self._words.piece(token)
-            newest = newest or len(piece)
-            tail = piece + tail
-            if len(tail) >= longest + newest:
-                break
-        return any(each.encode() in tail for each in stop)
-
-
-def _backwards(row: Any) -> Iterable[int]:
-    """The response's tokens so far, from the newest."""
-    for segment in reversed(row.chain):
-        yield from reversed(segment.token_ids)
-    for node in reversed(row.request.node.path()):
-        yield from reversed(node.token_ids)

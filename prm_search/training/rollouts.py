@@ -93,6 +93,8 @@ def sample_rollouts(
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise ValueError(f"{name}={given!r}: an integer >= 1 is needed")
     require("policy", policy, Policy)
+    if sampling.stop and not PolicyBase.of(policy).takes_stop:
+        raise ValueError(f"stop={sampling.stop!r}: this policy takes no stop strings")
     prompts = [problem.prompt for problem in problems]
     encoded = encode_all(prompts, lambda prompt: prompt.with_ids(policy.encode(prompt)), "problems[{}]".format)
     return _sample(problems, encoded, policy, n, sampling, label, frozenset(done), batch)
