@@ -104,6 +104,15 @@ def test_greedy_steps_are_those_of_the_hf_engine(engines: Engines, rule: StepRul
             np.testing.assert_allclose(node.logprobs, twin.logprobs, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("strategy", [Beam(width=1, expansions=1), BestOfN(2)])
+def test_stop_strings_end_responses_as_on_the_hf_engine(engines: Engines, strategy: Any) -> None:
+    options: dict[str, Any] = {**OPTIONS, "temperature": 0.0, "strategy": strategy, "stop": ["e", "c*", "c+", "c-"]}
+    ours = search(PROMPTS, policy=VLLMPolicy(engines.policy), **options)
+    assert facts(ours) == facts(search(PROMPTS, policy=engines.hf, **options))
+    assert [(result.text.count(";"), result.node.finish) for result in ours] == [(2, "stop")] * len(PROMPTS)
+    assert all(result.text.endswith(";") for result in ours)
+
+
 @pytest.mark.parametrize("strategy", [Beam(width=3, expansions=3), BestOfN(6)])
 def test_rewards_agree_with_the_hf_engine_and_the_reference_is_free(engines: Engines, strategy: Any) -> None:
     pair = VLLMImplicitPRM(engines.prm, "policy", beta=engines.pair.beta)
