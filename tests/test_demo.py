@@ -194,9 +194,10 @@ def test_readmes_examples_run(capsys):
     searching, generating = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
     names = {}
     exec(compile(searching, "README.md", "exec"), names)
-    text, rewards = capsys.readouterr().out.split(" [")[:2]
-    assert check(make_problem(5, ("*7", "+3", "*9", "+8")), text).correct
-    assert len(rewards.split("]")[0].split(",")) == 4
+    *steps, usage = capsys.readouterr().out.splitlines()
+    assert check(make_problem(5, ("*7", "+3", "*9", "+8")), "".join(step.split()[0] for step in steps)).correct
+    assert len(steps) == 4
+    assert "'prm'" in usage
     exec(compile(generating, "README.md", "exec"), names)
     made = names["out"][0, names["inputs"]["input_ids"].shape[1] :]
     said = names["tokenizer"].decode(made, skip_special_tokens=True)
