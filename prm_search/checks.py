@@ -39,10 +39,33 @@ def strength(name: str, given: object) -> None:
     number(name, given, "a number from -1e6 to 1e6", lambda value: abs(value) <= 1e6)
 
 
-def integer(name: str, given: object, least: int, needed: str) -> None:
+def integer(name: str, given: object, least: int, needed: str, most: float = math.inf) -> None:
     """Check an integer (numpy's too); a float is none, whole or not. Raises as `number`."""
     whole = isinstance(given, Real) and hasattr(given, "__index__")
-    number(name, given, needed, lambda value: whole and value >= least)
+    number(name, given, needed, lambda value: whole and least <= value <= most)
+
+
+MANY = 1 << 20  # children, steps and the like: more is a slip of the keyboard, and never ends
+
+
+def count(name: str, given: object, least: int = 1, most: int = MANY) -> None:
+    """Check a number of things that are made or gone through one by one. Raises ValueError naming the argument."""
+    if isinstance(given, bool) or not isinstance(given, int) or given < least:
+        raise ValueError(f"{name}={shown(given)}: an integer >= {least} is needed")
+    if given > most:
+        raise ValueError(f"{name}={shown(given)}: at most {most:,} is allowed")
+
+
+def characters(name: str, given: str) -> str:
+    """The text, if UTF-8 can hold it. Raises ValueError for half a character (a lone surrogate), with its place."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        half = given[error.start]
+        raise ValueError(
+            f"{name} has half a character ({half!a} at {error.start}), which UTF-8 does not have"
+        ) from error
+    return given
 
 
 def flag(name: str, given: object) -> None:

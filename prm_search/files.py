@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+DEPTH = 100  # of JSON
 LOCK = ".lock"  # ending of the file that a writer holds beside its own
 
 
@@ -56,7 +58,9 @@ def one_writer(path: str | PathLike[str]) -> Iterator[None]:
 def _make_folder(folder: Path) -> list[Path]:
     """Make a folder and those above it. Returns the new ones, the deepest first."""
     missing = []
-    while not folder.exists():
+    while not folder.is_dir():
+        if folder.exists():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
         missing.append(folder)
         folder = folder.parent
     for each in reversed(missing):
@@ -92,6 +96,17 @@ class Distinct:
             raise ValueError(f"{where}: index {index} stands in {before} already; each record is needed once")
 
 
+def _deep(value: Any) -> bool:
+    """Return True for lists and objects that are nested to more than `DEPTH`, which could not be written again."""
+    level = [value] if isinstance(value, list | dict) else []
+    for _ in range(DEPTH):
+        inner = (part for whole in level for part in (whole.values() if isinstance(whole, dict) else whole))
+        level = [part for part in inner if isinstance(part, list | dict)]
+        if not level:
+            return False
+    return True
+
+
 def parse_json(text: str | bytes, where: str) -> Any:
     """A value of JSON text.
 
@@ -103,7 +118,10 @@ def parse_json(text: str | bytes, where: str) -> Any:
         ValueError: it is not JSON, or nothing that Python can hold: nested too deep, or a number of 4,300 digits.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if _deep(value):
+            raise RecursionError
+        return value
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from .checks import characters
 from .private_tokenizer import private_tokenizer
 from .prompt import Prompt
 from .token_bytes import Piece, TokenText
@@ -50,7 +51,8 @@ class TokenizerMatch:
 
 
 def _ids(tokenizer: Any, text: str | None, **options: Any) -> list[int]:
-    """Token ids of a text, whatever other threads set the tokenizer to."""
+    """Token ids of a text, whatever other threads set the tokenizer to. Raises ValueError for half a character."""
+    characters("the text", text or "")
     return [int(i) for i in private_tokenizer(tokenizer)(text, **options)["input_ids"]]
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -71,7 +72,9 @@ def serve() -> None:
     from prm_search import cli  # noqa: F401
     from prm_search.commands.models import load_pair, load_policy, quiet
     from prm_search.demo import pair_dir
+    from prm_search.evaluation import run as evaluation  # noqa: F401
     from prm_search.models.loading import load
+    from prm_search.training import run as training, trainer  # noqa: F401
 
     quiet()
     kept = load_policy("demo"), load_pair("demo", None, None)
@@ -108,6 +111,8 @@ def _child(request: dict[str, Any], told: int) -> None:
         from prm_search.cli import main
 
         status = main(request["args"])
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -7,12 +7,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..answers import Answer
 from ..evaluation.plan import Plan, Unit
-from ..evaluation.report import table, write_report
+from ..evaluation.report import PLOTS_NEED, table, write_report
 from ..evaluation.samples import Judge
 from . import BadInput, options
 from .groups import Engine, Place
@@ -146,3 +147,5 @@ def rebuild(folder: Path) -> None:
     summary = write_report(records, folder, title=about["title"], about=about["about"], expected=about["expected"])
     print(table(summary))
     print(f"{folder}: report.md, report.json", file=sys.stderr)
+    if find_spec("matplotlib") is None:
+        print(f"prm-search: {PLOTS_NEED}, and --report-only", file=sys.stderr)

@@ -206,9 +206,9 @@ def _powers(most: int) -> list[int]:
 def _shapes(given: Sequence[str]) -> dict[int, tuple[int, int]]:
     found = {}
     for each in given:
-        match = re.fullmatch(r"(\d+)=(\d+)x(\d+)", each.replace(" ", ""))
+        match = re.fullmatch(r"(\d{1,9})=(\d{1,9})x(\d{1,9})", each.replace(" ", ""))
         if match is None:
-            raise BadInput(f"--shape {each!r}: N=WIDTHxEXPANSIONS is needed, such as 16=2x8")
+            raise BadInput(f"--shape {each!r:.80}: N=WIDTHxEXPANSIONS is needed, such as 16=2x8")
         n, width, expansions = map(int, match.groups())
         found[n] = (width, expansions)
     return found

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..files import Distinct, one_writer
+from ..files import Distinct, one_writer, parse_json
 from ..training.trees import NODES, tree_records
 from ..tree import Prompt, SearchTree
 from . import BadInput, groups, options
@@ -129,7 +129,7 @@ def _whole(path: str) -> Mapping[str, Any] | None:
     if path == "-" or path.endswith(".jsonl"):
         return None
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        found = parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
     except (OSError, ValueError):
         return None  # the lines say what is wrong
     return found if isinstance(found, dict) else None

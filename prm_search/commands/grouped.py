@@ -8,7 +8,15 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, get_args, get_type_hints
 
+from ..checks import characters
+from . import BadInput
 from .options import ADVANCED
+
+# Options that name files, which may have any bytes in their names.
+NAMES = (
+    "arguments", "config", "data", "fit", "html", "model", "out", "pair", "policy", "prm", "prompts_file", "prover",
+    "reference", "responses", "rollouts", "trees",
+)  # fmt: skip
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
@@ -40,6 +48,9 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def command(**given: Any) -> None:
+        for name, value in given.items():
+            if name not in NAMES:
+                _check_text(name, value)
         made = {
             name: kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
             for name, kind in groups.items()
@@ -49,6 +60,16 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     command.__annotations__ = {option.name: option.annotation for option in options}
     return command
+
+
+def _check_text(name: str, value: object) -> None:
+    """Raises BadInput for a text that was no UTF-8 on the command line."""
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, str):
+            try:
+                characters(f"--{name.replace('_', '-')} {part!r:.80}", part)
+            except ValueError as error:
+                raise BadInput(str(error)) from error
 
 
 def _fields(kind: type[Any]) -> list[dataclasses.Field[Any]]:

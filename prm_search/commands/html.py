@@ -9,6 +9,7 @@ from typing import Any
 from .records import Item, asked
 from .render import visible
 
+PART = "&#8942;"  # for a token that ends inside a character: its text stands with the token that ends it
 _WIDTH, _HEIGHT, _PAD = 720, 120, 8
 
 _STYLE = """
@@ -39,9 +40,11 @@ def page(title: str, subtitle: str, records: Iterable[tuple[Item, Mapping[str, A
         HTML that loads nothing from elsewhere; everything in it that a user or a model wrote is escaped.
     """
     shown = list(records)
+    low = min((min(0.0, *record["q"]) for _, record in shown), default=0.0)
+    high = max((max(0.0, *record["q"]) for _, record in shown), default=0.0)
     scale = max((abs(r) for _, record in shown for r in record["token_rewards"]), default=0.0) or 1.0
     title, subtitle = escape(visible(title)), escape(visible(subtitle))
-    articles = "\n".join(_article(item, record, scale) for item, record in shown)
+    articles = "\n".join(_article(item, record, scale, low, high) for item, record in shown)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -52,34 +55,35 @@ def page(title: str, subtitle: str, records: Iterable[tuple[Item, Mapping[str, A
 </head>
 <body>
 <h1>{title}</h1>
-<p><small>{subtitle}; {len(shown)} responses. Rewards are in beta * nats.</small></p>
+<p><small>{subtitle}; {_count(len(shown), "response")}. Rewards are in beta * nats.</small></p>
 <p class="legend">token reward: {-scale:+.3g}<i></i>{scale:+.3g}
 &nbsp; <span class="step">+0.12</span> ends a step and says its reward;
-point at a token for its own reward and q, the sum so far.</p>
+point at a token for its own reward and q, the sum so far; &#8942; is a token of part of a character,
+which stands behind its last one. All curves have one scale.</p>
 {articles}
 </body>
 </html>
 """
 
 
-def _article(item: Item, record: Mapping[str, Any], scale: float) -> str:
+def _article(item: Item, record: Mapping[str, Any], scale: float, low: float, high: float) -> str:
     rewards, values, ends = record["token_rewards"], record["q"], record["step_ends"]
     steps = dict(zip(ends, record["step_rewards"], strict=True))
     spans = []
     for place, (piece, reward, q) in enumerate(zip(record["tokens"], rewards, values, strict=True), start=1):
         spans.append(
             f'<span style="background:{_colour(reward, scale)}" title="reward {reward:+.4f}, q {q:+.4f}">'
-            f"{escape(visible(piece, lines=True))}</span>"
+            f"{escape(visible(piece, lines=True)) or PART}</span>"
         )
         if place in steps:
             spans.append(f'<span class="step">{steps[place]:+.3f}</span>')
     name = record.get("id", record["index"])
     return f"""<article>
 <h2><small>{escape(visible(str(name)))}: reward {record["reward"]:+.4f},
-{len(rewards)} tokens, {len(ends)} steps</small></h2>
+{_count(len(rewards), "token")}, {_count(len(ends), "step")}</small></h2>
 <div class="prompt">{escape(visible(_prompt(item), lines=True))}</div>
 <p class="response">{"".join(spans)}</p>
-{_curve(values, ends)}
+{_curve(values, ends, low, high)}
 </article>"""
 
 
@@ -92,10 +96,13 @@ def _prompt(item: Item) -> str:
     return f"token ids {given}"
 
 
-def _curve(values: Sequence[float], ends: Sequence[int]) -> str:
-    """q from the start of the response to its end, with a dot where a step ends."""
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _curve(values: Sequence[float], ends: Sequence[int], low: float, high: float) -> str:
+    """q from the start of the response to its end, with a dot where a step ends; low and high are those of the page."""
     curve = [0.0, *values]
-    low, high = min(curve), max(curve)
     height = high - low or 1.0
 
     def at(token: int) -> tuple[str, str]:

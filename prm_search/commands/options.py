@@ -46,10 +46,12 @@ def one_of(option: str, given: str, allowed: Sequence[str]) -> Any:
     return given
 
 
-def at_least(option: str, given: int, least: int = 1) -> int:
-    """The number, if it is not below `least`. Raises BadInput naming the option otherwise."""
+def at_least(option: str, given: int, least: int = 1, most: int = (1 << 31) - 1) -> int:
+    """The number, if it is from `least` to `most`. Raises BadInput naming the option otherwise."""
     if given < least:
         raise BadInput(f"{option} {given}: at least {least} is needed")
+    if given > most:
+        raise BadInput(f"{option} {given}: at most {most:,} is allowed")
     return given
 
 
@@ -63,7 +65,7 @@ def numbers(option: str, given: str) -> list[int]:
     try:
         return [int(word) for word in listed(given)]
     except ValueError as error:
-        raise BadInput(f"{option} {given!r}: integers with commas between them are needed") from error
+        raise BadInput(f"{option} {given!r:.80}: integers with commas between them are needed") from error
 
 
 def engine_options(engine: str, given: str | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -45,9 +46,10 @@ class Item:
 def digests(items: Sequence[Item], *settings: object) -> list[str]:
     """A name for each item; equal items are told apart by how many equal ones came before."""
     seen: Counter[str] = Counter()
+    known: dict[int, str] = {}  # an item that stands in the list many times is named once
     names = []
     for item in items:
-        name = item.digest(*settings)
+        name = known.get(id(item)) or known.setdefault(id(item), item.digest(*settings))
         names.append(f"{name}.{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return names
@@ -57,12 +59,17 @@ def lines_of(path: str) -> Iterator[tuple[str, str]]:
     """The lines of a text file ("-" is standard input) that are not blank, each with what to call it."""
     name = "standard input" if path == "-" else path
     try:
-        content = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
         raise BadInput(f"{name} cannot be read: {reason(error)}") from error
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            yield f"{name}, line {number}", line
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        where = f"{name}, line {number}"
+        try:
+            text = line.decode().removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{where}: not UTF-8 (byte {error.start})") from error
+        if text.strip():
+            yield where, text
 
 
 def json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -162,16 +169,17 @@ class RecordFile:
     def __init__(self, path: str, keys: Sequence[str], *, resume: bool) -> None:
         self.path, self.keys = Path(path), list(keys)
         self.done: dict[int, dict[str, Any]] = {}
-        if self.path.is_dir():
-            raise BadInput(f"--out {path} is a folder: a file is needed")
         try:
+            if self.path.is_dir():
+                raise BadInput(f"--out {path} is a folder: a file is needed")
             with ExitStack() as stack:
                 stack.enter_context(one_writer(self.path))
                 self._open(resume)
                 stack.callback(self._shut)
                 self._leave = stack.pop_all()
         except OSError as error:
-            raise BadInput(f"--out {path} cannot be written: {reason(error)}") from error
+            where = f" ({error.filename})" if isinstance(error, NotADirectoryError) else ""
+            raise BadInput(f"--out {path} cannot be written: {reason(error)}{where}") from error
 
     def _open(self, resume: bool) -> None:
         self._new = not self.path.exists()
@@ -277,12 +285,25 @@ def asked(item: Item) -> Any:
 
 
 def writable(option: str, path: str) -> None:
-    """Raises BadInput where a file cannot be written, before any work is done. An existing one is left as it is."""
+    """Make a file's folder, and see whether it can be written, before any work is done. What is there stays as it is.
+
+    Raises:
+        BadInput: it cannot be written.
+    """
     try:
         there = Path(path).exists()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).open("a", encoding="utf-8").close()
         if not there:
             Path(path).unlink()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{option} {path} cannot be written: {reason(error)}") from error
+
+
+def write_text(option: str, path: str, text: str) -> None:
+    """Write a file. Raises BadInput naming the option where it cannot be, as on a full disk."""
+    try:
+        Path(path).write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise BadInput(f"{option} {path} cannot be written: {reason(error)}") from error
 

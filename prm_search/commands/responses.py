@@ -56,6 +56,8 @@ def read_responses(path: str, *, chat: bool = False, system: str | None = None) 
             raise BadInput(f"{where}: problem {number} has another prompt than in {group.where}")
         found = _many(where, record) if "responses" in record else [_one(where, record)]
         place = record.get("sample", len(group.responses))
+        if isinstance(place, bool) or not isinstance(place, int):
+            raise BadInput(f'{where}: "sample" is {place!r:.80}: the place of the response is needed')
         group.responses += [(place + i, each) for i, each in enumerate(found)]
     if not groups:
         raise BadInput(f"{path} holds no responses")

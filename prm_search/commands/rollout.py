@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..checks import MANY
 from ..training.rollouts import sample_rollouts
 from . import groups, options
 from .config import Common
@@ -26,7 +27,7 @@ class Count:
     n: Annotated[int, typer.Option("--n", help="Responses a problem.", rich_help_panel=options.SAMPLING)] = 8
 
     def __post_init__(self) -> None:
-        options.at_least("--n", self.n)
+        options.at_least("--n", self.n, 1, MANY)
 
 
 @grouped

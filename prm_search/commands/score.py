@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +17,7 @@ from .config import Common
 from .grouped import grouped
 from .options import DATA, OUTPUT
 from .progress import Bar
-from .records import Item, RecordFile, digests, dumps, read_items, reason, report, rounded, writable
+from .records import Item, RecordFile, digests, dumps, read_items, reason, report, rounded, writable, write_text
 
 if TYPE_CHECKING:
     from ..scorers.scores import Scores
@@ -100,7 +99,7 @@ def score(
 
         shown = [(items[place], records[place]) for place in sorted(records)]
         source = page(f"Rewards by {pair.title}", f"beta {scorer.beta:g}", shown)
-        Path(output.html).write_text(source, encoding="utf-8")
+        write_text("--html", output.html, source)
 
 
 def score_all(

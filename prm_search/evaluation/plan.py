@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..checks import integer, number
+from ..checks import MANY, integer, number
 from ..protocols import Sampling
 from ..steps import StepRule
 from ..strategies import Beam, Lookahead, Strategy
@@ -110,22 +110,22 @@ class Plan:
             object.__setattr__(self, name, _words(name, getattr(self, name), allowed))
         if self.search_values is not None:
             object.__setattr__(self, "search_values", _words("search_values", self.search_values, tuple(VALUES)))
-        for name, least in (("budgets", 1), ("seeds", 0)):
+        for name, least, most in (("budgets", 1, MANY), ("seeds", 0, (1 << 64) - 1)):
             given = tuple(getattr(self, name))
             for each in given:
-                integer(name, each, least, f"integers >= {least}")
+                integer(name, each, least, f"integers >= {least}, and at most {most:,},", most)
             if not given or len(set(given)) < len(given):
                 raise ValueError(f"{name}={given!r}: at least one is needed, and none twice")
             object.__setattr__(self, name, given)
         object.__setattr__(self, "budgets", tuple(sorted(self.budgets)))
         number("weight_temperature", self.weight_temperature, "a finite number > 0", lambda x: 0 < x < float("inf"))
-        integer("lookahead_steps", self.lookahead_steps, 1, "an integer >= 1")
-        integer("lookahead_rollouts", self.lookahead_rollouts, 1, "an integer >= 1")
+        for name in ("lookahead_steps", "lookahead_rollouts"):
+            integer(name, getattr(self, name), 1, f"an integer >= 1, and at most {MANY:,},", MANY)
         for n, shape in self.shapes.items():
             if n not in self.budgets:
                 raise ValueError(f"shapes: {n} is none of the budgets {list(self.budgets)}")
             for name, each in zip(("width", "expansions"), shape, strict=True):
-                integer(f"shapes: {name}", each, 1, "an integer >= 1")
+                integer(f"shapes: {name}", each, 1, f"an integer >= 1, and at most {MANY:,},", MANY)
         self.sampling(0)
 
     @property

@@ -32,6 +32,9 @@ METHOD = f"""\
 """
 
 
+PLOTS_NEED = "Plots need matplotlib: pip install 'prm-search[bench]'"
+
+
 def write_report(
     records: Iterable[Mapping[str, Any]],
     out: str | Path,
@@ -62,7 +65,7 @@ def write_report(
     try:
         from .plots import plot
     except ImportError as error:
-        plots, remark = [], f"There are no plots: {error}."
+        plots, remark = [], f"There are no plots: {error}. {PLOTS_NEED}."
     else:
         plots, remark = plot(summary, folder), ""
     missing = None if expected is None else expected - len(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,9 +110,15 @@ def _score(
                 _fits(scorer, solutions[place].prompt, len(cut[-1][0]))
             except ValueError as error:
                 raise ValueError(f"solutions[{place}]: {error}") from error
-        found = scorer.score(
-            [solutions[place].prompt for place in places], [ids for ids, _ in cut], steps=[ends for _, ends in cut]
-        )
+        try:
+            found = scorer.score(
+                [solutions[place].prompt for place in places], [ids for ids, _ in cut], steps=[ends for _, ends in cut]
+            )
+        except ValueError as error:
+            named = re.match(r"(?:prompts|responses)\[(\d+)\]:? ", str(error))
+            if named is None:
+                raise
+            raise ValueError(f"solutions[{places[int(named[1])]}]: {str(error)[named.end() :]}") from error
         for place, scores in zip(places, found, strict=True):
             yield {
                 "index": place,

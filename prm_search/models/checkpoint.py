@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
+from ..files import parse_json
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -78,6 +80,16 @@ class Checkpoint:
             **{key: value for key, value in hub.items() if key != "trust_remote_code"},
         )
         return found
+
+    def check_config(self) -> None:
+        """Raises ValueError where a local config.json holds anything but a JSON object."""
+        path = self.file("config.json", {}) if self.local and self.gguf_file is None else None
+        if path is None:
+            return
+        with open(path, "rb") as file:
+            config = parse_json(file.read(), path)
+        if not isinstance(config, dict):
+            raise ValueError(f"{path}: a JSON object is needed, got {type(config).__name__}")
 
     def where(self) -> dict[str, Any]:
         """As arguments of from_pretrained, beside the path."""

@@ -99,6 +99,7 @@ def _load_module(source: Checkpoint, options: Mapping[str, Any], heads: tuple[st
 
     if source.local and source.gguf_file is None and source.file("config.json", {}) is None:
         raise FileNotFoundError(f"there is no model in {source.path!r}: no config.json")
+    source.check_config()
     options = _normal(options)
     key = (*_key(source, options), heads)
     module = _modules.get(key)

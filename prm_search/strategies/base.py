@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..checks import count
 from ..rng import strategy_uniforms
 from ..tree import Node, SearchTree
 
@@ -94,9 +95,8 @@ class OwnNumbers:
 
 
 def at_least(name: str, value: object, least: int = 1) -> None:
-    """Check a strategy's number. Raises ValueError naming it unless it is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: an integer >= {least} is needed")
+    """Check a strategy's number. Raises ValueError naming it unless it is an integer from `least` to checks.MANY."""
+    count(name, value, least)
 
 
 def distinct(nodes: Sequence[Node]) -> list[Node]:

@@ -88,7 +88,8 @@ def _row(line: bytes, where: str, number: int, once: Distinct) -> tuple[int, Lab
     try:
         prompt, response, label = (record[name] for name in ("prompt_ids", "response_ids", "label"))
         ids = np.array(prompt), np.array(response)
-        if any(part.ndim != 1 or part.dtype.kind != "i" or part.min() < 0 for part in ids) or label not in (0, 1):
+        lists = all(part.ndim == 1 and part.dtype.kind == "i" for part in ids)
+        if not lists or any(part.min() < 0 or part.max() >= 1 << 31 for part in ids) or label not in (0, 1):
             raise ValueError
         logprobs = None if record.get("logprobs") is None else np.array(record["logprobs"], np.float32)
         if logprobs is not None and (logprobs.shape != ids[1].shape or not np.isfinite(logprobs).all()):

@@ -72,25 +72,29 @@ class Recipe:
             raise ValueError(f"balanced={self.balanced!r}: only the objectives ce and kto have balanced forms")
         if self.margin and self.objective != "ipvrm":
             raise ValueError(f"margin={self.margin!r}: only objective='ipvrm' has a margin")
+        for name in ("learning_rate", "epochs"):
+            if getattr(self, name) is not None:
+                checks.number(
+                    name, getattr(self, name), "a number > 0, and at most 1e6,", lambda value: 0 < value <= 1e6
+                )
         if self.beta is not None:
             checks.beta("beta", self.beta)
         for name in ("beta", "learning_rate", "epochs"):
-            given = getattr(self, name)
-            if given is not None:
-                checks.number(name, given, "a finite number > 0", lambda value: 0 < value < float("inf"))
-                object.__setattr__(self, name, float(given))  # 3 and 3.0 are one recipe
-        for name in ("lora", "batch", "micro_batch", "max_length", "problems", "per_problem", "save_steps"):
-            given = getattr(self, name)
-            if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
-                raise ValueError(f"{name}={given!r}: an integer >= 1 is needed")
-        if isinstance(self.freeze_layers, bool) or not isinstance(self.freeze_layers, int) or self.freeze_layers < 0:
-            raise ValueError(f"freeze_layers={self.freeze_layers!r}: an integer >= 0 is needed")
-        if not 0 <= self.margin < float("inf"):
-            raise ValueError(f"margin={self.margin!r}: a finite number >= 0 is needed")
-        if not 0 <= self.negatives < float("inf"):
-            raise ValueError(f"negatives={self.negatives!r}: a finite number >= 0 is needed")
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout={self.holdout!r}: a share in [0, 1) is needed")
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))  # 3 and 3.0 are one recipe
+        for name, most in (("lora", 1 << 16), ("batch", checks.MANY), ("micro_batch", checks.MANY)):
+            if getattr(self, name) is not None:
+                checks.count(name, getattr(self, name), 1, most)
+        for name in ("max_length", "problems", "per_problem", "save_steps"):
+            if getattr(self, name) is not None:
+                checks.count(name, getattr(self, name), 1, (1 << 31) - 1)
+        checks.count("freeze_layers", self.freeze_layers, 0)
+        checks.integer("seed", self.seed, 0, "an integer from 0 to 2**32 - 1", (1 << 32) - 1)
+        for name in ("bf16", "pack", "sampled_reference"):
+            checks.flag(name, getattr(self, name))
+        checks.number("margin", self.margin, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
+        checks.number("negatives", self.negatives, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
+        checks.number("holdout", self.holdout, "a share in [0, 1)", lambda value: 0 <= value < 1)
 
     @property
     def scale(self) -> float:

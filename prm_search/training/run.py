@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
@@ -126,6 +126,7 @@ def train(
         if find_spec(package) is None:
             raise ImportError(f"training needs the package {package}: pip install 'prm-search[train]'")
     source = Checkpoint.of(model, revision)
+    source.check_config()
     if source.gguf_file is not None or (source.local and source.file("adapter_config.json", {}) is not None):
         raise ValueError(f"model={model!r}: a checkpoint is needed, not a GGUF file or an adapter (merge it first)")
     if source.local and source.file("config.json", {}) is None:
@@ -222,7 +223,11 @@ def _run(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": False,
     }
-    args = TrainingArguments(**(given | dict(arguments)))
+    _check_arguments(arguments, TrainingArguments)
+    try:
+        args = TrainingArguments(**(given | dict(arguments)))
+    except (TypeError, ValueError) as error:  # of a name that it does not have, or of a value
+        raise ValueError(f"arguments: {' '.join(str(error).split())}") from error
     whole = recipe.micro_batch * args.world_size
     if recipe.batch % whole:
         raise ValueError(
@@ -279,6 +284,16 @@ def _run(
         (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
     metrics["process"] = args.process_index
     return metrics
+
+
+def _check_arguments(arguments: Mapping[str, Any], kind: type[Any]) -> None:
+    """Raises ValueError for an argument that transformers does not have, or a text where it has a number."""
+    defaults = {each.name: each.default for each in fields(kind)}
+    for name, value in arguments.items():
+        if name not in defaults:
+            raise ValueError(f"arguments: {kind.__name__} has no {name!r}")
+        if isinstance(defaults[name], int | float) and not isinstance(value, int | float | None):
+            raise ValueError(f"arguments: {name}={value!r:.80}: {type(defaults[name]).__name__} is needed")
 
 
 def _add_reference(
