@@ -9,8 +9,10 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny and the cores are shared
@@ -90,6 +92,44 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def float64_models() -> Iterator[None]:
+    """Every Llama checkpoint that this file loads computes in float64."""
+    from exact import exact_loading
+
+    with exact_loading():
+        yield
+
+
+@pytest.fixture(scope="module")
+def demo_models(float64_models: None) -> tuple[Any, Any]:
+    """The demo's policy and pair, in float64 and kept loaded: the commands of this file find them so."""
+    from prm_search.commands.models import load_pair, load_policy
+
+    return load_policy("demo"), load_pair("demo", None, None)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`prm-search` in this process: its status, and what it wrote on standard output and standard error."""
+    from prm_search.cli import main
+
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(arg) for arg in args])
+        written = capsys.readouterr()
+        return status, written.out, written.err
+
+    return call
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def _same_in_every_process(items: list[pytest.Item]) -> None:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import AFTER_RECORDS, held, python
+from records import lines, parsed, write
 
 import prm_search as ps
-from prm_search.cli import main
 from prm_search.commands import BadInput, html, options, records, render
-from prm_search.commands.models import load_pair, load_policy
 from prm_search.demo import pair_dir
 from prm_search.demo.chains import problems
 from prm_search.steps import StepRule
@@ -33,34 +29,12 @@ RESPONSES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def demo_models():
-    """The policy and the pair, kept loaded: every command of this module then finds them so."""
-    return load_policy("demo"), load_pair("demo", None, None)
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], demo_models: object) -> Callable[..., tuple[int, str, str]]:
-    def call(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(arg) for arg in args])
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return call
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(workdir: Path, demo_models: object) -> Path:
     """A folder with prompts and responses, which is the current one."""
-    monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
-    Path("responses.jsonl").write_text("".join(json.dumps(each) + "\n" for each in RESPONSES))
-    return tmp_path
-
-
-def lines(text: str) -> list[dict[str, object]]:
-    return [json.loads(line) for line in text.splitlines()]
+    write("responses.jsonl", RESPONSES)
+    return workdir
 
 
 # -- the program -------------------------------------------------------------------------------------------------------
@@ -74,11 +48,10 @@ for args in (["--help"], *([name, "--help"] for name in ("demo", "generate", "sc
     assert main(args) == 0, args
 print([m for m in ("torch", "transformers", "fastapi") if m in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+    printed = python(code, tmp_path)
+    assert printed.splitlines()[-1] == "[]"
     for word in ("--problems", "--strategy", "--html", ps.__version__):
-        assert word in done.stdout
+        assert word in printed
 
 
 def test_no_command_shows_help_and_fails(run):
@@ -222,7 +195,7 @@ def test_generate_gives_what_search_gives(run, folder, demo_models):
         answer="number",
         budget=200,
     )
-    found = {record["index"]: record for record in lines(out)}
+    found = {record["index"]: record for record in parsed(out)}
     assert sorted(found) == list(range(len(PROMPTS)))
     for place, result in enumerate(expected):
         record = found[place]
@@ -258,7 +231,7 @@ def test_every_strategy_can_be_asked_for(args, strategy, run, folder, demo_model
     (result,) = ps.search(
         PROMPTS[:1], policy=policy, scorer=pair, strategy=strategy, steps=StepRule(";"), max_new_tokens=20
     )
-    (record,) = lines(out)
+    (record,) = parsed(out)
     assert record["text"] == result.text
     assert record["sampled_tokens"] == result.usage.sampled_tokens
 
@@ -266,7 +239,7 @@ def test_every_strategy_can_be_asked_for(args, strategy, run, folder, demo_model
 def test_majority_needs_no_pair(run, folder):
     args = ["--policy", "demo", "--strategy", "best_of_n", "--n", 5, "--select", "majority", "--answer", "number"]
     status, out, _ = run("generate", *args, "--prompt", PROMPTS[0], "--json")
-    (record,) = lines(out)
+    (record,) = parsed(out)
     assert status == 0
     assert record["answer"]
     assert "q" not in record["steps"][0]
@@ -274,7 +247,7 @@ def test_majority_needs_no_pair(run, folder):
 
 def test_tree_in_json_is_a_search_tree(run, folder):
     _, out, _ = run("generate", *DEMO, "--prompt", PROMPTS[0], "--json", "--tree")
-    (record,) = lines(out)
+    (record,) = parsed(out)
     tree = SearchTree.from_json(json.dumps(record["tree"]))
     assert tree.prompt.text == PROMPTS[0]
     assert record["text"] in {node.path_text() for node in tree.nodes}
@@ -297,7 +270,7 @@ def test_chat_prompts_go_through_the_template(run, folder):
     args = ["--policy", "chat", "--strategy", "best_of_n", "--n", 1, "--delimiter", ";", "--json", "--temperature", 0]
     _, chat, _ = run("generate", *args, "--chat", "--system", "=5", "--prompt", "a*7b+3")
     _, plain, _ = run("generate", *args, "--prompt", "=5a*7b+3?")
-    (chat,), (plain,) = lines(chat), lines(plain)
+    (chat,), (plain,) = parsed(chat), parsed(plain)
     assert chat["prompt"] == [{"role": "system", "content": "=5"}, {"role": "user", "content": "a*7b+3"}]
     assert chat["text"].startswith("a*7=")
     assert len(chat["text"]) == len(plain["text"])
@@ -306,13 +279,13 @@ def test_chat_prompts_go_through_the_template(run, folder):
 def test_a_delimiter_that_never_comes_is_said(run, folder):
     status, out, err = run("generate", *DEMO, "--prompt", PROMPTS[0], "--delimiter", r"\n\n", "--json")
     assert status == 0
-    assert len(lines(out)[0]["steps"]) == 1
+    assert len(parsed(out)[0]["steps"]) == 1
     assert "--delimiter" in err
 
 
 def test_answers_that_are_all_cut_are_reported_as_such(run, folder):
     _, out, _ = run("generate", *DEMO, "--prompt", PROMPTS[0], "--json", "--max-new-tokens", 6)
-    (record,) = lines(out)
+    (record,) = parsed(out)
     assert record["stopped"] == "length"
     assert {candidate["finish"] for candidate in record["candidates"]} == {"length"}
 
@@ -324,7 +297,7 @@ SCORE = ["score", "--pair", "demo", "--data", "responses.jsonl"]
 
 
 def by_index(path: str) -> list[dict[str, object]]:
-    return sorted(lines(Path(path).read_text()), key=lambda record: record["index"])
+    return sorted(lines(path), key=lambda record: record["index"])
 
 
 @pytest.mark.parametrize(("command", "batch"), [(GENERATE, 1), (GENERATE, 3), (SCORE, 1)])
@@ -345,7 +318,7 @@ def test_a_stopped_run_goes_on_where_it_was(command, batch, run, folder, monkeyp
     assert status == 130
     assert "part.jsonl has 2 of" in err
     kept = Path("part.jsonl").read_text()
-    assert len(lines(kept)) == 2
+    assert len(parsed(kept)) == 2
 
     Path("part.jsonl").write_text(kept + '{"index": 2, "ke')  # a line that was being written when power failed
     status, _, err = run(*command, "--out", "part.jsonl", "--resume")
@@ -362,24 +335,15 @@ def test_a_stopped_run_goes_on_where_it_was(command, batch, run, folder, monkeyp
 def test_a_real_interrupt_keeps_what_is_finished(folder):
     """SIGINT to the installed program, in the middle."""
     Path("many.txt").write_text("\n".join(PROMPTS * 200))
-    command = [
-        Path(sys.executable).parent / "prm-search", "generate", *DEMO, "--prompts-file", "many.txt", "--batch", "2",
-        "--out", "out.jsonl",
-    ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        out, deadline = Path("out.jsonl"), time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if out.exists() and out.read_text().count("\n") >= 3:
-                break
-            time.sleep(0.05)
+    args = ["generate", *DEMO, "--prompts-file", "many.txt", "--batch", "2", "--out", "out.jsonl"]
+    with held(AFTER_RECORDS.replace("COUNT", "3"), *args) as process:
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    done = lines(out.read_text())
-    assert 3 <= len(done) < 1200
-    assert f"out.jsonl has {len(done)} of 1200 results" in err
-    assert err.endswith("prm-search: interrupted\n")
+        assert process.wait() == 130, process.said()
+        said = process.said()
+    assert "Traceback" not in said
+    assert len(lines("out.jsonl")) == 3
+    assert "out.jsonl has 3 of 1200 results" in said
+    assert said.endswith("prm-search: interrupted\n")
 
 
 def test_existing_results_are_never_overwritten_or_mixed(run, folder):
@@ -433,7 +397,7 @@ def naive(prompt: str, response: str, beta: float) -> np.ndarray:
 def test_scores_are_the_naive_ones(run, folder):
     status, out, err = run(*SCORE, "--json", "--batch", 2)
     assert (status, err) == (0, "")
-    found = lines(out)
+    found = parsed(out)
     beta = json.loads((pair_dir() / "pair.json").read_text())["beta"]
     assert [record["index"] for record in found] == [0, 1, 2]
     assert found[0]["id"] == RESPONSES[0]["id"]
@@ -453,7 +417,7 @@ def test_beta_scales_and_cut_drops_the_end(run, folder):
     _, plain, _ = run(*SCORE, "--json")
     _, other, _ = run(*SCORE, "--json", "--beta", 1, "--cut")
     beta = json.loads((pair_dir() / "pair.json").read_text())["beta"]
-    for a, b in zip(lines(plain), lines(other), strict=True):
+    for a, b in zip(parsed(plain), parsed(other), strict=True):
         assert b["tokens"] == a["tokens"][:-1]
         np.testing.assert_allclose(np.array(b["token_rewards"]) * beta, a["token_rewards"][:-1], rtol=1e-4, atol=1e-6)
 
@@ -462,7 +426,7 @@ def test_pair_and_its_two_models_score_alike(run, folder):
     two = ["--prm", pair_dir() / "prm", "--reference", pair_dir() / "policy", "--delimiter", ";"]
     _, one, _ = run(*SCORE, "--json")
     _, other, _ = run("score", *two, "--data", "responses.jsonl", "--json")
-    assert [r["token_rewards"] for r in lines(one)] == [r["token_rewards"] for r in lines(other)]
+    assert [r["token_rewards"] for r in parsed(one)] == [r["token_rewards"] for r in parsed(other)]
 
 
 def test_text_of_scores(run, folder):

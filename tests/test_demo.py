@@ -6,12 +6,13 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from exact import exact_loading
 
-from prm_search.cli import main
 from prm_search.commands import smollm2
 from prm_search.commands.models import load_pair, load_policy
 from prm_search.commands.render import console, savings, tree_view
@@ -28,21 +29,16 @@ from prm_search.tree import SearchTree
 FIELDS = ["accuracy", "low", "high", "policy_tokens", "prm_tokens", "reference_tokens", "seconds"]
 
 
+# The recipe trains and SmolLM2 is large, so this file's models stay in float32, but where what they sample is judged.
 @pytest.fixture(scope="module", autouse=True)
-def demo_models():
+def kept() -> object:
     """The policy and the pair, kept loaded: the demo then finds them so."""
     return load_policy("demo"), load_pair("demo", None, None)
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main(["demo", *map(str, args)])
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return call
+def run(run: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    return partial(run, "demo")
 
 
 def test_demo_prints_a_table_a_tree_and_what_scoring_saved(run, tmp_path):
@@ -108,11 +104,13 @@ def test_a_whole_answer_fits_in_what_the_plan_gives_it():
     assert plan(0).steps.max_tokens >= STEP_TOKENS
 
 
-def test_search_beats_voting_by_far(demo_models):
+def test_search_beats_voting_by_far():
     """What the demo is for. Majority fails, best-of-N does better, the beam much better, each on the same problems."""
     asked = problems(40, length=LENGTH)
-    kept = []
-    records = list(compare(asked, *demo_models, seed=0, on_result=lambda unit, result: kept.append((unit, result))))
+    drawn = []
+    with exact_loading():
+        models = load_policy("demo"), load_pair("demo", None, None)
+        records = list(compare(asked, *models, seed=0, on_result=lambda unit, result: drawn.append((unit, result))))
     summary = summarise(records)
     rows = {row.cell.strategy: row for row in summary.rows}
     accuracy = {name: row.accuracy for name, row in rows.items()}
@@ -126,7 +124,7 @@ def test_search_beats_voting_by_far(demo_models):
     beam = [record["right"] for record in records if record.get("strategy") == "beam"]
     assert sign_test(beam, best) < 0.01
     # every step of the beams' answers is right where the answer is, but for errors that cancel
-    paths = [(asked[unit.problem], result.text) for unit, result in kept if unit.kind == "search"]
+    paths = [(asked[unit.problem], result.text) for unit, result in drawn if unit.kind == "search"]
     assert sum(check(problem, text).correct for problem, text in paths) > 0.7 * sum(beam)
 
     card = metrics_of(summary)  # what `make` writes of it
@@ -136,11 +134,11 @@ def test_search_beats_voting_by_far(demo_models):
     assert "greedy against majority" not in card["tests"]
 
 
-def test_what_scoring_step_by_step_would_have_cost_is_counted_from_the_trees(demo_models):
+def test_what_scoring_step_by_step_would_have_cost_is_counted_from_the_trees(kept):
     """Trees of two prompts, by hand."""
     import prm_search as ps
 
-    policy, pair = demo_models
+    policy, pair = kept
     asked = [problem.prompt for problem in problems(2, length=3)]
     options = {"policy": policy, "steps": ps.StepRule(";"), "max_new_tokens": 24, "temperature": 1.5}
     results = ps.search(asked, scorer=pair, strategy=Beam(2, 2), **options)
@@ -193,7 +191,8 @@ def test_readmes_examples_run(capsys):
     readme = Path(__file__).parents[1] / "README.md"
     searching, generating = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.S)
     names = {}
-    exec(compile(searching, "README.md", "exec"), names)
+    with exact_loading():
+        exec(compile(searching, "README.md", "exec"), names)
     *steps, usage = capsys.readouterr().out.splitlines()
     assert check(make_problem(5, ("*7", "+3", "*9", "+8")), "".join(step.split()[0] for step in steps)).correct
     assert len(steps) == 4

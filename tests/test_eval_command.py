@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import AFTER_RECORDS, held, python
+from records import lines, same, untimed, write
 
-import prm_search as ps
 from prm_search.cli import main
 from prm_search.commands.responses import read_responses
 from prm_search.demo import pair_dir
@@ -25,35 +21,10 @@ MODELS = ["--policy", "demo", "--pair", "demo", *JUDGED]
 COMMAND = ["eval", *MODELS, "--data", "test.jsonl", "--budgets", "1,4", "--seeds", "0,3"]
 
 
-@pytest.fixture(scope="module")
-def models():
-    """Kept loaded: every command of this module then finds them so."""
-    return ps.HFPolicy.from_pretrained(pair_dir() / "policy"), ps.ImplicitPRM.from_pretrained(pair_dir())
-
-
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: object) -> Path:
-    monkeypatch.chdir(tmp_path)
+def folder(workdir: Path, demo_models: object) -> Path:
     write("test.jsonl", [{"id": i, "question": p.prompt, "answer": p.answer} for i, p in enumerate(ASKED)])
-    return tmp_path
-
-
-def write(path: str, rows: list[dict]) -> None:
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def lines(path: str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def untimed(records: list[dict]) -> list[dict]:
-    """Records without their seconds, in order, with numbers as they are in float32."""
-    text = json.dumps(sorted(records, key=lambda r: r["index"]))
-
-    def strip(found):
-        return {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items() if k != "seconds"}
-
-    return json.loads(text, object_hook=strip)
+    return workdir
 
 
 def test_command(folder, capsys):
@@ -152,8 +123,8 @@ def test_rollouts_are_evaluated_as_the_samples_they_are(folder):
     for record in offline:
         other = online[record["problem"]]
         for mine, theirs in zip(record["samples"], other["samples"], strict=True):
-            same = ("text", "answer", "right", "tokens", "finish")
-            assert [mine[name] for name in same] == [theirs[name] for name in same]
+            for name in ("text", "answer", "right", "tokens", "finish"):
+                assert mine[name] == theirs[name]
             assert mine["values"]["demo"]["q"] == pytest.approx(theirs["values"]["demo"]["q"], abs=1e-4)
         at_four = [[c for c in r["chosen"] if c["n"] == 4] for r in (record, other)]
         assert at_four[0] == at_four[1]
@@ -246,22 +217,10 @@ def test_help_loads_no_model_library(tmp_path):
         "assert main(['eval', '--help']) == main(['eval-steps', '--help']) == 0; "
         "print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert python(code, tmp_path).splitlines()[-1] == "[]"
 
 
 # -- killed and resumed ------------------------------------------------------------------------------------------------
-
-
-# A tenth of a second after each record, so that the kill comes in the middle however busy the machine is.
-SLOWED = """
-import sys, time
-from prm_search.cli import main
-from prm_search.commands.records import RecordFile
-write = RecordFile.write
-RecordFile.write = lambda file, record: (write(file, record), time.sleep(0.1))
-sys.exit(main())
-"""
 
 
 def test_killed_and_resumed_is_as_if_never_killed(folder):
@@ -269,36 +228,24 @@ def test_killed_and_resumed_is_as_if_never_killed(folder):
     write("many.jsonl", [{"prompt": p.prompt, "answer": p.answer} for p in problems(12, length=3)])
     args = ["eval", *MODELS, "--data", "many.jsonl", "--strategies", "greedy,majority,best_of_n,beam"]
     args += ["--budgets", "4", "--batch", "4"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWED, *args, "--out", "out"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with held(AFTER_RECORDS.replace("COUNT", "14"), *args, "--out", "out"):  # 12 greedy answers, and some samples
+        pass
     out = Path("out/records.jsonl")
-    deadline = time.monotonic() + 120
-    while not (out.exists() and out.read_bytes().count(b"\n") >= 14):  # 12 greedy answers, and some samples
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     kept = out.read_bytes()
-    kept = kept[: kept.rfind(b"\n") + 1]
-    assert 14 <= kept.count(b"\n") < 36
+    assert kept.count(b"\n") == 14
     with out.open("ab") as file:  # a line that was being written
         file.write(b'{"index": 30, "ki')
     assert main(["eval", "--report-only", "--out", "out"]) == 0
-    missing = 36 - kept.count(b"\n")
-    assert f"{missing} records are missing" in Path("out/report.md").read_text()
+    assert "22 records are missing" in Path("out/report.md").read_text()
     assert main([*args, "--out", "out", "--resume"]) == 0
     assert out.read_bytes().startswith(kept)
     assert main([*args, "--out", "whole"]) == 0
     resumed, whole = lines("out/records.jsonl"), lines("whole/records.jsonl")
     assert len(resumed) == len(whole) == 36
-    assert untimed(resumed) == untimed(whole)
+    resumed, whole = (sorted(each, key=lambda record: record["index"]) for each in (resumed, whole))
+    assert same(untimed(resumed), untimed(whole))
     cards = [json.loads(Path(name, "report.json").read_text())["rows"] for name in ("out", "whole")]
     for one, other in zip(*cards, strict=True):
         assert one.pop("seconds") > 0
         assert other.pop("seconds") > 0
-        assert one == other
+        assert same(one, other)

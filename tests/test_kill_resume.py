@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from killing import Kill, Server
+from records import lines, same, untimed
 from safetensors.numpy import load_file
 from soak import SOAK
 
@@ -43,7 +44,6 @@ COMMANDS: dict[str, tuple[list[str], str, int]] = {
          "--batch", "4", "--micro-batch", "2", "--epochs", "3", "--save-steps", "5"], "out/log.jsonl", 27,
     ),
 }  # fmt: skip
-TIMES = ("seconds", "forward_calls")  # what says how fast a run was
 
 
 @dataclass
@@ -69,24 +69,6 @@ class Tally:
         return f"{self.kills:6} {len(self.lost):5} {len(self.doubled):8} {len(self.altered):8}"
 
 
-def untimed(found: Any) -> Any:
-    """A record without what says how fast it was made."""
-    if isinstance(found, dict):
-        return {name: untimed(value) for name, value in found.items() if name not in TIMES}
-    return [untimed(each) for each in found] if isinstance(found, list) else found
-
-
-def same(found: Any, expected: Any) -> bool:
-    """Equal but for the last digits of numbers, which batches of another shape round otherwise."""
-    if isinstance(expected, float):
-        return bool(found == pytest.approx(expected, rel=1e-4, abs=1e-5))
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(same(found[name], expected[name]) for name in expected)
-    if isinstance(expected, list):
-        return len(found) == len(expected) and all(map(same, found, expected))
-    return bool(found == expected)
-
-
 @dataclass
 class Place:
     """A folder with inputs, and the server of runs; `whole` has what each command gives when nobody kills it."""
@@ -97,10 +79,8 @@ class Place:
 
     def result(self, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The records of a finished run, and for train the weights."""
-        lines = (self.folder / COMMANDS[name][1]).read_text().splitlines()
-        return [json.loads(line) for line in lines], load_file(self.folder / "out/model.safetensors") if (
-            name == "train"
-        ) else {}
+        weights = load_file(self.folder / "out/model.safetensors") if name == "train" else {}
+        return lines(self.folder / COMMANDS[name][1]), weights
 
     def clear(self) -> None:
         """Take away what a run made."""

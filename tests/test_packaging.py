@@ -6,12 +6,11 @@ import importlib.metadata
 import importlib.resources
 import importlib.util
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from processes import python
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -27,13 +26,6 @@ EXTRAS = [
     "prometheus_client", "pytest_benchmark", "triton", "uvicorn", "vllm",
 ]
 # fmt: on
-
-
-def python(code: str, cwd: Path) -> str:
-    """What ``code`` prints in a fresh interpreter that does not see the current folder."""
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_every_package_folder_is_listed():

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from processes import AFTER_RECORDS, held, python
+from records import lines, same, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prm_search as ps
@@ -34,17 +32,16 @@ JUDGE = Judge("exact", chain_answer)
 
 
 @pytest.fixture(scope="module")
-def policy():
+def policy(float64_models):
     folder = pair_dir() / "policy"  # a model of its own: loaders share theirs with other tests, and so its KV
     return HFPolicy(AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: object) -> Path:
-    monkeypatch.chdir(tmp_path)
+def folder(workdir: Path, policy: object) -> Path:
     rows = [{"id": f"p{i}", "question": p.prompt, "answer": f"by hand\n#### {p.answer}"} for i, p in enumerate(ASKED)]
-    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
+    write("problems.jsonl", rows)
+    return workdir
 
 
 def drawn(policy: object, **given: object) -> dict[tuple[int, int], object]:
@@ -52,10 +49,6 @@ def drawn(policy: object, **given: object) -> dict[tuple[int, int], object]:
     found = list(sample_rollouts(PROBLEMS, **options))
     assert len({(r.problem, r.sample) for r in found}) == len(found)
     return {(r.problem, r.sample): r for r in found}
-
-
-def lines(path: str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
@@ -289,8 +282,7 @@ def test_help_loads_no_model_library(tmp_path):
         "assert main(['rollout', '--help']) == main(['train', '--help']) == 0; "
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert python(code, tmp_path).splitlines()[-1] == "[]"
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -328,40 +320,21 @@ def test_other_settings_are_not_mixed_in(folder, capsys):
     assert len(lines("out.jsonl")) == 4
 
 
-def test_killed_and_resumed_is_as_if_never_killed(folder):
+def test_killed_and_resumed_is_as_if_never_killed(folder, float64_models):
     """SIGKILL in the middle: nothing that was finished is lost, nothing is drawn twice, the whole is the same."""
-    more = problems(60, split="prm", length=8)
-    Path("many.jsonl").write_text("".join(json.dumps({"prompt": p.prompt, "answer": p.answer}) + "\n" for p in more))
+    more = problems(30, split="prm", length=8)
+    write("many.jsonl", [{"prompt": p.prompt, "answer": p.answer} for p in more])
     args = ["rollout", "--policy", "demo", "--data", "many.jsonl", "--n", "4", "--label", "exact", "--batch", "8"]
+    with held(AFTER_RECORDS.replace("COUNT", "20"), *args, "--out", "out.jsonl"):
+        pass
     out = Path("out.jsonl")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from prm_search.cli import main; sys.exit(main())",
-            *args,
-            "--out",
-            str(out),
-        ],
-        env=environment,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while not (out.exists() and out.read_bytes().count(b"\n") >= 20):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     kept = out.read_bytes()
-    kept = kept[: kept.rfind(b"\n") + 1]
-    assert 20 <= kept.count(b"\n") < 240
+    assert kept.count(b"\n") == 20
     with out.open("ab") as file:  # a line that was being written
         file.write(b'{"index": 3, "ke')
     assert main([*args, "--out", str(out), "--resume"]) == 0
     assert out.read_bytes().startswith(kept)
     assert main([*args, "--out", "whole.jsonl"]) == 0
     resumed, whole = lines("out.jsonl"), lines("whole.jsonl")
-    assert len(resumed) == len(whole) == 240
-    assert sorted(resumed, key=lambda r: r["index"]) == sorted(whole, key=lambda r: r["index"])
+    assert len(resumed) == len(whole) == 120
+    assert same(*(sorted(records, key=lambda record: record["index"]) for records in (resumed, whole)))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from processes import python
 
 from prm_search.evaluation.statistics import (
     auc,
@@ -168,5 +167,4 @@ def test_no_model_library_is_needed(tmp_path):
         "import sys; import prm_search.evaluation, prm_search.evaluation.statistics; "
         "print([m for m in ('torch', 'transformers', 'scipy', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert python(code, tmp_path).splitlines()[-1] == "[]"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from records import lines, write
 
 import prm_search as ps
 from prm_search.cli import main
@@ -222,8 +223,7 @@ def test_bad_scoring_arguments_are_named(pair):
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: object) -> Path:
-    monkeypatch.chdir(tmp_path)
+def folder(workdir: Path, pair: object) -> Path:
     rng = random.Random(0)
     for name, seed in (("data", 5), ("other", 6)):
         rows = []
@@ -231,15 +231,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: object) -> Pat
             text, _ = demonstrate(problem, rng)
             label = check(problem, text).first_wrong_step
             rows.append({"id": f"p{i}", "problem": problem.prompt, "steps": text.split(";"), "label": label})
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
+        write(f"{name}.jsonl", rows)
+    return workdir
 
 
 COMMAND = ["eval-steps", "--pair", "demo", "--data", "data.jsonl"]
-
-
-def lines(path: str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def test_command(folder, capsys):

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from records import lines, write
 
 import prm_search as ps
 from prm_search.cli import main
-from prm_search.commands.models import load_pair, load_policy
 from prm_search.demo.chains import problems
 from prm_search.problems import Judge
 from prm_search.training.data import read_rollouts
@@ -19,22 +19,10 @@ from prm_search.tree import Prompt, SearchTree
 ASKED = problems(4, split="prm", length=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def demo_models():
-    """Kept loaded: the commands then find them so."""
-    return load_policy("demo"), load_pair("demo", None, None)
-
-
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    lines = [json.dumps({"id": f"p{i}", "question": p.prompt, "answer": p.answer}) for i, p in enumerate(ASKED)]
-    Path("problems.jsonl").write_text("\n".join(lines) + "\n")
-    return tmp_path
-
-
-def lines(path: str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+def folder(workdir: Path, demo_models: object) -> Path:
+    write("problems.jsonl", [{"id": f"p{i}", "question": p.prompt, "answer": p.answer} for i, p in enumerate(ASKED)])
+    return workdir
 
 
 def by_hand() -> SearchTree:

@@ -86,9 +86,10 @@ def score(
             with Bar("responses", len(waiting)) as bar:
                 bar.watch(scorer)
                 for index, scores in score_all(scorer, items, waiting, rule, responses.cut, output.batch):
-                    records[index] = record_of(items[index], scores, index=index, key=keys[index])
+                    record = record_of(items[index], scores, index=index, key=keys[index])
                     if file is not None:
-                        file.write(records[index])
+                        file.write(record)
+                    records[index] = record
                     with bar.aside():
                         show(items[index], records[index], output.as_json)
                     bar.tick()
