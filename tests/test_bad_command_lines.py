@@ -64,7 +64,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "an argument that is not UTF-8": ([*GENERATE, "--prompt", "a\udcff"], r"--prompt 'a\udcff' has half a character"),
     "a delimiter that is not": ([*ONE, "--delimiter", "\udcff"], "--delimiter"),
     "a template that is not": ([*ROLLOUT, "--data", "question.jsonl", "--template", "{}\udcff"], "--template"),
-    "a file that is not": ([*GENERATE, "--prompts-file", "bytes.jsonl"], "bytes.jsonl, line 2: not UTF-8 (byte 12)"),
+    "a file that is not": (
+        [*GENERATE, "--prompts-file", "bytes.jsonl"],
+        "bytes.jsonl, line 2 cannot be read: not UTF-8 (byte 12)",
+    ),
     "nested too deep": (
         [*GENERATE, "--prompts-file", "deep.jsonl"],
         "deep.jsonl, line 1: JSON that is nested too deep",

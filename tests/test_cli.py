@@ -114,7 +114,10 @@ BAD = {
     "not JSON": (["score", "--pair", "demo", "--data", "broken.jsonl"], "broken.jsonl, line 2"),
     "no response": (["score", "--pair", "demo", "--data", "half.jsonl"], "half.jsonl, line 1"),
     "response too long": (["score", "--pair", "demo", "--data", "long.jsonl"], "long.jsonl, line 2: 26"),
-    "html nowhere": (["score", "--pair", "demo", "--data", "responses.jsonl", "--html", "no/x.html"], "no/x.html"),
+    "html below a file": (
+        ["score", "--pair", "demo", "--data", "responses.jsonl", "--html", "half.jsonl/x.html"],
+        "half.jsonl/x.html",
+    ),
     "out below a file": (
         ["score", "--pair", "demo", "--data", "responses.jsonl", "--out", "half.jsonl/x.jsonl"],
         "half.jsonl/x.jsonl",

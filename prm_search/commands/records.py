@@ -67,7 +67,7 @@ def lines_of(path: str) -> Iterator[tuple[str, str]]:
         try:
             text = line.decode().removesuffix("\r")
         except UnicodeDecodeError as error:
-            raise BadInput(f"{where}: not UTF-8 (byte {error.start})") from error
+            raise BadInput(f"{where} cannot be read: not UTF-8 (byte {error.start})") from error
         if text.strip():
             yield where, text
 

@@ -91,7 +91,7 @@ def score(
                         file.write(record)
                     records[index] = record
                     with bar.aside():
-                        show(items[index], records[index], output.as_json)
+                        show(items[index], record, output.as_json)
                     bar.tick()
         finally:
             report(file, len(records), len(items))
