@@ -268,7 +268,7 @@ def test_text_output_has_answer_and_rewards_and_no_escapes(run, folder):
 def test_chat_prompts_go_through_the_template(run, folder):
     shutil.copytree(pair_dir() / "policy", "chat")
     config = json.loads(Path("chat/tokenizer_config.json").read_text())
-    config["chat_template"] = "{% for m in messages %}{{ m['content'] }}{% endfor %}?"
+    config["chat_template"] = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}?"
     Path("chat/tokenizer_config.json").write_text(json.dumps(config))
     args = ["--policy", "chat", "--strategy", "best_of_n", "--n", 1, "--delimiter", ";", "--json", "--temperature", 0]
     _, chat, _ = run("generate", *args, "--chat", "--system", "=5", "--prompt", "a*7b+3")
@@ -276,7 +276,7 @@ def test_chat_prompts_go_through_the_template(run, folder):
     (chat,), (plain,) = parsed(chat), parsed(plain)
     assert chat["prompt"] == [{"role": "system", "content": "=5"}, {"role": "user", "content": "a*7b+3"}]
     assert chat["text"].startswith("a*7=")
-    assert len(chat["text"]) == len(plain["text"])
+    assert chat["text"] == plain["text"]
 
 
 def test_a_delimiter_that_never_comes_is_said(run, folder):
