@@ -74,6 +74,11 @@ def flag(name: str, given: object) -> None:
         raise TypeError(f"{name}={shown(given)}: True or False is needed, not {type(given).__name__}")
 
 
+def is_one_of(given: object, names: Iterable[str]) -> bool:
+    """Return True if a value is one of these names; no value of another kind is, whatever it compares equal to."""
+    return isinstance(given, str) and given in names
+
+
 def function(name: str, given: object, needed: str) -> None:
     """Check a function. Raises TypeError saying what is needed."""
     if not callable(given):

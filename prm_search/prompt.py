@@ -45,9 +45,9 @@ class Prompt:
             if given is not None and len(given) == 0:
                 raise ValueError(f"empty prompt: {name} is {given!r}; at least one token is needed")
         if self.messages is not None:
-            odd = next((message for message in self.messages if not isinstance(message, Mapping)), None)
-            if odd is not None:
-                raise TypeError(f"messages must be dicts with role and content, got {odd!r:.80}")
+            for message in self.messages:
+                if not isinstance(message, Mapping):
+                    raise TypeError(f"messages must be dicts with role and content, got {message!r:.80}")
             object.__setattr__(self, "messages", tuple(self.messages))
         if self.token_ids is not None:
             object.__setattr__(self, "token_ids", plain_ids(self.token_ids))

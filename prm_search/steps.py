@@ -61,9 +61,11 @@ class StepRule:
 
     def __post_init__(self) -> None:
         given = self.delimiter
-        if given is not None and not isinstance(given, Iterable):
-            raise TypeError(f"delimiter={given!r}: a string, strings or None is needed, not {type(given).__name__}")
-        delimiters = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+        try:
+            delimiters = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+        except TypeError as error:
+            said = f"delimiter={given!r}: a string, strings or None is needed, not {type(given).__name__}"
+            raise TypeError(said) from error
         for item in delimiters:
             if not isinstance(item, str):
                 raise TypeError(f"delimiter={given!r}: a string, strings or None is needed, not {type(item).__name__}")

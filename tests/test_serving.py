@@ -186,6 +186,32 @@ def test_stop_strings_end_a_response_and_are_no_part_of_it(demo: Demo, guidance:
         assert text == whole[: whole.index(stop[0])]
 
 
+@pytest.mark.parametrize("guidance", [None, BEAM, {"strategy": "best_of_n", "n": 3}])
+@pytest.mark.parametrize("stop", [False, True])
+def test_log_probabilities_of_the_choice(demo: Demo, guidance: Any, stop: bool) -> None:
+    whole = demo.ask(prm_guidance=guidance, logprobs=0).choices[0]
+    expected = {} if guidance is None else {"strategy": "beam"} | guidance
+    if guidance is not None:
+        strategy = Beam(2, 2) if expected["strategy"] == "beam" else BestOfN(3)
+        node = demo.search(strategy).node
+        near = pytest.approx([float(each) for step in node.path() for each in step.logprobs], abs=1e-4)
+        assert whole.logprobs.token_logprobs == near
+    assert "".join(whole.logprobs.tokens).startswith(whole.text)
+    assert whole.logprobs.top_logprobs is None
+    given: dict[str, Any] = {"stop": [whole.text[9:11]]} if stop else {}
+    asked = demo.ask(prm_guidance=guidance, logprobs=1, **given).choices[0]
+    starts = dict(zip(asked.logprobs.text_offset, asked.logprobs.tokens, strict=True))
+    assert all(asked.text[at:].startswith(token) for at, token in starts.items() if at + len(token) <= len(asked.text))
+    assert all(at < len(asked.text) for at in starts) or not stop
+    chunks = [chunk.choices[0] for chunk in demo.ask(prm_guidance=guidance, logprobs=1, stream=True, **given)]
+    told = [chunk.logprobs for chunk in chunks if chunk.logprobs]
+    for name in ("tokens", "text_offset"):
+        assert [each for part in told for each in getattr(part, name)] == getattr(asked.logprobs, name)
+    joined_numbers = [each for part in told for each in part.token_logprobs]
+    assert joined_numbers == pytest.approx(asked.logprobs.token_logprobs, abs=1e-4)
+    assert demo.ask(prm_guidance=guidance).choices[0].logprobs is None
+
+
 # -- streams ----------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +308,25 @@ def test_chat(chat: tuple[Served, HFPolicy]) -> None:
     assert split  # characters were split over tokens, or this tests nothing
 
 
+def test_log_probabilities_of_a_chat(chat: tuple[Served, HFPolicy]) -> None:
+    served, _ = chat
+    messages: list[Any] = [{"role": "user", "content": "one"}]
+    given: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 9, "seed": 1, "logprobs": True}
+    given |= {"top_logprobs": 0, "extra_body": {"prm_guidance": {"width": 1}}}
+    (choice,) = served.client().chat.completions.create(**given).choices
+    content = choice.logprobs.content
+    assert len(content) == 9
+    spelled = b"".join(bytes(each.bytes) for each in content)
+    assert spelled.decode("utf-8", "replace") == choice.message.content
+    assert all(each.logprob <= 0 and each.top_logprobs == [] for each in content)
+    chunks = list(served.client().chat.completions.create(**given, stream=True))
+    told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    assert [each.bytes for part in told for each in part.content] == [each.bytes for each in content]
+    asked = {"messages": messages, "logprobs": True, "top_logprobs": 2}
+    status, _, said = served.send("/v1/chat/completions", asked)
+    assert (status, json.loads(said)["error"]["param"]) == (400, "top_logprobs")
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 BAD: list[tuple[dict[str, Any], int, str | None]] = [
@@ -310,7 +355,12 @@ BAD: list[tuple[dict[str, Any], int, str | None]] = [
     ({"stream": "yes"}, 400, "stream"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
     ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
-    ({"logprobs": 1}, 400, "logprobs"),
+    ({"logprobs": 2}, 400, "logprobs"),
+    ({"logprobs": True}, 400, "logprobs"),
+    ({"top_logprobs": 1}, 400, "top_logprobs"),
+    ({"tools": [{"type": "function"}], "prm_guidance": {}}, 400, "tools"),
+    ({"tool_choice": "required", "prm_guidance": {}}, 400, "tool_choice"),
+    ({"response_format": {"type": "json_object"}, "prm_guidance": {}}, 400, "response_format"),
     ({"echo": True}, 400, "echo"),
     ({"best_of": 4}, 400, "best_of"),
     ({"suffix": "x"}, 400, "suffix"),

@@ -80,6 +80,27 @@ def test_what_is_not_guided_reaches_the_route_as_it_came(core: Served, body: byt
     assert json.loads(chunked[2])["length"] == len(body)
 
 
+PASSED: list[dict[str, Any]] = [
+    {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"tool_choice": "required"}, {"top_logprobs": 5},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}},
+    {"parallel_tool_calls": True}, {"logprobs": True}, {"logprobs": 5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", PASSED)
+def test_tools_formats_and_log_probabilities_are_vllms_where_a_request_is_not_guided(
+    core: Served, given: dict[str, Any]
+) -> None:
+    message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    body = json.dumps({"messages": [{"role": "user", "content": "a"}, message]} | given).encode()
+    assert json.loads(core.send("/v1/chat/completions", body)[2])["own"] == body.decode()
+    (name,) = given
+    guided = {"prompt": [65], "prm_guidance": {}} | given
+    status, _, said = core.send("/v1/completions", guided)
+    if name != "parallel_tool_calls":  # which asks for nothing without tools
+        assert (status, json.loads(said)["error"]["param"]) == (400, name)
+
+
 def test_other_routes_and_streams_pass(core: Served) -> None:
     assert "own" in json.loads(core.send("/v1/embeddings", {"prm_guidance": {}})[2])
     assert core.send("/v1/completions", {"stream": True})[2] == b"one two"

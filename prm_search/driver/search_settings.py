@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..answers import SELECTS, Answer, Select, Selection, resolve_answer, select
-from ..checks import number
+from ..checks import is_one_of, number
 from ..protocols import Sampling
 from ..steps import StepRule
 from ..stop_strings import stop_strings
@@ -58,9 +58,9 @@ class SearchSettings:
         weight_temperature: float = 1.0,
     ) -> SearchSettings:
         """Settings from the arguments of `search`. Raises ValueError or TypeError as it does."""
-        if select not in SELECTS:
+        if not is_one_of(select, SELECTS):
             raise ValueError(f"select={select!r} is unknown; it is one of {SELECTS}")
-        if weight not in ("softmax", "sigmoid"):
+        if not is_one_of(weight, ("softmax", "sigmoid")):
             raise ValueError(f"weight={weight!r}: it is 'softmax' or 'sigmoid'")
         number("weight_temperature", weight_temperature, "a finite number > 0", lambda given: 0 < given < float("inf"))
         if value is not None:

@@ -15,6 +15,7 @@ from ..steps import StepRule
 from ..strategies import STRATEGIES, Beam, BestOfN, Expand, Parallel, Run, Steer, Strategy
 from ..tree import Prompt, SearchTree
 from .errors import RequestError, invalid, too_large
+from .limits import Limits as Limits
 from .schema import Body, BudgetBody, ChatBody, CompletionBody, GuidanceBody, StepsBody
 
 T = TypeVar("T")
@@ -24,36 +25,6 @@ DELIMITERS, STOPS = 64, 16  # strings of one request: what they cost is paid at 
 LONGEST = 256  # characters of any of them
 LONGEST_PATTERN = 1000
 PLAIN_STEP = StepRule(delimiter=None, max_tokens=4)  # a plain answer is streamed in pieces of so many tokens
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for, and how many are taken on.
-
-    Args:
-        searches: prompts searched at a time; beyond it requests get 429.
-        body_bytes: of a request's body.
-        max_tokens: of one response, and what a chat request that names no max_tokens gets.
-        children: drawn at once for one prompt, as width * expansions, and any single option of a strategy.
-        sampled_tokens: of one prompt's search, pruned ones included; a search that reaches it ends with what it has.
-        seconds: of one prompt's search, after which the best of what it has is the answer.
-        patterns: whether requests may have patterns as delimiters. Python's patterns can take for ever, and with them
-            the server.
-    """
-
-    searches: int = 64
-    body_bytes: int = 1 << 20
-    max_tokens: int = 4096
-    children: int = 256
-    sampled_tokens: int = 1 << 20
-    seconds: float = 600.0
-    patterns: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("searches", "body_bytes", "max_tokens", "children", "sampled_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: an integer >= 1 is needed")
-        Budget(seconds=self.seconds)
 
 
 @dataclass(frozen=True)
@@ -67,6 +38,7 @@ class SearchRequest:
         guided: score with the pair; otherwise plain sampling.
         alpha: strength of steering; None for an unsteered policy.
         n: choices a prompt.
+        logprobs: tell the log-probability of each token.
         stream, include_usage, progress, candidates: how it is to be answered.
     """
 
@@ -77,6 +49,7 @@ class SearchRequest:
     guided: bool
     alpha: float | None
     n: int
+    logprobs: bool
     stream: bool
     include_usage: bool
     progress: bool
@@ -154,6 +127,7 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
         guided=guide is not None,
         alpha=alpha,
         n=n,
+        logprobs=_logprobs(body),
         stream=stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         progress=guide is not None and guide.progress,
@@ -269,6 +243,18 @@ def _stop(given: str | list[str] | None) -> tuple[str, ...]:
     if not all(stop):
         raise invalid("stop", "an empty string stops nothing")
     return stop
+
+
+def _logprobs(body: Body) -> bool:
+    """Whether log-probabilities are asked for: of the tokens that were drawn, since a search keeps no others."""
+    chat = isinstance(body, ChatBody)
+    name = "top_logprobs" if chat else "logprobs"
+    most = 0 if chat else 1  # the API's 1 is "the one that was drawn, and the likeliest"
+    if (getattr(body, name) or 0) > most:
+        said = f"{name}: at most {most} here: a search keeps the log-probabilities of the tokens that it draws"
+        raise RequestError(400, said, param=name, code="unsupported_parameter")
+    given: bool | int | None = body.logprobs  # type: ignore[attr-defined]
+    return given is not None and given is not False
 
 
 def _bounded(param: str, strings: Sequence[str], most: int) -> None:

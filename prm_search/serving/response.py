@@ -12,9 +12,10 @@ from ..driver.result import Event, Result
 from ..tree import Node
 from ..usage import Usage
 from ..values import step_rewards
+from .logprobs import TokenLogprobs
 from .request import SearchRequest
 from .service import Job, answered, failure
-from .text import TextStream, whole_text
+from .text import TextStream
 
 
 def whole(job: Job, results: Sequence[Result]) -> dict[str, Any]:
@@ -24,18 +25,30 @@ def whole(job: Job, results: Sequence[Result]) -> dict[str, Any]:
         job: the request.
         results: one a prompt.
     """
-    ask, words = job.ask, job.service.engine.words
+    ask = job.ask
     choices = []
     for number, result in enumerate(results):
         for place, node in enumerate(chosen(ask, result)):
-            text = whole_text(words, node.path_ids(), ask.stop)
+            text, logprobs = _told(job, node)
             said = {"message": {"role": "assistant", "content": text}} if ask.kind == "chat" else {"text": text}
             choices.append(
-                {"index": number * ask.n + place, **said, "logprobs": None, "finish_reason": finish_reason(node)}
+                {"index": number * ask.n + place, **said, "logprobs": logprobs, "finish_reason": finish_reason(node)}
             )
     answer = _head(job, "chat.completion" if ask.kind == "chat" else "text_completion")
     answer |= {"choices": choices, "usage": usage(job, results)}
     return answer | ({"prm_search": [search_facts(job, result) for result in results]} if ask.guided else {})
+
+
+def _told(job: Job, node: Node) -> tuple[str, dict[str, Any] | None]:
+    """A choice's text, and its log-probabilities where they are asked for."""
+    ask, words = job.ask, job.service.engine.words
+    stream = TextStream(words, ask.stop)
+    text = stream.feed(node.path_ids()) + stream.end()
+    if not ask.logprobs:
+        return text, None
+    logprobs = TokenLogprobs(words, ask.kind)
+    logprobs.feed(node.path())
+    return text, logprobs.told(len(text) if stream.stopped else None)
 
 
 def chosen(ask: SearchRequest, result: Result) -> list[Node]:
@@ -158,6 +171,9 @@ class _Chunks:
         self.job, self.ask = job, job.ask
         words = job.service.engine.words
         self.texts = [TextStream(words, self.ask.stop) for _ in job.ask.prompts]
+        self.logprobs = [TokenLogprobs(words, job.ask.kind) for _ in job.ask.prompts]
+        self.characters = [0] * len(job.ask.prompts)  # told
+        self.steps = [0] * len(job.ask.prompts)  # whose tokens have their log-probabilities
         self.told: list[list[int]] = [[] for _ in job.ask.prompts]
         self.results: dict[int, Result] = {}
 
@@ -177,7 +193,7 @@ class _Chunks:
                 if ask.in_steps:
                     said = self._tell(number, job.searches[number].committed())
                     if said:
-                        yield _event(self._chunk(number, self._delta(said)))
+                        yield _event(self._chunk(number, self._delta(said), logprobs=self._logprobs(number)))
             else:
                 self.results[number] = result = answered(event.result)
                 for chunk in await asyncio.to_thread(self._end, number, result):
@@ -194,7 +210,18 @@ class _Chunks:
             raise RuntimeError("the search took back a step that was settled")
         fresh = ids[len(told) :]
         told += fresh
-        return self.texts[number].feed(fresh)
+        self.logprobs[number].feed(steps[self.steps[number] :])
+        self.steps[number] = len(steps)
+        said = self.texts[number].feed(fresh)
+        self.characters[number] += len(said)
+        return said
+
+    def _logprobs(self, number: int, *, last: bool = False) -> dict[str, Any] | None:
+        """What comes with the text that has been told; at the end, with the rest."""
+        if not self.ask.logprobs:
+            return None
+        whole = last and not self.texts[number].stopped
+        return self.logprobs[number].told(None if whole else self.characters[number])
 
     def _end(self, number: int, result: Result) -> list[str]:
         """What remains to be told of one prompt, as events."""
@@ -203,13 +230,15 @@ class _Chunks:
         for place, node in enumerate(chosen(ask, result)):
             index = number * ask.n + place
             if ask.in_steps:
-                said = self._tell(number, node.path()) + self.texts[number].end()
+                said, rest = self._tell(number, node.path()), self.texts[number].end()
+                self.characters[number] += len(rest)
+                said, logprobs = said + rest, self._logprobs(number, last=True)
             else:
-                said = whole_text(job.service.engine.words, node.path_ids(), ask.stop)
+                said, logprobs = _told(job, node)
                 if ask.kind == "chat":
                     chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
-            if said:
-                chunks.append(self._chunk(index, self._delta(said)))
+            if said or logprobs:
+                chunks.append(self._chunk(index, self._delta(said), logprobs=logprobs))
             chunks.append(self._chunk(index, {} if ask.kind == "chat" else {"text": ""}, finish_reason(node)))
         if chunks and ask.guided:
             chunks[-1]["prm_search"] = [search_facts(job, result)]
@@ -227,13 +256,17 @@ class _Chunks:
         return {"content": text} if self.ask.kind == "chat" else {"text": text}
 
     def _chunk(
-        self, index: int | None, delta: dict[str, Any] | None = None, finish: str | None = None
+        self,
+        index: int | None,
+        delta: dict[str, Any] | None = None,
+        finish: str | None = None,
+        logprobs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """A chunk with one choice, or with none."""
         chat = self.ask.kind == "chat"
         chunk = _head(self.job, "chat.completion.chunk" if chat else "text_completion")
         said = {"delta": delta} if chat else delta or {}
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
+        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
         return chunk | {"choices": [] if index is None else [choice]}
 
 

@@ -24,7 +24,7 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "function_call": ("none",), "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (),
         "guided_regex": (), "ignore_eos": (False,), "include_stop_str_in_output": (False,), "kv_transfer_params": (),
         "length_penalty": (1,), "logit_bias": ({},), "logits_processors": ([],), "logprob_token_ids": ([],),
-        "logprobs": (False,), "min_tokens": (0,), "modalities": (["text"],), "prediction": (), "presence_penalty": (0,),
+        "min_tokens": (0,), "modalities": (["text"],), "prediction": (), "presence_penalty": (0,),
         "priority": (0,), "prompt_embeds": (), "prompt_logprobs": (), "reasoning_effort": (),
         "repetition_detection": (), "repetition_penalty": (1,), "response_format": ({"type": "text"},),
         "return_mm_kwargs": (False,), "return_prompt_text": (False,), "return_token_ids": (False,),
@@ -137,12 +137,15 @@ class ChatBody(Body):
     """A request of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0)
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
 
 class CompletionBody(Body):
     """A request of /v1/completions."""
 
+    logprobs: int | None = Field(default=None, ge=0)
     prompt: str | Strings | Ids | Annotated[list[Ids], Field(fail_fast=True)]
 
 

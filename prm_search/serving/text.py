@@ -34,6 +34,11 @@ class TextStream:
         """The rest of the text."""
         return self._take(self._decoder.decode(b"", final=True), last=True)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self._ended
+
     def _bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join([self._words.piece(i) for i in ids if i not in self._words.special])
 

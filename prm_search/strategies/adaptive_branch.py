@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..checks import is_one_of
 from ..rng import strategy_lineage
 from ..tree import Node
 from ..values import Value, resolve_value
@@ -53,9 +54,9 @@ class AdaptiveBranch:
     def __post_init__(self) -> None:
         at_least("draws", self.draws)
         at_least("batch", self.batch)
-        if self.prior not in ("gaussian", "beta"):
+        if not is_one_of(self.prior, ("gaussian", "beta")):
             raise ValueError(f"prior={self.prior!r}: it is 'gaussian' or 'beta'")
-        if self.until not in ("end", "step"):
+        if not is_one_of(self.until, ("end", "step")):
             raise ValueError(f"until={self.until!r}: it is 'end' or 'step'")
         if self.value is not None:
             resolve_value(self.value)

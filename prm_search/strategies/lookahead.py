@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..checks import flag
+from ..checks import flag, is_one_of
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Expand, Run, at_least, distinct
@@ -49,7 +49,7 @@ class Lookahead:
             at_least(name, getattr(self, name))
         if self.per_parent is not None:
             at_least("per_parent", self.per_parent)
-        if self.reduce not in ("mean", "max"):
+        if not is_one_of(self.reduce, ("mean", "max")):
             raise ValueError(f"reduce={self.reduce!r}: it is 'mean' or 'max'")
         if self.value is not None:
             resolve_value(self.value)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..checks import flag, number
+from ..checks import flag, is_one_of, number
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Expand, Run, at_least, distinct
@@ -78,9 +78,9 @@ class MCTS:
         for name in ("simulations", "expansions", "leaves"):
             at_least(name, getattr(self, name))
         at_least("rollout_steps", self.rollout_steps, 0)
-        if self.rule not in EXPLORATION:
+        if not is_one_of(self.rule, EXPLORATION):
             raise ValueError(f"rule={self.rule!r} is unknown; it is one of {', '.join(sorted(EXPLORATION))}")
-        if self.backup not in ("mean", "max"):
+        if not is_one_of(self.backup, ("mean", "max")):
             raise ValueError(f"backup={self.backup!r}: it is 'mean' or 'max'")
         if self.exploration is not None:
             number("exploration", self.exploration, "a finite number >= 0", lambda value: 0 <= value < math.inf)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..checks import flag, number
+from ..checks import flag, is_one_of, number
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Expand, OwnNumbers, Run, at_least, distinct
@@ -77,9 +77,9 @@ class ParticleFilter:
             raise ValueError(f"particles={self.particles!r}: sweeps={self.sweeps} needs at least 2, one of them kept")
         number("temperature", self.temperature, "a finite number > 0", lambda value: 0 < value < math.inf)
         number("ess", self.ess, "a number in [0, 1]", lambda value: 0 <= value <= 1)
-        if self.resample not in SCHEMES:
+        if not is_one_of(self.resample, SCHEMES):
             raise ValueError(f"resample={self.resample!r} is unknown; it is one of {', '.join(sorted(SCHEMES))}")
-        if self.weights not in ("increments", "last"):
+        if not is_one_of(self.weights, ("increments", "last")):
             raise ValueError(f"weights={self.weights!r}: it is 'increments' or 'last'")
         if self.value is not None:
             resolve_value(self.value)
