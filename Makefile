@@ -22,7 +22,7 @@ SOURCES := $(shell find prm_search triton_kernels integrations -type f -not -nam
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-smollm2 test lint format typecheck pytest pytest-vllm soak bench report dist wheel clean clean-venv
+.PHONY: help demo demo-smollm2 test lint format typecheck pytest pytest-vllm soak fuzz bench report dist wheel clean clean-venv
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,10 @@ pytest: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the tests; PYTEST='-k name'
 soak: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the properties on SOAK=20 times the examples, random ones, and the tests marked soak
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PRM_SEARCH_SOAK=$(SOAK) \
 		$(BIN)/pytest $(SHARED) -ra --durations=15 -m 'soak or hypothesis' -o timeout=0 $(PYTEST)
+
+# Not a part of the tests, which try a few: thousands of wrong inputs in minutes. FUZZ='--seed 1 --size 40' tries others.
+fuzz: $(VENV)/.stamp-dev ## wrong inputs to API, command line, server and records, and what came of them
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz/fuzz.py $(FUZZ)
 
 # A step of its own, in one process: vLLM starts processes by itself and binds them to cores. VLLM_CPU_KVCACHE_SPACE is what each reserves, in GiB.
 pytest-vllm: $(VLLM_VENV)/.stamp ## the tests that need vLLM; PYTEST='-k name' picks

@@ -43,14 +43,16 @@ def cases(
         yield from (case for case in files if case.area in areas)
 
 
-def fuzz(seed: int, size: int, areas: tuple[str, ...] = AREAS) -> Tally:
-    """Run them all."""
-    tally = Tally()
+def fuzz(seed: int, size: int, areas: tuple[str, ...] = AREAS, *, trace: bool = False) -> Tally:
+    """Run them all; with trace, say each on standard error before."""
+    tally, terminal = Tally(), sys.stderr
     logging.disable(logging.CRITICAL)
     try:
         with tempfile.TemporaryDirectory() as folder, closing(fuzz_http.Server()) as server, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for case in cases(seed, size, Path(folder), server, areas):
+                if trace:
+                    print(case.target, case.argument, case.given, file=terminal, flush=True)
                 tally.add(case)
     finally:
         logging.disable(logging.NOTSET)
@@ -93,8 +95,9 @@ def main() -> int:
     parser.add_argument("--area", choices=AREAS, action="append", help="may be repeated; default: all")
     parser.add_argument("--out", type=Path, help="write the report here")
     parser.add_argument("--show", type=int, default=20, help="print so many of what is not clear")
+    parser.add_argument("--trace", action="store_true", help="say each case before it runs")
     options = parser.parse_args()
-    tally = fuzz(options.seed, options.size, tuple(options.area or AREAS))
+    tally = fuzz(options.seed, options.size, tuple(options.area or AREAS), trace=options.trace)
     print(tally.table())
     for case, outcome, said in tally.faults[: options.show]:
         print(f"{outcome}: {case.target} {case.argument}={case.given}: {_tidy(said)}")

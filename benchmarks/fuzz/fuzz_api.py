@@ -69,7 +69,7 @@ def _strategy_field(name: str, default: Any, alpha: Allowed) -> Allowed:
 def _configs() -> Iterator[Target]:
     steering = real(lambda x: abs(x) <= 1e6)
     for name, made in STRATEGIES.items():
-        alpha = steering if name == "steer" else real(lambda x: 0 < x <= 1)
+        alpha = steering if name == "steer" else real(lambda x: 0 <= x <= 1)
         fields = {each.name: _strategy_field(each.name, each.default, alpha) for each in dataclasses.fields(made)}  # type: ignore[arg-type]
         yield Target(made.__name__, made, fields)
     yield Target(

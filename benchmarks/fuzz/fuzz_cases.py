@@ -32,6 +32,7 @@ class Case:
         target: what is called.
         argument: what is wrong; a clear refusal names it.
         given: the wrong value, shortened.
+        place: what has to be named in the place of the argument: a file and its line.
         call: the call. It returns where it was accepted, and may raise a Finding.
     """
 
@@ -40,6 +41,7 @@ class Case:
     argument: str
     given: str
     call: Callable[[], object]
+    place: str = ""
 
     def run(self) -> tuple[str, str]:
         """One of OUTCOMES, and what was said."""
@@ -48,7 +50,9 @@ class Case:
         except Finding as finding:
             return finding.outcome, str(finding)
         except (ValueError, TypeError) as error:  # what users are told to expect
-            return ("clear" if self.argument in str(error) else "unclear"), f"{type(error).__name__}: {error}"
+            return (
+                "clear" if (self.place or self.argument) in str(error) else "unclear"
+            ), f"{type(error).__name__}: {error}"
         except Exception as error:
             return "traceback", f"{type(error).__name__}: {error}"
         return "silent", "accepted"

@@ -15,11 +15,13 @@ from fuzz_cases import Case, Finding, short
 
 import prm_search as ps
 from prm_search.cli import main
+from prm_search.demo import pair_dir
 from prm_search.serving.config import ServeConfig
 from prm_search.training.data import read_rollouts
 
 PROMPT = "=5a*7b+3c*9d+8?"
-COUNTS = ("0", "-1", "x", "1.5", "nan", "", "1e22", "9" * 30)
+AT_LEAST_ONE = ("0", "-1", "x", "1.5", "nan", "", "1e22")
+COUNTS = (*AT_LEAST_ONE, "9" * 30)  # of what is made one by one
 WORDS = ("x", "", "none at all")
 SHARES = ("nan", "inf", "-1", "x", "")
 
@@ -112,7 +114,7 @@ def _bases(folder: Folder) -> Mapping[str, list[str]]:
         ],
         "eval": ["--policy", "demo", *pair, "--data", right["problems"], "--max-new-tokens", "2"],
         "eval-steps": [*pair, "--data", right["solutions"]],
-        "train": ["--model", "none at all", "--rollouts", right["rollouts"]],
+        "train": ["--model", str(pair_dir() / "policy"), "--rollouts", right["rollouts"]],
         "serve": ["--policy", "demo", *pair, "--host", "256.0.0.1"],
     }
 
@@ -120,10 +122,10 @@ def _bases(folder: Folder) -> Mapping[str, list[str]]:
 OUT = {"rollout", "eval", "eval-steps", "train"}  # commands that need --out
 OPTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "generate": {
-        "--max-new-tokens": COUNTS,
+        "--max-new-tokens": AT_LEAST_ONE,
         "--width": COUNTS,
         "--n": COUNTS,
-        "--budget": COUNTS,
+        "--budget": AT_LEAST_ONE,
         "--batch": COUNTS,
         "--temperature": SHARES,
         "--top-p": SHARES,
@@ -139,7 +141,7 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "--step-confidence": SHARES,
         "--weight": WORDS,
         "--weight-temperature": SHARES,
-        "--budget-nodes": COUNTS,
+        "--budget-nodes": AT_LEAST_ONE,
         "--budget-seconds": SHARES,
         "--beta": SHARES,
         "--dtype": WORDS,
@@ -159,10 +161,10 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "rollout": {
         "--n": COUNTS,
-        "--limit": COUNTS,
+        "--limit": AT_LEAST_ONE,
         "--batch": COUNTS,
         "--temperature": SHARES,
-        "--max-new-tokens": COUNTS,
+        "--max-new-tokens": AT_LEAST_ONE,
         "--label": ("x", "nonsense:f", ""),
         "--answer": WORDS,
         "--data": ("/no/such.jsonl", "/"),
@@ -170,14 +172,14 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "eval": {
         "--n": COUNTS,
-        "--limit": COUNTS,
+        "--limit": AT_LEAST_ONE,
         "--strategies": WORDS,
-        "--max-new-tokens": COUNTS,
+        "--max-new-tokens": AT_LEAST_ONE,
         "--temperature": SHARES,
     },
     "eval-steps": {
         "--folds": ("-1", "x", "1.5"),
-        "--limit": COUNTS,
+        "--limit": AT_LEAST_ONE,
         "--batch": COUNTS,
         "--values": WORDS,
         "--data": ("/no/such.jsonl",),
@@ -198,10 +200,10 @@ OPTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     },
     "serve": {
         "--port": ("-1", "65536", "x"),
-        "--max-searches": COUNTS,
-        "--max-tokens": COUNTS,
-        "--max-children": COUNTS,
-        "--max-body": COUNTS,
+        "--max-searches": AT_LEAST_ONE,
+        "--max-tokens": AT_LEAST_ONE,
+        "--max-children": AT_LEAST_ONE,
+        "--max-body": AT_LEAST_ONE,
         "--timeout": ("0", "nan", "-1", "x"),
         "--api-key": ("", "a b"),
         "--engine": WORDS,
@@ -220,14 +222,18 @@ def _options(folder: Folder, rng: random.Random, size: int) -> Iterator[Case]:
                 if (option, given) in _RIGHT or (given[:1] in "-ab" and option in _ANY):
                     continue
                 words = [name, *_without(base, option), *out, f"{option}={given}"]
-                yield Case(
-                    "cli", name, option, short(given), lambda words=words, option=option: refused([option], *words)
-                )  # type: ignore[misc]
+                names = _names(option, given)
+                yield Case("cli", name, option, short(given), lambda words=words, names=names: refused(names, *words))
         for option in ("--nonsense", "--widht=4", "-q"):
             words = [name, *base, *out, option]
             yield Case(
                 "cli", name, option, "", lambda words=words, option=option: refused([option.split("=")[0]], *words)
             )  # type: ignore[misc]
+
+
+def _names(option: str, given: str) -> list[str]:
+    """What may name an option: itself, the argument that it is called as, or the path that it was given."""
+    return [option, option[2:].replace("-", "_") + "=", option[2:] + ":", *([given] if given.startswith("/") else [])]
 
 
 _RIGHT = {("--top-k", "0"), ("--seed", "-1")}
@@ -371,14 +377,18 @@ def _contents(folder: Folder, rng: random.Random, size: int) -> Iterator[Case]:
             out = ["--out", folder.new()] if name in OUT or name == "export-tree" else []
             words = [name, *base, *out, *([path] if not option else [option, path])]
             yield Case(
-                "cli", f"{name} (file)", where, short(wrong), lambda words=words, where=where: refused([where], *words)
+                "cli",
+                f"{name} (file)",
+                f"line {len(first) + 1}",
+                short(wrong),
+                lambda words=words, where=where: refused([where], *words),
             )  # type: ignore[misc]
     for text in ("[1]", "5", "x: [", "nonsense: 1", "batch: x", "batch: [1]", "\x00", "batch: {a: 1}", "help: true"):
         path = folder.new(".yaml")
         Path(path).write_text(text)
         words = ["score", *bases["score"], "--config", path]
         yield Case(
-            "cli", "--config", path, short(text), lambda words=words, path=path: refused([path, "--batch"], *words)
+            "cli", "score", "--config", short(text), lambda words=words, path=path: refused([path, "--batch"], *words)
         )  # type: ignore[misc]
 
 
@@ -386,7 +396,9 @@ def _records(folder: Folder, rng: random.Random, size: int) -> Iterator[Case]:
     """The readers that the API has."""
     for wrong in (*BROKEN, *WRONG["rollouts"]):
         path = folder.file(wrong)
-        yield Case("records", "read_rollouts", f"{path}, line 1", short(wrong), lambda path=path: read_rollouts(path))  # type: ignore[misc]
+        yield Case(
+            "records", "read_rollouts", "line 1", short(wrong), lambda path=path: read_rollouts(path), f"{path}, line 1"
+        )  # type: ignore[misc]
     tree = ps.SearchTree(ps.Prompt(token_ids=(4,)))
     tree.add(tree.add(tree.root, [5, 6]), [7], finish="stop")
     plain = json.loads(tree.to_json()) if isinstance(tree.to_json(), str) else tree.to_json()

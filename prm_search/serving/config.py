@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ..checks import beta
+from ..checks import beta, non_empty
 from ..models.placement import DEMO, shipped
 from ..steps import StepRule
-from .request import Limits
+from .limits import Limits
 
 SECTION = "prm_search_serve"  # of vLLM's additional_config
 VARIABLE = "PRM_SEARCH_SERVE"  # environment variable that has the same as JSON and goes before it
@@ -45,6 +45,9 @@ class ServeConfig:
             raise ValueError("one of pair and prm is needed")
         if self.pair is not None and self.reference is not None:
             raise ValueError(f"reference={self.reference!r}: the pair names both models; reference is for prm")
+        for name in ("pair", "prm", "reference", "device", "dtype"):
+            if getattr(self, name) is not None or name in ("device", "dtype"):
+                non_empty(name, getattr(self, name))
         if self.beta is not None:
             beta("beta", self.beta)
 
