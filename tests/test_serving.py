@@ -5,7 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,12 +17,13 @@ from servers import Served, serving, until
 
 from prm_search import HFPolicy, ImplicitPRM, StepRule, search
 from prm_search.demo import pair_dir
+from prm_search.protocols import Request
 from prm_search.serving.app import make_app
 from prm_search.serving.backend import ThreadEngine
 from prm_search.serving.request import Limits
 from prm_search.serving.text import whole_text
 from prm_search.strategies import DVTS, Beam, BestOfN, Lookahead, Steer, Strategy
-from prm_search.tree import Prompt
+from prm_search.tree import Node, Prompt, SearchTree
 
 PROMPT, OTHER = "=5a*7b+3c*9d+8?", "=2a+2b*6?"
 STEPS = StepRule(delimiter=";")
@@ -31,7 +33,7 @@ BEAM: dict[str, Any] = {"strategy": "beam", "width": 2, "expansions": 2}
 class Demo:
     """The shipped pair, and a server over it."""
 
-    def __init__(self, served: Served, policy: HFPolicy, pair: ImplicitPRM) -> None:
+    def __init__(self, served: Served, policy: Waiting, pair: ImplicitPRM) -> None:
         self.served, self.policy, self.pair = served, policy, pair
         self.client = served.client()
 
@@ -50,9 +52,34 @@ class Demo:
         return sum(lm.tree.used for lm in {self.policy.lm, self.pair.prm, self.pair.reference})
 
 
+class Waiting(HFPolicy):
+    """An HFPolicy that stands still at times: how fast a machine is decides nothing.
+
+    Attributes:
+        gathering: it draws nothing before so many searches have come.
+        calls: it draws for so many calls yet; None: for ever.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.gathering, self.calls = 0, None
+        self.came: set[SearchTree] = set()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self.came.update(request.node.tree for request in requests)
+        super().submit(requests)
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        if len(self.came) < self.gathering or self.calls == 0:
+            time.sleep(0.001)
+            return []
+        self.calls = None if self.calls is None else self.calls - 1
+        return super().advance()
+
+
 @pytest.fixture(scope="module")
-def demo() -> Iterator[Demo]:
-    policy = HFPolicy.from_pretrained(pair_dir() / "policy")
+def demo(float64_models: None) -> Iterator[Demo]:
+    policy = Waiting.from_pretrained(pair_dir() / "policy")
     pair = ImplicitPRM.from_pretrained(pair_dir())
     limits = Limits(searches=40, body_bytes=20_000, max_tokens=100, children=64, patterns=True)
     app = make_app(lambda: ThreadEngine.of_hf(policy, pair), ["demo", "other-name"], limits=limits, steps=STEPS)
@@ -458,8 +485,11 @@ def test_requests_are_searched_together(demo: Demo) -> None:
     before = forwards()
     demo.ask(prm_guidance=BEAM)
     alone = forwards() - before
+    demo.policy.came.clear()
+    demo.policy.gathering = 8
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda seed: demo.ask(prm_guidance=BEAM, seed=seed), range(8)))
+    demo.policy.gathering = 0
     together = forwards() - before - alone
     assert together < 6 * alone
     for seed, answer in enumerate(answers):
@@ -468,7 +498,7 @@ def test_requests_are_searched_together(demo: Demo) -> None:
 
 def start(served: Served, body: dict[str, Any]) -> http.client.HTTPConnection:
     """Send a request without waiting for its answer."""
-    connection = http.client.HTTPConnection(served.host, served.port, timeout=60)
+    connection = http.client.HTTPConnection(served.host, served.port)
     connection.request("POST", "/v1/completions", json.dumps({"max_tokens": 60, "seed": 1} | body))
     return connection
 
@@ -476,10 +506,11 @@ def start(served: Served, body: dict[str, Any]) -> http.client.HTTPConnection:
 @pytest.fixture(scope="module")
 def endless(demo: Demo) -> Iterator[Served]:
     """The same models, but no token ends a response."""
-    policy = HFPolicy(demo.policy.lm, demo.policy.tokenizer, stop_ids=[])
+    policy = Waiting(demo.policy.lm, demo.policy.tokenizer, stop_ids=[])
     limits = Limits(searches=8)
     app = make_app(lambda: ThreadEngine.of_hf(policy, demo.pair), ["demo"], limits=limits, steps=STEPS)
     with serving(app) as served:
+        served.policy = policy
         yield served
 
 
@@ -492,16 +523,19 @@ def test_a_client_that_goes_away_ends_its_search(demo: Demo, endless: Served, gi
         return endless.metric("prm_search_requests_total", outcome="disconnected", route="text")
 
     before = counted()
+    endless.policy.calls = 5
     connections = [start(endless, given) for _ in range(3)]
     until(lambda: endless.service.in_flight == 3 and demo.kv() > 0)
     for connection in connections:
         connection.close()
     until(lambda: endless.service.in_flight == 0 and demo.kv() == 0)
+    endless.policy.calls = None
     assert counted() - before == 3
     assert demo.ask().choices[0].text == demo.search(BestOfN(1)).text
 
 
 def test_beyond_the_limit_is_a_429(demo: Demo, endless: Served) -> None:
+    endless.policy.calls = 5
     connections = [start(endless, LONG | {"prompt": [PROMPT] * 4}) for _ in range(2)]
     try:
         until(lambda: endless.service.in_flight == 8)
@@ -513,6 +547,7 @@ def test_beyond_the_limit_is_a_429(demo: Demo, endless: Served) -> None:
         for connection in connections:
             connection.close()
     until(lambda: endless.service.in_flight == 0 and demo.kv() == 0)
+    endless.policy.calls = None
     assert endless.client().completions.create(model="demo", prompt=PROMPT).choices[0].text
 
 
@@ -538,7 +573,7 @@ def test_thirty_two_at_a_time_with_some_that_go_away(demo: Demo) -> None:
     def one(place: int) -> bool:
         if place % 4 == 3:
             connection = start(demo.served, LONG | {"stream": place % 8 == 3})
-            gone.wait(30)
+            gone.wait()
             connection.close()
             return True
         number = place % len(kinds)

@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 from fastapi import FastAPI
-from servers import SECONDS, command, serving
+from servers import command, serving
 
 from prm_search.cli import main
 from prm_search.serving.config import ServeConfig
@@ -28,9 +28,31 @@ PROMPT = "=5a*7b+3c*9d+8?"
 GUIDED: dict[str, Any] = {"prm_guidance": {"width": 2, "expansions": 2}}
 
 
+# With many searches under way it stands still, until it is told to end; its clients may take their time to read that.
+STANDS_STILL = """
+import threading
+from prm_search.policies.hf import HFPolicy
+from prm_search.serving import run, service
+service.GRACE = run.GRACE = 600.0
+ended, trees = threading.Event(), set()
+submit, advance, drain = HFPolicy.submit, HFPolicy.advance, service.Service.drain
+def watched(policy, requests):
+    trees.update(id(request.node.tree) for request in requests)
+    submit(policy, requests)
+def stands_still(policy):
+    if len(trees) > 40:
+        ended.wait()
+    return advance(policy)
+async def ends(service):
+    ended.set()
+    await drain(service)
+HFPolicy.submit, HFPolicy.advance, service.Service.drain = watched, stands_still, ends
+"""
+
+
 def test_killed_and_started_again_and_stopped_in_the_middle_of_a_stream() -> None:
     with command(*DEMO, "--port", "0", "--api-key", "opensesame") as (process, served):
-        port, ask = str(served.port), {"model": "demo", "prompt": PROMPT, "max_tokens": 60, "seed": 1}
+        ask = {"model": "demo", "prompt": PROMPT, "max_tokens": 60, "seed": 1}
         client = served.client(api_key="opensesame")
         before = client.completions.create(**ask, extra_body=GUIDED)
         for headers in ({}, {"Authorization": "Bearer sesame"}, {"Authorization": "Basic opensesame"}):
@@ -40,14 +62,13 @@ def test_killed_and_started_again_and_stopped_in_the_middle_of_a_stream() -> Non
         assert served.send("/health", method="GET")[0] == 200
         assert served.metric("prm_search_requests_total", outcome="unauthorized", route="text") == 3
         process.kill()
-        process.wait(SECONDS)
+        process.wait()
         with pytest.raises(openai.APIConnectionError):
             client.completions.create(**ask)
-    with command(*DEMO, "--port", port) as (process, served):
+    with command(*DEMO, "--port", "0", code=STANDS_STILL) as (process, served):
         again = served.client().completions.create(**ask, extra_body=GUIDED)
         assert again.choices[0].text == before.choices[0].text
-        connection = http.client.HTTPConnection(served.host, served.port, timeout=SECONDS)
-        # A hundred independent answers of up to a hundred tokens, so that the signal comes in the middle of them.
+        connection = http.client.HTTPConnection(served.host, served.port)
         slow = {"prompt": [PROMPT] * 50, "max_tokens": 100, "stream": True, "temperature": 2, "n": 20}
         connection.request("POST", "/v1/completions", json.dumps(slow))
         answer = connection.getresponse()
@@ -55,7 +76,7 @@ def test_killed_and_started_again_and_stopped_in_the_middle_of_a_stream() -> Non
         events = answer.read().decode().strip().split("\n\n")
         assert events[-1] == "data: [DONE]"
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
-        _, said = process.communicate(timeout=SECONDS)
+        _, said = process.communicate()
         assert process.returncode == 0
         assert said == "prm-search: stopped\n"
 
@@ -123,7 +144,7 @@ def test_a_client_that_comes_while_models_load_waits_for_its_answer() -> None:
         return "well"
 
     sock = listen("127.0.0.1", 0)
-    connection = http.client.HTTPConnection("127.0.0.1", sock.getsockname()[1], timeout=SECONDS)
+    connection = http.client.HTTPConnection("127.0.0.1", sock.getsockname()[1])
     connection.request("GET", "/health")  # is taken, though nobody accepts it yet
     with serving(app, sock):
         assert connection.getresponse().read() == b'"well"'
@@ -143,7 +164,7 @@ def test_a_claim_lasts_as_long_as_the_program_that_holds_it() -> None:
         claimed.close()
         with pytest.raises(OSError, match=f"127.0.0.1:{port} cannot be listened at: another server loads its models"):
             claim("127.0.0.1", port)
-        replaced.communicate(b"\n", SECONDS)
+        replaced.communicate(b"\n")
     again = claim("127.0.0.1", port)
     assert again is not None
     again.close()

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import EOS, RULE, FakePolicy, FakeScorer, ToyLM
+from fakes import EOS, RULE, Clock, FakePolicy, FakeScorer, ToyLM
 from hypothesis import given, settings, strategies as st
 from search_cases import ALL, SEEDS
 from soak import examples
@@ -86,12 +86,13 @@ def with_service(
     policy: FakePolicy | None = None,
     scorer: FakeScorer | None = None,
     limits: Limits | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Any:
     """Run a coroutine over a service on fakes; afterwards nothing may be left of any search."""
     policy, scorer = policy or FakePolicy(), scorer or FakeScorer()
 
     async def main() -> Any:
-        engine = ThreadEngine(policy, scorer, HALVES)  # type: ignore[arg-type]
+        engine = ThreadEngine(policy, scorer, HALVES, clock=clock)  # type: ignore[arg-type]
         service = Service(engine, ["fake"], limits=limits or Limits(), steps=RULE, metrics=Metrics())
         try:
             result = await work(service)
@@ -273,7 +274,24 @@ class Held(FakePolicy):
         return super().advance() if self.go.wait(0.001) else []
 
 
+class Overtaken(FakePolicy):
+    """Draws a few tokens; then no time is left, and it draws no more."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(ToyLM("ab;"))
+        self.clock = clock
+
+    def advance(self) -> list[tuple[Request, list[Node]]]:
+        if self.forward_calls == 20:
+            self.clock.now = 1.0
+            time.sleep(0.001)
+            return []
+        return super().advance()
+
+
 def test_time_runs_out() -> None:
+    clock = Clock()
+
     async def partial(service: Service) -> None:
         asked = body(max_tokens=4000, prm_guidance={"strategy": "best_of_n", "n": 2, "budget": {"seconds": 0.2}})
         said = await answer(service, asked)
@@ -286,7 +304,7 @@ def test_time_runs_out() -> None:
             await answer(service, body(prm_guidance={}))
         assert caught.value.status == 504
 
-    with_service(partial, FakePolicy(ToyLM("ab;")))
+    with_service(partial, Overtaken(clock), clock=clock)
     with_service(nothing, Held(), limits=Limits(seconds=0.05))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -85,15 +86,19 @@ class ThreadEngine(Backend):
         policy: samples steps.
         scorer: rewards them.
         words: bytes of the policy's tokens.
+        clock: seconds, rising; for budgets.
     """
 
-    def __init__(self, policy: Policy, scorer: Scorer, words: TokenText) -> None:
+    def __init__(
+        self, policy: Policy, scorer: Scorer, words: TokenText, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(PolicyBase.of(policy), words)
         self._thread = ModelThread()
         self._policy = ThreadPolicy(self._thread, policy)
         self._scorer = ThreadScorer(self._thread, scorer, policy)
-        self._guided = AsyncSearchLoop(self._policy, self._scorer, on_event=self._tell)
-        self._plain = AsyncSearchLoop(self._policy, on_event=self._tell)
+        self._clock = clock
+        self._guided = AsyncSearchLoop(self._policy, self._scorer, on_event=self._tell, clock=clock)
+        self._plain = AsyncSearchLoop(self._policy, on_event=self._tell, clock=clock)
         self._steered: WeakValueDictionary[tuple[bool, float], AsyncSearchLoop] = WeakValueDictionary()
 
     @classmethod
@@ -114,7 +119,8 @@ class ThreadEngine(Backend):
                     400, f"prm_guidance.alpha: {error}", param="prm_guidance.alpha", code="unsupported_parameter"
                 ) from error
             scorer = self._scorer if guided else None
-            found = AsyncSearchLoop(ThreadPolicy(self._thread, steered), scorer, on_event=self._tell)
+            policy = ThreadPolicy(self._thread, steered)
+            found = AsyncSearchLoop(policy, scorer, on_event=self._tell, clock=self._clock)
             self._steered[guided, alpha] = found
         return found
 
