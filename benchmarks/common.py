@@ -157,11 +157,15 @@ def paired(
     return seconds
 
 
+HELD_CYCLES = 1_000_000  # of the device's clock, about half a millisecond
+
+
 def on_device(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
     """`paired` for single ops: on a GPU by CUDA events, with a cold L2, without the host's time to launch.
 
     A searcher waits for the host too, so whole steps are timed by `paired`; what a kernel takes is this. The L2 is
-    flushed by a fill that is long enough for the launches of most ops to be queued behind it.
+    flushed by a fill, and the device then waits until the host has queued the op's launches: a clock that starts before
+    they are there would count the host's time.
     """
     if not torch.cuda.is_available():
         return paired(runs, repeats, warmup=1, collect=False)
@@ -171,6 +175,7 @@ def on_device(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2)
         for name, run in runs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
+            torch.cuda._sleep(HELD_CYCLES)
             begin.record()
             run()
             end.record()

@@ -1,9 +1,8 @@
-"""Cases of the ops around the lm_head: linear_logprob, linear_log_ratio, guide_logits, step_rewards."""
+"""Cases of the ops around the lm_head: linear_logprob and guide_logits."""
 
 from __future__ import annotations
 
 import importlib
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from common import Machine
 from torch import Tensor
 from torch.nn import functional
 
-from prm_search.triton_kernels import choice, guide_logits, linear_log_ratio, linear_logprob, step_rewards
+from prm_search.triton_kernels import choice, guide_logits, linear_logprob
 
 CHECKED = 64  # rows compared with float64
 CHUNK = 1024  # rows of the two-kernel path at once, as vLLM does
@@ -103,31 +102,6 @@ def logprob_case(machine: Machine, rows: int, depth: int, vocabulary: int, quick
     )
 
 
-def ratio_case(machine: Machine, rows: int, depth: int, vocabulary: int) -> Case:
-    """linear_log_ratio of two heads of one shape."""
-    hidden, weight, targets = head(machine, rows, depth, vocabulary)
-    ref_hidden, ref_weight, _ = head(machine, rows, depth, vocabulary, seed=1)
-
-    def pairwise(one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Way:
-        return lambda: one(hidden, weight, targets) - one(ref_hidden, ref_weight, targets)
-
-    return Case(
-        "linear_log_ratio",
-        {"N": rows, "D": depth, "V": vocabulary},
-        {
-            "ours": lambda: linear_log_ratio(hidden, weight, ref_hidden, ref_weight, targets),
-            "two_linear_logprob": pairwise(linear_logprob),
-            "eager": pairwise(eager),
-            "two_kernels": pairwise(two_kernels),
-        },
-        choice(linear_log_ratio, hidden, weight, ref_hidden, ref_weight, targets),
-        exact=pairwise(exact),
-        checked=lambda result: result[:CHECKED],
-        flop=4.0 * rows * depth * vocabulary,
-        size=2 * hidden.element_size() * depth * (vocabulary + rows),
-    )
-
-
 def _guided(policy: Tensor, prm: Tensor, ref: Tensor, alpha: Tensor) -> Tensor:
     ratio = torch.log_softmax(prm.float(), -1) - torch.log_softmax(ref.float(), -1)
     return (policy.float() + alpha[:, None] * ratio).to(policy.dtype)
@@ -161,45 +135,15 @@ def guide_case(machine: Machine, rows: int, vocabulary: int, quick: bool) -> Cas
     )
 
 
-def steps_case(machine: Machine, tokens: int, steps: int) -> Case:
-    """step_rewards of ragged steps; the rivals are a running sum's differences, and a loop of sums."""
-    draw = torch.Generator().manual_seed(0)
-    rewards = torch.randn(tokens, generator=draw).to(machine.device)
-    cuts = torch.randint(tokens + 1, (steps - 1,), generator=draw).sort().values.tolist()
-    edges = [0, *cuts, tokens]
-    offsets = torch.tensor(edges, device=machine.device)
-    running = torch.zeros(tokens + 1, device=machine.device)
-
-    def differences() -> Tensor:
-        torch.cumsum(rewards, 0, out=running[1:])
-        return running[offsets[1:]] - running[offsets[:-1]]
-
-    def loop(values: Tensor = rewards) -> Tensor:
-        return torch.stack([values[a:b].sum() for a, b in itertools.pairwise(edges)])
-
-    return Case(
-        "step_rewards",
-        {"T": tokens, "S": steps},
-        {"ours": lambda: step_rewards(rewards, offsets), "cumsum": differences, "loop": loop},
-        choice(step_rewards, rewards, offsets),
-        exact=lambda: loop(rewards.double()),
-        flop=0.0,
-        size=4.0 * (tokens + 2 * steps) + 8 * steps,
-    )
-
-
 def cases(machine: Machine, quick: bool) -> Iterator[Case]:
     """Sizes of Qwen2.5-7B's and Llama-3.1-8B's kind on a GPU, small ones on a CPU."""
     if quick:
-        few, heads, widths, steps = [32], [(128, 2003)], [(4, 2003)], [(512, 16)]
+        few, heads, widths = [32], [(128, 2003)], [(4, 2003)]
     elif machine.device == "cpu":
-        few, heads, widths, steps = [1, 16, 64, 256], [(576, 49152)], [(1, 49152), (16, 49152)], [(4096, 64)]
+        few, heads, widths = [1, 16, 64, 256], [(576, 49152)], [(1, 49152), (16, 49152)]
     else:
         few, heads = [64, 512, 2048, 16384], [(3584, 152064), (4096, 131072)]
-        widths, steps = [(1, 152064), (16, 152064), (64, 152064)], [(1024, 16), (16384, 256)]
+        widths = [(1, 152064), (16, 152064), (64, 152064)]
     for depth, vocabulary in heads:
         yield from (logprob_case(machine, rows, depth, vocabulary, quick) for rows in few)
-    for rows in few if machine.device == "cpu" else (16, 64, 2048):
-        yield ratio_case(machine, rows, *heads[0])
     yield from (guide_case(machine, rows, vocabulary, quick) for rows, vocabulary in widths)
-    yield from (steps_case(machine, tokens, count) for tokens, count in steps)

@@ -15,10 +15,8 @@ from prm_search.triton_kernels import (
     _linear_autograd,
     choice,
     guide_logits,
-    linear_log_ratio,
     linear_logprob,
     reference,
-    step_rewards,
     tree_attention,
     write_kv,
 )
@@ -57,12 +55,6 @@ def test_only_the_gradients_asked_for_are_computed(needs):
     hidden, weight = randn(3, 4).requires_grad_(needs[0]), randn(9, 4, seed=1).requires_grad_(needs[1])
     linear_logprob(hidden, weight, torch.tensor([1, 2, 3])).sum().backward()
     assert (hidden.grad is not None, weight.grad is not None) == needs
-
-
-def test_step_rewards_gradcheck():
-    rewards = randn(7, dtype=torch.float64).requires_grad_()
-    offsets = torch.tensor([1, 1, 4, 6])
-    assert torch.autograd.gradcheck(lambda r: step_rewards(r, offsets), (rewards,))
 
 
 def test_attention_and_guidance_have_torch_gradients():
@@ -137,13 +129,9 @@ Q, POOL, ROWS = torch.zeros(1, 2, 8), torch.zeros(4, 1, 8), torch.zeros(2, 5)
         (lambda: linear_logprob(HIDDEN, WEIGHT, TARGETS - 1), r"targets span \[-1, -1\]"),
         (lambda: linear_logprob(HIDDEN, WEIGHT, TARGETS, torch.zeros(4)), r"bias is \[4\]"),
         (lambda: linear_logprob(HIDDEN, WEIGHT, TARGETS, softcap=0.0), "softcap is 0.0"),
+        (lambda: linear_logprob(HIDDEN, WEIGHT, TARGETS, scale=float("nan")), "scale is nan"),
+        (lambda: choice(linear_logprob, HIDDEN, WEIGHT, TARGETS, scale=None), "scale is None"),
         (lambda: linear_logprob(HIDDEN, WEIGHT, TARGETS, backend="cuda"), "backend is 'cuda'"),
-        (lambda: linear_log_ratio(HIDDEN, WEIGHT, HIDDEN[:1], WEIGHT, TARGETS), r"targets has shape \[2\]; \[1\]"),
-        (lambda: linear_log_ratio(HIDDEN, WEIGHT, HIDDEN, WEIGHT[:, :4], TARGETS), "ref_weight"),
-        (lambda: step_rewards(ROWS, TARGETS), "token_rewards has shape"),
-        (lambda: step_rewards(ROWS[0], torch.tensor([0, 9])), r"in \[0, 5\]"),
-        (lambda: step_rewards(ROWS[0], torch.tensor([3, 1])), "non-decreasing"),
-        (lambda: step_rewards(ROWS[0], torch.zeros(0, dtype=torch.long)), r"\[S \+ 1\] is needed"),
         (lambda: guide_logits(ROWS, ROWS[:1], ROWS, 1.0), "prm is"),
         (lambda: guide_logits(ROWS, ROWS, ROWS, torch.ones(3)), r"alpha is \[3\]"),
         (lambda: guide_logits(ROWS, ROWS, ROWS, 1.0, out=ROWS.half()), "out is"),
@@ -178,8 +166,6 @@ def test_what_is_not_a_tensor_is_a_type_error():
 
 CALLS = {
     linear_logprob: ((HIDDEN, WEIGHT, TARGETS), {}),
-    linear_log_ratio: ((HIDDEN, WEIGHT, HIDDEN, WEIGHT, TARGETS), {"beta": 0.1}),
-    step_rewards: ((ROWS[0], torch.tensor([0, 2])), {}),
     guide_logits: ((ROWS, ROWS, ROWS, 1.0), {}),
     tree_attention: ((Q, POOL, POOL), {**tables_of(), "scale": 1.0}),
     write_kv: ((POOL, POOL, Q[:, :1], Q[:, :1], TARGETS[:1]), {}),

@@ -72,5 +72,26 @@ def test_a_shared_prefix_gets_its_own_pass():
     assert schedule.prefix_query_tiles * schedule.prefix_tile.m >= 64 * 7
 
 
+def test_one_familys_long_prefix_is_split_though_many_families_have_room():
+    """A captured step tells the most families there may be: 64 rows behind one prompt of 4,096 tokens fill a device."""
+    case = {**SCHEDULE, "rows": 64, "max_new": 1, "max_path": 8192, "max_group_tokens": 64, "max_prefix": 4096}
+    for groups in (1, 32):
+        schedule = tiles.attention_schedule(**case, groups=groups)
+        programs = schedule.prefix_query_tiles * schedule.prefix_splits * SCHEDULE["kv_heads"]  # that have work
+        assert programs >= 0.9 * SCHEDULE["slots"]
+        assert schedule.prefix_splits >= 4096 // tiles.PREFIX_SHARE
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(512, 131_072))
+def test_prefix_splits_stay_within_what_a_merge_can_take(rows, groups, prefix):
+    schedule = tiles.attention_schedule(
+        **SCHEDULE, rows=max(rows, groups + 1), max_new=1, max_path=2 * prefix, groups=groups, max_group_tokens=rows,
+        max_prefix=prefix,
+    )  # fmt: skip
+    assert 1 <= schedule.prefix_splits <= tiles.MOST_SPLITS
+    share = -(-prefix // schedule.prefix_splits)
+    assert share <= tiles.PREFIX_SHARE + schedule.prefix_tile.n or schedule.prefix_splits == tiles.MOST_SPLITS
+
+
 def test_head_dimensions_are_padded_to_what_a_product_takes():
     assert [tiles.padded(dim) for dim in (1, 16, 24, 64, 80, 192, 256)] == [16, 16, 32, 64, 128, 256, 256]

@@ -4,11 +4,10 @@ Every op takes `backend="auto" | "torch" | "triton"`; `choice(op, *args)` says w
 this package does not import Triton.
 """
 
-from prm_search.triton_kernels._attention_launch import SharedPrefix
+from prm_search.triton_kernels.calls import SharedPrefix
 from prm_search.triton_kernels.guide_logits import guide_logits
 from prm_search.triton_kernels.launch import Choice, choice
-from prm_search.triton_kernels.linear_logprob import linear_log_ratio, linear_logprob
-from prm_search.triton_kernels.step_rewards import step_rewards
+from prm_search.triton_kernels.linear_logprob import linear_logprob
 from prm_search.triton_kernels.tree_attention import tree_attention, write_kv
 
 __all__ = [
@@ -16,9 +15,7 @@ __all__ = [
     "SharedPrefix",
     "choice",
     "guide_logits",
-    "linear_log_ratio",
     "linear_logprob",
-    "step_rewards",
     "tree_attention",
     "write_kv",
 ]

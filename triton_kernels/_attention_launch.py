@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from prm_search.triton_kernels import launch, tiles
+from prm_search.triton_kernels.calls import AttentionCall
 from prm_search.triton_kernels.tiles import AttentionSchedule
 
 _LOG2E = 1.4426950408889634
@@ -15,80 +14,42 @@ _MERGE_ROWS = 8
 _COPY_BLOCK = 1024
 
 
-@dataclass(frozen=True)
-class SharedPrefix:
-    """Groups of neighbouring rows whose paths begin with the same slots: a hint, which changes speed and no result.
-
-    Fields: `group_rows` int32 `[groups + 1]`, the first row of each group, from 0 to B; `lengths` int32 `[B]`, how many
-    leading slots row b shares with its whole group (equal within a group, at most path minus new tokens; 0 for none);
-    `max_group_tokens`, `max_length`: host ints, the most new tokens of a group and the longest prefix.
-    """
-
-    group_rows: Tensor
-    lengths: Tensor
-    max_group_tokens: int
-    max_length: int
-
-
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor with a contiguous last dimension: a copy of the new tokens, never of a pool."""
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()
 
 
-def schedule_of(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    slot_table: Tensor,
-    path_lens: Tensor,
-    window: int | None,
-    max_new: int | None,
-    max_path: int | None,
-    prefix: SharedPrefix | None,
-) -> AttentionSchedule:
-    tokens, rows = q.shape[0], path_lens.shape[0]
-    longest = slot_table.shape[1] if max_path is None else min(max_path, slot_table.shape[1])
-    usable = prefix is not None and window is None and prefix.group_rows.shape[0] > 1
+def schedule_of(call: AttentionCall) -> AttentionSchedule:
+    """Tiles and splits of a call."""
+    prefix, kv_heads = call.prefix, call.k_pool.shape[1]
+    groups = 0 if prefix is None or call.window is not None else prefix.group_rows.shape[0] - 1
     return tiles.attention_schedule(
-        capability=launch.capability(q.device),
-        slots=launch.processors(q.device),
-        half=q.dtype != torch.float32,
-        rows=rows,
-        kv_heads=k_pool.shape[1],
-        group=q.shape[1] // k_pool.shape[1],
-        head_dim=max(k_pool.shape[2], v_pool.shape[2]),
-        max_new=tokens if max_new is None else min(max_new, tokens),
-        max_path=longest,
-        groups=prefix.group_rows.shape[0] - 1 if prefix is not None and usable else 0,
-        max_group_tokens=min(prefix.max_group_tokens, tokens) if prefix is not None else 0,
-        max_prefix=min(prefix.max_length, longest) if prefix is not None else 0,
+        capability=launch.capability(call.q.device),
+        slots=launch.processors(call.q.device),
+        half=call.q.dtype != torch.float32,
+        rows=call.rows,
+        kv_heads=kv_heads,
+        group=call.q.shape[1] // kv_heads,
+        head_dim=max(call.k_pool.shape[2], call.v_pool.shape[2]),
+        max_new=call.longest_new,
+        max_path=call.longest_path,
+        groups=max(groups, 0),
+        max_group_tokens=0 if prefix is None else min(prefix.max_group_tokens, call.tokens),
+        max_prefix=0 if prefix is None else min(prefix.max_length, call.longest_path),
     )
 
 
-def forward(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    slot_table: Tensor,
-    path_lens: Tensor,
-    q_starts: Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-    max_new: int | None,
-    max_path: int | None,
-    prefix: SharedPrefix | None,
-) -> Tensor:
-    """The Triton launches of `tree_attention`, arguments unchecked."""
-    (tokens, heads, dk), (_, kv_heads, dv) = q.shape, v_pool.shape
-    out = q.new_empty(tokens, heads, dv)
-    if tokens == 0 or path_lens.shape[0] == 0:
+def forward(call: AttentionCall) -> Tensor:
+    """The Triton launches of `tree_attention`."""
+    (tokens, heads, dk), (_, kv_heads, dv) = call.q.shape, call.v_pool.shape
+    out = call.q.new_empty(tokens, heads, dv)
+    if tokens == 0 or call.rows == 0:
         return out.zero_()
     from prm_search.triton_kernels import _jit_attention as jit
 
-    schedule = schedule_of(q, k_pool, v_pool, slot_table, path_lens, window, max_new, max_path, prefix)
-    q, slot_table = _rows(q), slot_table if slot_table.stride(1) == 1 else slot_table.contiguous()
+    schedule = schedule_of(call)
+    q, k_pool, v_pool, table, path_lens, q_starts, scale, softcap, window, sinks, _, _, prefix = call
+    q, table = _rows(q), table if table.stride(1) == 1 else table.contiguous()
     splits = schedule.splits + schedule.prefix_splits
     partial = splits > 1
     parts = stats = out
@@ -105,9 +66,9 @@ def forward(
     def run(mode: int, tile: tiles.AttentionTile, query_tiles: int, segments: int, share: int, first: int) -> None:
         launch.launch(
             jit.attention_kernel, (query_tiles * segments * share, kv_heads), q.device,
-            q, k_pool, v_pool, out, parts, stats, slot_table, path_lens.contiguous(), q_starts.contiguous(),
+            q, k_pool, v_pool, out, parts, stats, table, path_lens.contiguous(), q_starts.contiguous(),
             group_rows, lengths, sink, *q.stride()[:2], *k_pool.stride()[:2], *v_pool.stride()[:2],
-            slot_table.stride(0), tokens, heads, query_tiles, share, first, *numbers, window or 0,
+            table.stride(0), tokens, heads, query_tiles, share, first, *numbers, window or 0,
             G=heads // kv_heads, DK=dk, DV=dv, BDK=tiles.padded(dk), BDV=tiles.padded(dv),
             HAS_CAP=softcap is not None, HAS_WINDOW=window is not None, HAS_SINKS=sinks is not None, PARTIAL=partial,
             PASS=mode, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", BM=tile.m, BN=tile.n,
@@ -115,7 +76,7 @@ def forward(
         )  # fmt: skip
 
     own = 2 if schedule.prefix_splits else 0
-    run(own, schedule.tile, schedule.query_tiles, path_lens.shape[0], schedule.splits, schedule.prefix_splits)
+    run(own, schedule.tile, schedule.query_tiles, call.rows, schedule.splits, schedule.prefix_splits)
     if schedule.prefix_splits:
         groups = group_rows.shape[0] - 1
         run(1, schedule.prefix_tile, schedule.prefix_query_tiles, groups, schedule.prefix_splits, 0)

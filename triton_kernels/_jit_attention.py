@@ -18,19 +18,19 @@ import triton.language as tl
 
 @triton.jit
 def _block(
-    q, top, total, acc, k_ptr, v_ptr, table_ptr, key0, hi, position,
+    q, top, total, acc, k_ptr, v_ptr, slots, key0, hi, position,
     stride_ks, stride_vs, scale, softcap, factor, window, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BDK: tl.constexpr,
     BDV: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys [key0, key0 + BN) into the running softmax of a tile. Without MASKED every row sees all of them."""
+    """Fold the keys [key0, key0 + BN), which lie in `slots`, into the running softmax of a tile.
+
+    Without MASKED every row sees all of them.
+    """
     keys = key0 + tl.arange(0, BN)
     dk = tl.arange(0, BDK)
     dv = tl.arange(0, BDV)
-    if MASKED:
-        slots = tl.load(table_ptr + keys, mask=keys < hi, other=0).to(tl.int64)
-    else:
-        slots = tl.load(table_ptr + keys).to(tl.int64)
+    slots = slots.to(tl.int64)
     k_ptrs = k_ptr + slots[None, :] * stride_ks + dk[:, None]
     if BDK != DK:
         k = tl.load(k_ptrs, mask=(dk[:, None] < DK) & (keys[None, :] < hi), other=0.0)
@@ -139,20 +139,29 @@ def attention_kernel(
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
+    block = tl.arange(0, BN)
+    # Slots are read one block ahead: keys gathered through a load of the same block leave nothing to overlap.
+    slots = tl.load(table + lo + block, mask=lo + block < hi, other=0)
     clear = lo  # keys before `clear` are seen by every row of the tile: no mask to compute
     if not HAS_WINDOW:
         all_see = hi if PASS == 1 else tl.minimum(hi, old + first_token + 1)
         clear = lo + tl.maximum(all_see - lo, 0) // BN * BN
         for key0 in range(lo, clear, BN):
+            ahead = key0 + BN + block
+            following = tl.load(table + ahead, mask=ahead < hi, other=0)
             top, total, acc = _block(
-                q, top, total, acc, k_base, v_base, table, key0, hi, position, stride_ks, stride_vs, scale, softcap,
+                q, top, total, acc, k_base, v_base, slots, key0, hi, position, stride_ks, stride_vs, scale, softcap,
                 factor, window, HAS_CAP, HAS_WINDOW, PASS != 1, False, DK, DV, BDK, BDV, BN, PRECISION,
             )  # fmt: skip
+            slots = following
     for key0 in range(clear, hi, BN):
+        ahead = key0 + BN + block
+        following = tl.load(table + ahead, mask=ahead < hi, other=0)
         top, total, acc = _block(
-            q, top, total, acc, k_base, v_base, table, key0, hi, position, stride_ks, stride_vs, scale, softcap,
+            q, top, total, acc, k_base, v_base, slots, key0, hi, position, stride_ks, stride_vs, scale, softcap,
             factor, window, HAS_CAP, HAS_WINDOW, PASS != 1, True, DK, DV, BDK, BDV, BN, PRECISION,
         )  # fmt: skip
+        slots = following
 
     dv = tl.arange(0, BDV)
     out_row = q_row * HQ + head

@@ -1,4 +1,4 @@
-"""Triton kernels of `linear_logprob` and `linear_log_ratio`. Import only where a launch is certain.
+"""Triton kernels of `linear_logprob`. Import only where a launch is certain.
 
     z = cap(scale * (x @ w.T + bias));   logsumexp = log sum_v exp(z_v);   logprob = z_target - logsumexp
 
@@ -7,13 +7,15 @@ exp, target logit) in registers and writes them, fp32, to partials [3, splits, N
 in a fixed order. No lock, no atomic, no host sync: the same call gives the same bits. Sizes that change from call to
 call are not specialised: each variant would be a compilation in the middle of a search.
 Backward: one tile kernel writes the gradient of a vocabulary chunk's logits; the two matrix products that follow are
-plain GEMMs (linear_logprob.py).
+plain GEMMs (_linear_autograd.py).
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -63,27 +65,25 @@ def _logits(acc, bias_ptr, cols, V, scale, softcap, HAS_BIAS: tl.constexpr, HAS_
 
 
 @triton.jit
-def _update(
-    top, total, hit, acc, bias_ptr, cols, target, V, scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr
-):
-    """Fold the products of the vocabulary entries `cols` into each row's running maximum, sum and target logit."""
-    z = _logits(acc, bias_ptr, cols, V, scale, softcap, HAS_BIAS, HAS_CAP)
-    # -inf before the maximum and the sum: a padded column counted as a logit of 0 is a wrong logsumexp.
-    z = tl.where(cols[None, :] < V, z, -float("inf"))
+def _fold(top, total, z, factor):
+    """Fold columns into each row's running maximum and sum; `factor` turns differences of z into powers of two."""
     new_top = tl.maximum(top, tl.max(z, 1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-    total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
-    hit += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
-    return new_top, total, hit
+    total = total * tl.exp2((top - shift) * factor) + tl.sum(tl.exp2((z - shift[:, None]) * factor), 1)
+    return new_top, total
 
 
-@triton.jit
-def _split(
-    x_ptr, w_ptr, bias_ptr, target_ptr, part_ptr, N, V, D, stride_x, stride_w, scale, softcap, pid, splits,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["target_ptr"])
+def split_kernel(
+    x_ptr, w_ptr, bias_ptr, target_ptr, part_ptr, N, V, D, stride_x, stride_w, scale, softcap, splits,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, RAW: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One program's share: partials of rows `pid % row_tiles` over the vocabulary split `pid // row_tiles`."""
+    """Grid (row tiles * splits,): partials [3, splits, N].
+
+    RAW: no bias, no cap and a scale above 0. Then maxima and target logits stay in the products' unit to the end.
+    """
+    pid = tl.program_id(0)
     # Row tiles are the fast axis: programs that run together read the same weight tiles, so L2 serves all but one.
     row_tiles = tl.cdiv(N, BM)
     row0 = (pid % row_tiles) * BM
@@ -101,67 +101,33 @@ def _split(
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     hit = tl.zeros([BM], tl.float32)
+    factor = LOG2E * (scale if RAW else 1.0)
     for tile in range(split * tiles // splits, (split + 1) * tiles // splits):
         col0 = tile * BV
         acc = _products(
             x_ptr, w_ptr, x_desc, w_desc, N, V, D, stride_x, stride_w, row0, col0,
             TMA, EVEN_D, PRECISION, BM, BV, BK,
         )  # fmt: skip
+        cols = col0 + tl.arange(0, BV)
+        z = acc if RAW else _logits(acc, bias_ptr, cols, V, scale, softcap, HAS_BIAS, HAS_CAP)
+        if col0 + BV > V:  # -inf before the maximum and the sum: a padded column counted as a logit of 0 is wrong
+            z = tl.where(cols[None, :] < V, z, -float("inf"))
+        if tl.max(((target >= col0) & (target < col0 + BV)).to(tl.int32), 0) > 0:  # rare, too
+            hit += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
         if BV > 128:  # in halves: the temporaries of 256 columns at once would spill
-            left, right = tl.reshape(acc, [BM, 2, BV // 2]).permute(0, 2, 1).split()
-            cols = col0 + tl.arange(0, BV // 2)
-            top, total, hit = _update(
-                top, total, hit, left, bias_ptr, cols, target, V, scale, softcap, HAS_BIAS, HAS_CAP
-            )
-            top, total, hit = _update(
-                top, total, hit, right, bias_ptr, cols + BV // 2, target, V, scale, softcap, HAS_BIAS, HAS_CAP
-            )
+            left, right = tl.reshape(z, [BM, 2, BV // 2]).permute(0, 2, 1).split()
+            top, total = _fold(top, total, left, factor)
+            top, total = _fold(top, total, right, factor)
         else:
-            cols = col0 + tl.arange(0, BV)
-            top, total, hit = _update(
-                top, total, hit, acc, bias_ptr, cols, target, V, scale, softcap, HAS_BIAS, HAS_CAP
-            )
+            top, total = _fold(top, total, z, factor)
+    if RAW:
+        top *= scale
+        hit *= scale
     plane = splits * N
     out = part_ptr + split * N + rows
     tl.store(out, top, mask=rows < N)
     tl.store(out + plane, total, mask=rows < N)
     tl.store(out + 2 * plane, hit, mask=rows < N)
-
-
-@triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["target_ptr"])
-def split_kernel(
-    x_ptr, w_ptr, bias_ptr, target_ptr, part_ptr, N, V, D, stride_x, stride_w, scale, softcap, splits,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, TMA: tl.constexpr, EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Grid (row tiles * splits,): partials [3, splits, N] of one model."""
-    _split(
-        x_ptr, w_ptr, bias_ptr, target_ptr, part_ptr, N, V, D, stride_x, stride_w, scale, softcap,
-        tl.program_id(0), splits, HAS_BIAS, HAS_CAP, TMA, EVEN_D, PRECISION, BM, BV, BK,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["N", "splits"], do_not_specialize_on_alignment=["target_ptr"])
-def split_pair_kernel(
-    x_ptr, w_ptr, bias_ptr, part_ptr, V, D, stride_x, stride_w, scale, softcap,
-    ref_x_ptr, ref_w_ptr, ref_bias_ptr, ref_part_ptr, ref_V, ref_D, ref_stride_x, ref_stride_w, ref_scale,
-    ref_softcap, target_ptr, N, splits,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, EVEN_D: tl.constexpr,
-    REF_HAS_BIAS: tl.constexpr, REF_HAS_CAP: tl.constexpr, REF_EVEN_D: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Grid (row tiles * splits, 2): both models of a pair in one launch; the second axis picks the model."""
-    if tl.program_id(1) == 0:
-        _split(
-            x_ptr, w_ptr, bias_ptr, target_ptr, part_ptr, N, V, D, stride_x, stride_w, scale, softcap,
-            tl.program_id(0), splits, HAS_BIAS, HAS_CAP, TMA, EVEN_D, PRECISION, BM, BV, BK,
-        )  # fmt: skip
-    else:
-        _split(
-            ref_x_ptr, ref_w_ptr, ref_bias_ptr, target_ptr, ref_part_ptr, N, ref_V, ref_D, ref_stride_x,
-            ref_stride_w, ref_scale, ref_softcap, tl.program_id(0), splits,
-            REF_HAS_BIAS, REF_HAS_CAP, TMA, REF_EVEN_D, PRECISION, BM, BV, BK,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -194,18 +160,6 @@ def merge_kernel(part_ptr, target_ptr, logprob_ptr, lse_ptr, N, V, splits, BN: t
     logprob, lse = _merged(part_ptr, rows, target, N, V, splits, BN)
     tl.store(logprob_ptr + rows, logprob, mask=rows < N)
     tl.store(lse_ptr + rows, lse, mask=rows < N)
-
-
-@triton.jit(do_not_specialize=["N", "splits", "ref_splits"], do_not_specialize_on_alignment=["target_ptr"])
-def merge_pair_kernel(
-    part_ptr, ref_part_ptr, target_ptr, out_ptr, N, V, ref_V, splits, ref_splits, beta, BN: tl.constexpr
-):
-    """Grid (cdiv(N, BN),): beta * (logprob - reference logprob), [N]."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    target = tl.load(target_ptr + rows, mask=rows < N, other=0).to(tl.int32)
-    logprob, _ = _merged(part_ptr, rows, target, N, V, splits, BN)
-    reference, _ = _merged(ref_part_ptr, rows, target, N, ref_V, ref_splits, BN)
-    tl.store(out_ptr + rows, beta * (logprob - reference), mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["N", "first"], do_not_specialize_on_alignment=["target_ptr"])

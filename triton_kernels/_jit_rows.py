@@ -1,4 +1,4 @@
-"""Triton kernels of the row-wise ops, `guide_logits` and `step_rewards`. Import only where a launch is certain."""
+"""Triton kernels of `guide_logits`. Import only where a launch is certain."""
 
 from __future__ import annotations
 
@@ -73,16 +73,3 @@ def guide_kernel(
         masked = (prm == -float("inf")) | (ref == -float("inf")) | (policy == -float("inf"))
         value = tl.where(known & (masked == 0), steered, policy)
         tl.store(out, value.to(out_ptr.dtype.element_ty), mask=cols < V)
-
-
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["reward_ptr", "offset_ptr"])
-def step_rewards_kernel(reward_ptr, offset_ptr, out_ptr, T, BLOCK: tl.constexpr):
-    """Grid (S,): the sum of one step's token rewards. Offsets are clamped to [0, T], so none reads out of bounds."""
-    step = tl.program_id(0)
-    lo = tl.maximum(tl.load(offset_ptr + step), 0)
-    hi = tl.minimum(tl.load(offset_ptr + step + 1), T)
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(lo, hi, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        total += tl.load(reward_ptr + at, mask=at < hi, other=0.0).to(tl.float32)
-    tl.store(out_ptr + step, tl.sum(total, 0))

@@ -9,7 +9,6 @@ from prm_search.triton_kernels import launch, tiles
 
 _GUIDE_BLOCK = 2048
 _PART_BLOCK = 1024
-_STEP_BLOCK = 128
 
 
 def guide_logits(policy: Tensor, prm: Tensor, ref: Tensor, alpha: Tensor, out: Tensor | None = None) -> Tensor:
@@ -33,19 +32,5 @@ def guide_logits(policy: Tensor, prm: Tensor, ref: Tensor, alpha: Tensor, out: T
         jit.guide_kernel, (-(-vocabulary // _GUIDE_BLOCK), rows), policy.device, policy, prm, ref, alpha, parts, out,
         vocabulary, min(vocabulary, prm.shape[1], ref.shape[1]), policy.stride(0), prm.stride(0), ref.stride(0),
         out.stride(0), splits, SPLITS=tiles.power_of_two(splits), BLOCK=_GUIDE_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-def step_rewards(token_rewards: Tensor, step_offsets: Tensor) -> Tensor:
-    """The Triton launch of `step_rewards`, arguments unchecked."""
-    out = token_rewards.new_empty(step_offsets.shape[0] - 1, dtype=torch.float32)
-    if out.numel() == 0:
-        return out
-    from prm_search.triton_kernels import _jit_rows as jit
-
-    launch.launch(
-        jit.step_rewards_kernel, (out.shape[0],), out.device, token_rewards.contiguous(), step_offsets.contiguous(),
-        out, token_rewards.shape[0], BLOCK=_STEP_BLOCK, num_warps=1,
     )  # fmt: skip
     return out

@@ -12,48 +12,31 @@ import torch
 from torch import Tensor
 
 from prm_search.triton_kernels import _attention_launch, _linear_launch, _rows_launch
-from prm_search.triton_kernels._linear_launch import Head
+from prm_search.triton_kernels.calls import AttentionCall, HeadCall, SharedPrefix
 
 # ruff: noqa: UP045 (torch's schema inference wants typing.Optional)
 
 
 @torch.library.custom_op("prm_search::linear_logprob", mutates_args=())
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], targets: Tensor, softcap: Optional[float], scale: float
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Optional[Tensor], softcap: Optional[float], scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _linear_launch.forward(Head(hidden, weight, bias, softcap, scale), targets)
+    return _linear_launch.forward(HeadCall(hidden, weight, targets, bias, softcap, scale))
 
 
 @linear_logprob.register_fake
-def _(hidden, weight, bias, targets, softcap, scale):  # type: ignore[no-untyped-def]
+def _(hidden, *others):  # type: ignore[no-untyped-def]
     logprob = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     return logprob, torch.empty_like(logprob)
 
 
-@torch.library.custom_op("prm_search::linear_log_ratio", mutates_args=())
-def linear_log_ratio(
-    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], softcap: Optional[float], scale: float,
-    ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Optional[Tensor], ref_softcap: Optional[float], ref_scale: float,
-    targets: Tensor, beta: float,
-) -> Tensor:  # fmt: skip
-    prm = Head(hidden, weight, bias, softcap, scale)
-    return _linear_launch.forward_pair(
-        prm, Head(ref_hidden, ref_weight, ref_bias, ref_softcap, ref_scale), targets, beta
-    )
-
-
-@linear_log_ratio.register_fake
-def _(hidden, *others):  # type: ignore[no-untyped-def]
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-
-
 @torch.library.custom_op("prm_search::logit_gradient", mutates_args=())
 def logit_gradient(
-    hidden: Tensor, weight: Tensor, bias: Optional[Tensor], targets: Tensor, softcap: Optional[float], scale: float,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Optional[Tensor], softcap: Optional[float], scale: float,
     logsumexp: Tensor, grad_logprob: Tensor, grad_logsumexp: Tensor, first: int,
 ) -> Tensor:  # fmt: skip
-    head = Head(hidden, weight, bias, softcap, scale)
-    return _linear_launch.logit_gradient(head, targets, logsumexp, grad_logprob, grad_logsumexp, first)
+    part = HeadCall(hidden, weight, targets, bias, softcap, scale)
+    return _linear_launch.logit_gradient(part, logsumexp, grad_logprob, grad_logsumexp, first)
 
 
 @logit_gradient.register_fake
@@ -70,9 +53,11 @@ def tree_attention(
 ) -> Tensor:  # fmt: skip
     prefix = None
     if group_rows is not None and lengths is not None:
-        prefix = _attention_launch.SharedPrefix(group_rows, lengths, max_group_tokens, max_length)
+        prefix = SharedPrefix(group_rows, lengths, max_group_tokens, max_length)
     return _attention_launch.forward(
-        q, k_pool, v_pool, slot_table, path_lens, q_starts, scale, softcap, window, sinks, max_new, max_path, prefix
+        AttentionCall(
+            q, k_pool, v_pool, slot_table, path_lens, q_starts, scale, softcap, window, sinks, max_new, max_path, prefix
+        )
     )
 
 
@@ -94,13 +79,3 @@ def guide_logits(policy_logits: Tensor, prm: Tensor, reference_logits: Tensor, a
 @guide_logits.register_fake
 def _(policy_logits, prm, reference_logits, alpha):  # type: ignore[no-untyped-def]
     return torch.empty_like(policy_logits, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("prm_search::step_rewards", mutates_args=())
-def step_rewards(token_rewards: Tensor, step_offsets: Tensor) -> Tensor:
-    return _rows_launch.step_rewards(token_rewards, step_offsets)
-
-
-@step_rewards.register_fake
-def _(token_rewards, step_offsets):  # type: ignore[no-untyped-def]
-    return token_rewards.new_empty(step_offsets.shape[0] - 1, dtype=torch.float32)

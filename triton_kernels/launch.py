@@ -229,6 +229,16 @@ def check_index(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch
         raise ValueError(f"{name} is on {tensor.device}; the operands are on {device}")
 
 
+def finite(name: str, value: float) -> float:
+    """The number as a float. Raises ValueError unless it is finite."""
+    try:
+        if math.isfinite(value):
+            return float(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} is {value!r}; a finite number is needed")
+
+
 def check_positive(name: str, value: float | None) -> None:
     """Raise unless `value` is None or a finite number above 0."""
     if value is not None and not (math.isfinite(value) and value > 0):

@@ -1,8 +1,7 @@
-"""`linear_logprob` and `linear_log_ratio`: log p(target) straight from hidden rows, `[N, V]` never in memory."""
+"""`linear_logprob`: log p(target) straight from hidden rows, `[N, V]` never in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from prm_search.triton_kernels import _linear_launch, launch
 from prm_search.triton_kernels._linear_autograd import LinearLogprob, forward
-from prm_search.triton_kernels._linear_launch import Head
+from prm_search.triton_kernels.calls import HeadCall
 from prm_search.triton_kernels.launch import Backend, Choice
 
 
@@ -77,190 +76,66 @@ def linear_logprob(
             impossible for these operands.
         TypeError: an operand is not a tensor.
     """
-    plan = _plan(hidden, weight, targets, bias, softcap, scale, backend=backend)
+    call = HeadCall(hidden, weight, targets, bias, softcap, launch.finite("scale", scale))
+    plan = _plan(call, backend)
     operands = (hidden, weight) if bias is None else (hidden, weight, bias)
-    run: Callable[..., Any] = forward
     if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
-        run = LinearLogprob.apply
-    logprob, logsumexp = run(hidden, weight, bias, targets, softcap, float(scale), plan.backend)
+        logprob, logsumexp = LinearLogprob.apply(*call, plan.backend)
+    else:
+        logprob, logsumexp = forward(call, plan.backend)
     return (logprob, logsumexp) if return_logsumexp else logprob
-
-
-def linear_log_ratio(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    targets: Tensor,
-    *,
-    beta: float = 1.0,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    softcap: float | None = None,
-    ref_softcap: float | None = None,
-    scale: float = 1.0,
-    ref_scale: float = 1.0,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Token rewards of an implicit PRM: `beta * (log p_prm(target) - log p_reference(target))`.
-
-    Few rows are bound by reading the two heads: then one launch covers both, so that neither half leaves the device
-    idle at its end. From `tiles.PAIR_ROWS` rows on each head fills the device, and two launches share the merge.
-
-    Args:
-        hidden, weight, bias, softcap, scale: the PRM's, as in `linear_logprob`.
-        ref_hidden, ref_weight, ref_bias, ref_softcap, ref_scale: the reference's; its width and vocabulary may differ.
-        targets: `[N]` int32 or int64, below both vocabularies.
-        beta: the reward's scale.
-        backend: as in `linear_logprob`.
-
-    Returns:
-        Token rewards `[N]`, fp32, beta*nats. Differentiable in every operand that requires grad.
-
-    Raises:
-        ValueError: as `linear_logprob`, or the two sides differ in rows.
-        TypeError: an operand is not a tensor.
-    """
-    plan = _plan_ratio(
-        hidden, weight, ref_hidden, ref_weight, targets, beta=beta, bias=bias, ref_bias=ref_bias, softcap=softcap,
-        ref_softcap=ref_softcap, scale=scale, ref_scale=ref_scale, backend=backend,
-    )  # fmt: skip
-    operands = [t for t in (hidden, weight, bias, ref_hidden, ref_weight, ref_bias) if t is not None]
-    if plan.backend == "torch" or (torch.is_grad_enabled() and any(t.requires_grad for t in operands)):
-        ours = linear_logprob(hidden, weight, targets, bias, softcap, scale, backend=plan.backend)
-        theirs = linear_logprob(ref_hidden, ref_weight, targets, ref_bias, ref_softcap, ref_scale, backend=plan.backend)
-        return beta * (ours - theirs)
-    prm = (hidden, weight, bias, softcap, float(scale))
-    ref = (ref_hidden, ref_weight, ref_bias, ref_softcap, float(ref_scale))
-    if torch.compiler.is_compiling():
-        from prm_search.triton_kernels import compiled
-
-        return compiled.linear_log_ratio(*prm, *ref, targets, float(beta))
-    return _linear_launch.forward_pair(Head(*prm), Head(*ref), targets, float(beta))
 
 
 # ------------------------------------------------------------------------------------------ checks and the choice
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, prefix: str = ""
-) -> None:
-    launch.check_matrix(f"{prefix}hidden", hidden, 2)
-    launch.check_matrix(f"{prefix}weight", weight, 2)
+def _check(call: HeadCall) -> None:
+    hidden, weight, targets, bias, softcap, _ = call
+    launch.check_matrix("hidden", hidden, 2)
+    launch.check_matrix("weight", weight, 2)
     if hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"{prefix}hidden is {list(hidden.shape)} and {prefix}weight {list(weight.shape)}; "
-            "[N, D] and [V, D] need the same D"
+            f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; [N, D] and [V, D] need the same D"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"{prefix}weight is {list(weight.shape)}; V and D must be at least 1")
+        raise ValueError(f"weight is {list(weight.shape)}; V and D must be at least 1")
     if hidden.dtype != weight.dtype or hidden.device != weight.device:
         raise ValueError(
-            f"{prefix}hidden is {hidden.dtype} on {hidden.device} and {prefix}weight {weight.dtype} on "
-            f"{weight.device}; they must agree"
+            f"hidden is {hidden.dtype} on {hidden.device} and weight {weight.dtype} on {weight.device}; they must agree"
         )
     launch.check_index("targets", targets, (hidden.shape[0],), hidden.device)
     if bias is not None:
-        launch.check_matrix(f"{prefix}bias", bias, 1)
+        launch.check_matrix("bias", bias, 1)
         if bias.shape[0] != weight.shape[0] or bias.device != hidden.device:
             raise ValueError(
-                f"{prefix}bias is {list(bias.shape)} on {bias.device}; [{weight.shape[0]}] on {hidden.device} is needed"
+                f"bias is {list(bias.shape)} on {bias.device}; [{weight.shape[0]}] on {hidden.device} is needed"
             )
-    launch.check_positive(f"{prefix}softcap", softcap)
+    launch.check_positive("softcap", softcap)
     if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= weight.shape[0]:
             raise ValueError(f"targets span [{low}, {high}]; they must lie in [0, {weight.shape[0]})")
 
 
-def _obstacle(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    why_not = launch.obstacle(hidden, weight, *([] if bias is None else [bias]))
-    if why_not is None and weight.stride(1) != 1:
-        why_not = f"weight has strides {weight.stride()}; its last dimension must be contiguous"
-    return why_not
+def _plan(call: HeadCall, backend: str) -> Choice:
+    _check(call)
+    why_not = None
+    if backend != "torch":
+        why_not = launch.obstacle(call.hidden, call.weight, *([] if call.bias is None else [call.bias]))
+        if why_not is None and call.weight.stride(1) != 1:
+            why_not = f"weight has strides {call.weight.stride()}; its last dimension must be contiguous"
+    return launch.decide("linear_logprob", backend, why_not, call.hidden)
 
 
-def _plan(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    *,
-    return_logsumexp: bool = False,
-    backend: Backend = "auto",
-) -> Choice:
-    _check(hidden, weight, targets, bias, softcap)
-    why_not = None if backend == "torch" else _obstacle(hidden, weight, bias)
-    return launch.decide("linear_logprob", backend, why_not, hidden)
-
-
-def _describe(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    **others: Any,
-) -> Choice:
-    plan = _plan(hidden, weight, targets, bias, softcap, scale, **others)
+def _describe(*operands: Any, backend: Backend = "auto", return_logsumexp: bool = False, **options: Any) -> Choice:
+    """`choice(linear_logprob, ...)`: the plan, with the tile in words."""
+    call = HeadCall(*operands, **options)
+    call = call._replace(scale=launch.finite("scale", call.scale))
+    plan = _plan(call, backend)
     if plan.backend == "torch":
         return plan
-    tile, splits = Head(hidden, weight, bias, softcap, scale).schedule()
+    tile, splits = _linear_launch.schedule_of(call)
     return replace(plan, detail=f"{tile}, {splits} vocabulary splits")
 
 
-def _plan_ratio(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    targets: Tensor,
-    *,
-    beta: float = 1.0,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    softcap: float | None = None,
-    ref_softcap: float | None = None,
-    scale: float = 1.0,
-    ref_scale: float = 1.0,
-    backend: Backend = "auto",
-) -> Choice:
-    _check(hidden, weight, targets, bias, softcap)
-    _check(ref_hidden, ref_weight, targets, ref_bias, ref_softcap, prefix="ref_")
-    why_not = None
-    if backend != "torch":
-        why_not = _obstacle(hidden, weight, bias) or _obstacle(ref_hidden, ref_weight, ref_bias)
-    return launch.decide("linear_log_ratio", backend, why_not, hidden)
-
-
-def _describe_ratio(
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    softcap: float | None = None,
-    ref_softcap: float | None = None,
-    **others: Any,
-) -> Choice:
-    plan = _plan_ratio(
-        hidden, weight, ref_hidden, ref_weight, targets, bias=bias, ref_bias=ref_bias, softcap=softcap,
-        ref_softcap=ref_softcap, **others,
-    )  # fmt: skip
-    if plan.backend == "torch":
-        return plan
-    prm = Head(hidden, weight, bias, softcap, others.get("scale", 1.0))
-    ref = Head(ref_hidden, ref_weight, ref_bias, ref_softcap, others.get("ref_scale", 1.0))
-    return replace(
-        plan, detail="one launch for both heads" if _linear_launch.joint(prm, ref) else "a launch for each head"
-    )
-
-
 launch.register(linear_logprob, _describe)
-launch.register(linear_log_ratio, _describe_ratio)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from prm_search.triton_kernels.calls import AttentionCall, HeadCall
+
 # Elements of the largest temporaries, sized to stay in cache: 4 MiB of fp32 logits, 8 MiB of widened head rows.
 _LOGIT_BUDGET = 1 << 20
 _WEIGHT_BUDGET = 1 << 21
@@ -33,6 +35,16 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a.to(out) @ b.to(out)
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities `[..., V]` of logits, nats, in the dtype that sums are kept in.
+
+    torch's own fp32 log_softmax loses the tail's mass in one running sum: over 262,144 entries it is some 1e-5 nat too
+    high, for every token alike, which a sum over a response adds up. logsumexp adds pairwise and has no such bias.
+    """
+    wide = logits.to(accumulate_dtype(logits.dtype))
+    return wide - torch.logsumexp(wide, dim=-1, keepdim=True)
+
+
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
     """`softcap * tanh(logits / softcap)`, in place; the logits themselves when there is no cap."""
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
@@ -41,13 +53,13 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 # --------------------------------------------------------------------------------------------- linear_logprob
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    logits = matmul(hidden, weight.t())
-    if bias is not None:
-        logits += bias
-    if scale != 1.0:
-        logits *= scale
-    return capped(logits, softcap)
+def _logits(call: HeadCall) -> Tensor:
+    logits = matmul(call.hidden, call.weight.t())
+    if call.bias is not None:
+        logits += call.bias
+    if call.scale != 1.0:
+        logits *= call.scale
+    return capped(logits, call.softcap)
 
 
 def _vocabulary_chunks(rows: int, weight: Tensor) -> Iterator[tuple[int, int]]:
@@ -59,29 +71,22 @@ def _vocabulary_chunks(rows: int, weight: Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + width, vocabulary)
 
 
-def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+def linear_logprob(call: HeadCall) -> tuple[Tensor, Tensor]:
     """log p(target) and logsumexp, each `[N]`, without keeping `[N, V]`: a running logsumexp over vocabulary chunks.
 
     Equals `log_softmax(cap(scale * (hidden @ weight.T + bias)))` gathered at the targets.
     """
-    dtype = accumulate_dtype(hidden.dtype)
-    logprob = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    dtype = accumulate_dtype(call.hidden.dtype)
+    logprob = call.hidden.new_empty(call.rows, dtype=dtype)
     logsumexp = torch.empty_like(logprob)
-    for first in range(0, hidden.shape[0], _ROW_BLOCK):
+    for first in range(0, call.rows, _ROW_BLOCK):
         rows = slice(first, first + _ROW_BLOCK)
-        x, target = hidden[rows], targets[rows].long()
+        x, target = call.hidden[rows], call.targets[rows].long()
         top = x.new_full((x.shape[0],), -torch.inf, dtype=dtype)  # running maximum, and sum of exp relative to it
         total = x.new_zeros((x.shape[0],), dtype=dtype)
         target_logit = x.new_full((x.shape[0],), torch.nan, dtype=dtype)
-        for start, stop in _vocabulary_chunks(x.shape[0], weight):
-            logits = _logits(x, weight[start:stop], None if bias is None else bias[start:stop], softcap, scale)
+        for start, stop in _vocabulary_chunks(x.shape[0], call.weight):
+            logits = _logits(call.columns(start, stop)._replace(hidden=x))
             inside = (target >= start) & (target < stop)
             column = (target - start).clamp(0, stop - start - 1)
             target_logit = torch.where(inside, logits.gather(1, column[:, None])[:, 0], target_logit)
@@ -95,47 +100,21 @@ def linear_logprob(
 
 
 def logit_gradient(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    logsumexp: Tensor,
-    grad_logprob: Tensor,
-    grad_logsumexp: Tensor,
-    start: int,
+    call: HeadCall, logsumexp: Tensor, grad_logprob: Tensor, grad_logsumexp: Tensor, start: int
 ) -> Tensor:
-    """Gradient `[N, Vc]` with respect to `hidden @ weight.T + bias`, for the `Vc` columns from `start` on.
+    """Gradient `[N, Vc]` with respect to `hidden @ weight.T + bias`, for a chunk of `Vc` columns from `start` on.
 
     With p the softmax: `g_logprob * (onehot - p) + g_lse * p`, through the cap's and the scale's derivative.
     """
-    logits = _logits(hidden, weight, bias, softcap, scale)
+    logits = _logits(call)
     grad = (logits - logsumexp[:, None]).exp_().mul_((grad_logsumexp - grad_logprob)[:, None])
-    column = targets.long() - start
-    inside = (column >= 0) & (column < weight.shape[0])
+    column = call.targets.long() - start
+    inside = (column >= 0) & (column < call.weight.shape[0])
     hit = torch.where(inside, grad_logprob, 0.0).to(grad.dtype)
-    grad.scatter_add_(1, column.clamp(0, weight.shape[0] - 1)[:, None], hit[:, None])
-    if softcap is not None:
-        grad.mul_(1.0 - (logits / softcap).square_())
-    return grad if scale == 1.0 else grad.mul_(scale)
-
-
-# ----------------------------------------------------------------------------------------------- step_rewards
-
-
-def step_rewards(token_rewards: Tensor, step_offsets: Tensor) -> Tensor:
-    """Sum of each run `token_rewards[step_offsets[s] : step_offsets[s + 1]]`, `[S]`; an empty step sums to 0."""
-    values = token_rewards.to(accumulate_dtype(token_rewards.dtype))
-    return torch.segment_reduce(values, "sum", offsets=step_offsets.long(), initial=0, unsafe=values.is_cuda)
-
-
-def step_of_token(step_offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """The step `[T]` that each of `tokens` tokens falls in, and whether it falls in one at all `[T]`."""
-    position = torch.arange(tokens, device=step_offsets.device, dtype=step_offsets.dtype)
-    step = torch.searchsorted(step_offsets, position, right=True) - 1
-    steps = step_offsets.shape[0] - 1
-    return step.clamp(0, max(steps - 1, 0)), (step >= 0) & (step < steps)
+    grad.scatter_add_(1, column.clamp(0, call.weight.shape[0] - 1)[:, None], hit[:, None])
+    if call.softcap is not None:
+        grad.mul_(1.0 - (logits / call.softcap).square_())
+    return grad if call.scale == 1.0 else grad.mul_(call.scale)
 
 
 # ----------------------------------------------------------------------------------------------- guide_logits
@@ -145,7 +124,7 @@ def guide_logits(policy_logits: Tensor, prm: Tensor, reference: Tensor, alpha: T
     """`policy + alpha * (log_softmax(prm) - log_softmax(reference))`, `[B, V]` in the policy's dtype."""
     width = min(policy_logits.shape[1], prm.shape[1], reference.shape[1])
     dtype = accumulate_dtype(policy_logits.dtype)
-    ratio = prm.to(dtype).log_softmax(dim=-1)[:, :width] - reference.to(dtype).log_softmax(dim=-1)[:, :width]
+    ratio = (log_softmax(prm)[:, :width] - log_softmax(reference)[:, :width]).to(dtype)
     policy = policy_logits[:, :width]
     steered = torch.addcmul(policy.to(dtype), alpha[:, None].to(dtype), ratio).to(policy.dtype)
     # A token that either model holds impossible has no ratio and stays as it is; the policy's own -inf stays by itself.
@@ -156,31 +135,17 @@ def guide_logits(policy_logits: Tensor, prm: Tensor, reference: Tensor, alpha: T
 # --------------------------------------------------------------------------------------------- tree_attention
 
 
-def tree_attention(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    *,
-    slot_table: Tensor,
-    path_lens: Tensor,
-    q_starts: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-    max_new: int | None = None,
-    max_path: int | None = None,
-) -> Tensor:
+def tree_attention(call: AttentionCall) -> Tensor:
     """Attention of packed new tokens over their paths: one padded gather, an explicit mask, an fp32 softmax.
 
     Shapes as in the public function; `[T, Hq, Dv]` in q's dtype. Tokens of rows without any visible key give 0.
     """
+    q, k_pool, v_pool, slot_table, path_lens, q_starts, scale, softcap, window, sinks, *_ = call
     dtype, (tokens, heads, _) = accumulate_dtype(q.dtype), q.shape
-    rows, kv_heads, v_dim = path_lens.shape[0], k_pool.shape[1], v_pool.shape[2]
+    rows, kv_heads, v_dim = call.rows, k_pool.shape[1], v_pool.shape[2]
     if tokens == 0 or rows == 0:
         return q.new_zeros(tokens, heads, v_dim)
-    max_new = tokens if max_new is None else min(max_new, tokens)
-    max_path = slot_table.shape[1] if max_path is None else min(max_path, slot_table.shape[1])
+    max_new, max_path = call.longest_new, call.longest_path
     starts, lens = q_starts.long(), path_lens.long()
 
     # Padded views: queries [B, L, Hkv, G, Dk], keys [B, S, Hkv, Dk], values [B, S, Hkv, Dv].

@@ -30,6 +30,7 @@ class MatmulTile:
 HOPPER_FEW = MatmulTile(64, 128, 64, stages=4, warps=4, tma=True, resident=2)
 HOPPER_MANY = MatmulTile(128, 128, 64, stages=4, warps=8, tma=True)
 HOPPER_PLAIN = MatmulTile(128, 256, 64, stages=4, warps=8, tma=True)
+HOPPER_GRADIENT = MatmulTile(128, 128, 64, stages=3, warps=8, tma=True, resident=2)
 # Any card from sm_80 on, through pointers; within the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
 POINTER_FEW = MatmulTile(16, 128, 64, stages=4, warps=4)
 POINTER_SOME = MatmulTile(64, 128, 32, stages=4, warps=4, resident=2)
@@ -37,9 +38,6 @@ POINTER_MANY = MatmulTile(128, 128, 32, stages=4, warps=8)
 # fp32 operands are multiplied exactly (no tf32), without tensor cores.
 FULL = MatmulTile(64, 64, 32, stages=2, warps=4, resident=2)
 INTERPRETER = MatmulTile(16, 32, 32, stages=1, warps=1)
-
-# Below this many rows both heads of a pair go in one launch (linear_log_ratio).
-PAIR_ROWS = 65
 
 
 def matmul_tile(
@@ -62,7 +60,9 @@ def matmul_tile(
     if tma and capability[0] in (9, 10):
         if rows <= 64:
             return HOPPER_FEW
-        return HOPPER_PLAIN if plain and not gradient and capability[0] == 9 else HOPPER_MANY
+        if gradient:
+            return HOPPER_GRADIENT
+        return HOPPER_PLAIN if plain and capability[0] == 9 else HOPPER_MANY
     if rows <= 16:
         return POINTER_FEW
     return POINTER_SOME if rows <= 64 else POINTER_MANY
@@ -93,19 +93,23 @@ MAX_HEAD_DIM = 256
 PREFIX_RIDGE = 183
 # Below this many keys the second pass and the merge cost more than the reading they save.
 PREFIX_LEAST = 512
+# Keys of a shared prefix that one program walks at most, until there are MOST_SPLITS of them.
+PREFIX_SHARE = 512
+MOST_SPLITS = 64
 
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """`m` packed (token, query head) rows against `n` keys at a time."""
+    """`m` packed (token, query head) rows against `n` keys at a time; `resident` programs fit a processor at once."""
 
     m: int
     n: int
     stages: int
     warps: int
+    resident: int = 1
 
 
-INTERPRETER_ATTENTION = AttentionTile(16, 16, stages=1, warps=1)
+INTERPRETER_ATTENTION = AttentionTile(16, 16, stages=1, warps=1, resident=2)
 
 
 @dataclass(frozen=True)
@@ -131,14 +135,16 @@ def attention_tile(*, capability: tuple[int, int], half: bool, packed: int, head
     if capability == (0, 0):
         return INTERPRETER_ATTENTION
     if not half:
-        return AttentionTile(16, 16, stages=2, warps=4)
+        return AttentionTile(16, 16, stages=3, warps=4)
     if packed <= 16:
-        return AttentionTile(16, 32 if wide else 64, stages=3, warps=4)
+        return AttentionTile(16, 32 if wide else 64, stages=3, warps=4, resident=1 if capability[0] == 8 else 3)
     if capability[0] == 9:  # 64 rows a warp group: wgmma
         if wide:
-            return AttentionTile(64, 32, stages=2, warps=8)
-        return AttentionTile(64, 32, stages=3, warps=4) if packed <= 64 else AttentionTile(128, 64, stages=2, warps=8)
-    return AttentionTile(32, 16, stages=3, warps=4) if wide else AttentionTile(64, 64, stages=2, warps=8)
+            return AttentionTile(64, 32, stages=3, warps=8)
+        if packed <= 64:
+            return AttentionTile(64, 32, stages=3, warps=4, resident=2)
+        return AttentionTile(128, 64, stages=3, warps=8)
+    return AttentionTile(32, 16, stages=3, warps=4) if wide else AttentionTile(64, 64, stages=3, warps=8)
 
 
 def prefix_pays(*, max_new: int, group: int, rows: int, groups: int, max_prefix: int) -> bool:
@@ -163,18 +169,21 @@ def attention_schedule(
 ) -> AttentionSchedule:
     """Tiles and splits of one call, from host-known sizes only (`slots`: the device's processors)."""
 
-    def pass_of(packed: int, segments: int, keys: int) -> tuple[AttentionTile, int, int]:
+    def pass_of(packed: int, segments: int, keys: int, least: int = 1) -> tuple[AttentionTile, int, int]:
         tile = attention_tile(capability=capability, half=half, packed=packed, head_dim=head_dim)
         query_tiles = max(-(-packed // tile.m), 1)
-        # Two programs fit a processor; a share of fewer than four key tiles is not worth its partial result.
-        room = 2 * slots // max(query_tiles * segments * kv_heads, 1)
-        return tile, query_tiles, max(min(room, -(-keys // (4 * tile.n)), 64), 1)
+        room = tile.resident * slots // max(query_tiles * segments * kv_heads, 1)
+        # A share of fewer than four key tiles is not worth its partial result.
+        return tile, query_tiles, max(min(max(room, least), -(-keys // (4 * tile.n)), MOST_SPLITS), 1)
 
     shared = prefix_pays(max_new=max_new, group=group, rows=rows, groups=groups, max_prefix=max_prefix)
     tile, query_tiles, splits = pass_of(max_new * group, rows, max_path - (max_prefix if shared else 0))
     if not shared:
         return AttentionSchedule(tile, query_tiles, splits, tile)
-    return AttentionSchedule(tile, query_tiles, splits, *pass_of(max_group_tokens * group, groups, max_prefix))
+    # `groups` may be an upper bound (a captured graph serves any number of families), so it must not keep one family's
+    # long prefix in one piece. Programs of families that there are not, and of prefixes that are shorter, end at once.
+    least = -(-max_prefix // PREFIX_SHARE)
+    return AttentionSchedule(tile, query_tiles, splits, *pass_of(max_group_tokens * group, groups, max_prefix, least))
 
 
 # ------------------------------------------------------------------------------------------------------- row-wise

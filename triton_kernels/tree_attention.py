@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prm_search.triton_kernels import _attention_launch, launch, reference, tiles
-from prm_search.triton_kernels._attention_launch import SharedPrefix
+from prm_search.triton_kernels.calls import AttentionCall, SharedPrefix
 from prm_search.triton_kernels.launch import Backend, Choice
 
 
@@ -66,24 +66,16 @@ def tree_attention(
             gradient is needed: Triton's path has no backward).
         TypeError: an operand is not a tensor.
     """
-    plan = _plan(
-        q, k_pool, v_pool, slot_table=slot_table, path_lens=path_lens, q_starts=q_starts, scale=scale, softcap=softcap,
-        window=window, sinks=sinks, max_new=max_new, max_path=max_path, prefix=prefix, backend=backend,
-    )  # fmt: skip
-    if plan.backend == "torch":
-        return reference.tree_attention(
-            q, k_pool, v_pool, slot_table=slot_table, path_lens=path_lens, q_starts=q_starts, scale=scale,
-            softcap=softcap, window=window, sinks=sinks, max_new=max_new, max_path=max_path,
-        )  # fmt: skip
-    arguments = (
-        q, k_pool, v_pool, slot_table, path_lens, q_starts, float(scale), softcap, window, sinks, max_new, max_path
-    )  # fmt: skip
+    call = AttentionCall(
+        q, k_pool, v_pool, slot_table, path_lens, q_starts, scale, softcap, window, sinks, max_new, max_path, prefix
+    )
+    if _plan(call, backend).backend == "torch":
+        return reference.tree_attention(call)
     if torch.compiler.is_compiling():
         from prm_search.triton_kernels import compiled
 
-        hint = (None, None, 0, 0) if prefix is None else vars(prefix).values()
-        return compiled.tree_attention(*arguments, *hint)
-    return _attention_launch.forward(*arguments, prefix)
+        return compiled.tree_attention(*call[:-1], *((None, None, 0, 0) if prefix is None else prefix))
+    return _attention_launch.forward(call)
 
 
 def write_kv(
@@ -132,19 +124,8 @@ def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         )
 
 
-def _check(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    slot_table: Tensor,
-    path_lens: Tensor,
-    q_starts: Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-    prefix: SharedPrefix | None,
-) -> None:
+def _check(call: AttentionCall) -> None:
+    q, k_pool, v_pool, slot_table, path_lens, q_starts, scale, softcap, window, sinks, _, _, prefix = call
     launch.check_matrix("q", q, 3)
     _check_pools(k_pool, v_pool)
     _check_same("q", q, "k_pool", k_pool)
@@ -176,58 +157,24 @@ def _check(
             raise ValueError("prefix.group_rows is empty; the first row of each group and B are needed")
 
 
-def _plan(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    *,
-    slot_table: Tensor,
-    path_lens: Tensor,
-    q_starts: Tensor,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-    max_new: int | None = None,
-    max_path: int | None = None,
-    prefix: SharedPrefix | None = None,
-    backend: Backend = "auto",
-) -> Choice:
-    _check(q, k_pool, v_pool, slot_table, path_lens, q_starts, scale, softcap, window, sinks, prefix)
+def _plan(call: AttentionCall, backend: str) -> Choice:
+    _check(call)
     why_not = None
     if backend != "torch":
-        why_not = launch.obstacle(q, k_pool, v_pool) or launch.gradient_obstacle(q, k_pool, v_pool)
-        widest = max(k_pool.shape[2], v_pool.shape[2])
+        floating = call.q, call.k_pool, call.v_pool
+        why_not = launch.obstacle(*floating) or launch.gradient_obstacle(*floating)
+        widest = max(call.k_pool.shape[2], call.v_pool.shape[2])
         if why_not is None and widest > tiles.MAX_HEAD_DIM:
             why_not = f"a head dimension is {widest}; at most {tiles.MAX_HEAD_DIM} is supported"
-        why_not = why_not or _strided(k_pool=k_pool, v_pool=v_pool)
-    return launch.decide("tree_attention", backend, why_not, q)
+        why_not = why_not or _strided(k_pool=call.k_pool, v_pool=call.v_pool)
+    return launch.decide("tree_attention", backend, why_not, call.q)
 
 
-def _describe(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    *,
-    slot_table: Tensor,
-    path_lens: Tensor,
-    window: int | None = None,
-    max_new: int | None = None,
-    max_path: int | None = None,
-    prefix: SharedPrefix | None = None,
-    **others: Any,
-) -> Choice:
+def _describe(*operands: Any, backend: Backend = "auto", **options: Any) -> Choice:
     """`choice(tree_attention, ...)`: the plan, with the schedule in words."""
-    plan = _plan(
-        q, k_pool, v_pool, slot_table=slot_table, path_lens=path_lens, window=window, max_new=max_new,
-        max_path=max_path, prefix=prefix, **others,
-    )  # fmt: skip
-    if plan.backend == "torch":
-        return plan
-    schedule = _attention_launch.schedule_of(
-        q, k_pool, v_pool, slot_table, path_lens, window, max_new, max_path, prefix
-    )
-    return replace(plan, detail=str(schedule))
+    call = AttentionCall(*operands, **options)
+    plan = _plan(call, backend)
+    return plan if plan.backend == "torch" else replace(plan, detail=str(_attention_launch.schedule_of(call)))
 
 
 def _plan_write(
