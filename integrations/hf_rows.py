@@ -130,7 +130,7 @@ class ProcessorSampler(Sampler):
         self._expanded = expanded
         self._lm = lm
 
-    def draw(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> list[int]:
+    def draw(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> torch.Tensor:
         """See Sampler.draw.
 
         Raises:

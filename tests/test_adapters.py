@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import naive_logprobs, tiny
+from models import FAMILIES, VOCABULARY, naive_logprobs, tiny
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from prm_search.engine.adapters import tuner_layers, unwrap
@@ -199,3 +199,58 @@ def test_adapters_injected_after_the_policy_was_made_do_not_change_it() -> None:
     pair.score_nodes(nodes[1:])
     assert np.abs(node_logprobs(lm, nodes[1:])[0] - before).max() < NATS
     assert np.abs(nodes[1].token_rewards).max() > 0.01
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_activated_adapter_is_refused_by_name(wrapped: bool) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], alora_invocation_tokens=[7, 21])
+    peft = get_peft_model(tiny("llama"), config).eval()
+    model = torch.compile(peft) if wrapped else peft
+    for adapter in ("auto", "default", None):
+        with pytest.raises(ValueError, match=r"'default' is an activated LoRA \(alora_invocation_tokens\)"):
+            LanguageModel.of(model, adapter=adapter)
+
+
+def test_an_effect_in_the_wrapper_is_noticed() -> None:
+    """Whatever PEFT method it is: a wrapper whose forward does more than pass on is refused, in that state alone."""
+    peft = with_lora(tiny("llama"))
+    inner = peft.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        out.logits = out.logits * 1.01
+        return out
+
+    peft.forward = forward  # type: ignore[method-assign]
+    before = flags(peft)
+    with pytest.raises(ValueError, match=r"adapters \['default'\] are not supported.*PeftModel.*nat without it"):
+        LanguageModel.of(peft)
+    assert flags(peft) == before
+    assert LanguageModel.of(peft, adapter=None).state is None
+
+
+def test_an_inactive_adapter_is_compared_in_its_own_state() -> None:
+    peft = with_lora(tiny("llama"), seed=1, name="one")
+    with_lora(None, seed=2, name="two", into=peft)
+    assert peft.active_adapter == "one"
+    LanguageModel.of(peft, adapter="two")
+    assert peft.active_adapter == "one"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"]])
+def test_trained_embeddings_of_tied_weights(saved: list[str], tied: bool) -> None:
+    """PEFT's wrapper of a head that is tied to a trained embedding passes on the latter's width as `out_features`."""
+    sizes = FAMILIES["llama"]()
+    sizes.tie_word_embeddings = True
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=saved, ensure_weight_tying=tied
+    )
+    peft = get_peft_model(tiny(sizes), config).eval()
+    with torch.no_grad():
+        for name, weight in peft.named_parameters():
+            if "modules_to_save" in name:
+                weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    lm = LanguageModel.of(peft)
+    assert lm.head.vocab == VOCABULARY
+    np.testing.assert_allclose(said(lm), naive_logprobs(peft, TEXT), rtol=0, atol=NATS)

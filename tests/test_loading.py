@@ -365,6 +365,78 @@ def test_a_server_is_configured_by_the_card_of_its_pair(hub):
     assert SteeringConfig.of({"prm_search": steering | {"steps": {"delimiter": "."}}}).steps.delimiter == "."
 
 
+# --- what is left over ---------------------------------------------------------------------------------------------
+
+
+def with_more(folder, more, **config):
+    """A checkpoint with further tensors, and with other fields in its config."""
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | more, folder / "model.safetensors", {"format": "pt"})
+    old = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(old | config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "config", "named"),
+    [
+        ({}, {"num_hidden_layers": 1}, r"model\.layers\.1\."),  # the config lost a layer
+        ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, {}, r"q_proj\.bias"),
+        ({"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, {}, r"q_norm\.weight"),
+        ({"model.embed_norm.weight": torch.ones(32)}, {}, r"embed_norm"),
+        ({"lm_head.bias": torch.zeros(300)}, {}, r"lm_head\.bias"),
+        ({"base_model.model.layers.0.q_proj.lora_A.weight": torch.ones(2, 2)}, {}, r"lora_A"),
+    ],
+)
+def test_weights_without_a_place_are_refused(copied, more, config, named):
+    folder = with_more(copied("base"), more, **config)
+    with pytest.raises(ValueError, match=rf"{folder}.*does not fit its config.*{named}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"v_head.summary.weight": torch.zeros(1, 32), "v_head.summary.bias": torch.zeros(1)}, "v_head"),
+        ({"score.weight": torch.zeros(1, 32)}, "score"),
+        ({"reward_head.0.weight": torch.zeros(1, 32)}, "reward_head"),
+        ({"model.visual.blocks.0.weight": torch.zeros(1)}, r"model\.visual"),
+    ],
+)
+def test_an_extra_head_is_told(copied, recwarn, more, told):
+    lm = load(with_more(copied("base"), more)).lm
+    assert lm.head.vocab
+    (warning,) = [w for w in recwarn if "does not use" in str(w.message)]
+    assert str(warning.message).endswith(f"does not use: {told.replace(chr(92), '')}")
+
+
+def test_buffers_and_tied_heads_are_no_leftovers(copied, recwarn):
+    folder = copied("base")
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
+    buffers = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.rotary_emb.inv_freq": torch.ones(4),
+    }
+    load(with_more(folder, buffers | {"lm_head.weight": embedding}, tie_word_embeddings=True))
+    assert [str(w.message) for w in recwarn if "does not use" in str(w.message)] == []
+
+
+def test_an_adapters_leftovers_are_refused(copied):
+    folder = copied("lora")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    with pytest.raises(ValueError, match=rf"{folder}.*does not fit its config.*v_proj"):
+        load(folder)
+
+
+def test_an_activated_adapter_is_refused(folders, tmp_path):
+    """Its effect is switched on in PEFT's wrapper, by tokens of the text: without the wrapper every reward is 0."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    get_peft_model(llama(1), config).save_pretrained(tmp_path / "alora")
+    with pytest.raises(ValueError, match=r"alora.*activated LoRA"):
+        load(tmp_path / "alora", base=folders / "base")
+
+
 # --- what cannot be loaded -----------------------------------------------------------------------------------------
 
 

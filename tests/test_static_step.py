@@ -226,22 +226,23 @@ def test_moved_weights_and_pools_drop_the_graphs(model: Any, taped: Callable[...
     assert len(steps.graphs) == 0
 
 
-def test_graphs_are_few_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_are_few_and_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None outlives another of its stream, and none goes while the device may still replay it."""
     monkeypatch.setattr(graphs, "KEPT", 2)
-    out, made = torch.zeros(2), []
+    out, made, waits = torch.zeros(2), [], []
 
     def capture(work: Callable[[], None], device: torch.device) -> Tape:
         made.append(work)
         return Tape(work, device)
 
-    kept = Graphs(capture)
+    kept = Graphs(capture, lambda device: waits.append((device.type, len(kept), len(made))))
     for key in (1, 2, 1, 3, 1, 2):
         for _ in range(4):
             kept.run(key, lambda key=key: out.fill_(key), lambda: out)
             assert out.tolist() == [key, key]
-    assert len(kept) == 2
-    assert [kept.has(key) for key in (1, 2, 3)] == [True, True, False]
-    assert len(made) == 4  # 1, 2, 3 and 2 again
+    assert [kept.has(key) for key in (1, 2, 3)] == [False, True, False]
+    assert len(made) == 5  # 1 and 2; 3, for which both go; 1; 2, for which 3 and 1 go
+    assert waits == [("cpu", 2, 2), ("cpu", 2, 4)]
 
 
 def test_a_module_that_waits_for_the_device_is_told_once(

@@ -27,15 +27,49 @@ def unwrap(module: Any) -> Any:
             module = module._orig_mod
         elif hasattr(module, "get_base_model") and hasattr(module, "peft_config"):
             for name, config in module.peft_config.items():
-                if getattr(config, "is_prompt_learning", False):
-                    raise ValueError(
-                        f"adapter {name!r} adds virtual tokens ({config.peft_type}); only weight adapters are served"
-                    )
+                refuse_kind(f"adapter {name!r}", config)
             module = module.get_base_model()
         elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             module = module.module
         else:
             return module
+
+
+def refuse_kind(name: str, config: Any) -> None:
+    """Refuse what is not a matter of the module's weights alone.
+
+    Args:
+        name: of the adapter, for the message.
+        config: its PeftConfig.
+
+    Raises:
+        ValueError: prompt learning, or an adapter that is switched on by tokens of the text (aLoRA).
+    """
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(f"{name} adds virtual tokens ({config.peft_type}); only weight adapters are served")
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"{name} is an activated LoRA (alora_invocation_tokens): PEFT's wrapper switches it on after those tokens, "
+            "outside the model's layers; only adapters that hold for the whole text are served"
+        )
+
+
+def wrapper_of(given: Any) -> Any:
+    """The PeftModel around or in what the user passed, or None."""
+    while hasattr(given, "_orig_mod") or isinstance(given, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        given = given._orig_mod if hasattr(given, "_orig_mod") else given.module
+    return given if hasattr(given, "get_base_model") and hasattr(given, "peft_config") else None
+
+
+@contextmanager
+def activated(wrapper: Any, state: tuple[str, ...]) -> Iterator[None]:
+    """Let a PeftModel's own forward be that of these adapters; their layers are switched by `switched`."""
+    before = wrapper.active_adapter
+    wrapper.active_adapter = state[0]
+    try:
+        yield
+    finally:
+        wrapper.active_adapter = before
 
 
 def tuner_layers(module: Any) -> list[Any]:

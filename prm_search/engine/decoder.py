@@ -86,18 +86,10 @@ class Decoder:
         if rows:
             (at,) = to_device([np.array([index[id(row)] for row in rows])], logprobs[0].device)
             spread = [table.index_select(0, at.to(table.device)) for table in logprobs]
-            tokens = self.sampler.draw(self.combine(spread, rows) if self.combine else spread[0], rows)
-            for lm, table in zip(self.lms, spread, strict=True):
-                if max(tokens) >= table.shape[1]:
-                    raise ValueError(
-                        f"the policy drew token {max(tokens)}, but {lm.id} has {table.shape[1]} tokens: a pair that "
-                        "steers needs all of the policy's tokens"
-                    )
-            (chosen,) = to_device([np.array(tokens)[:, None]], at.device)
-            drawn = [table.gather(1, chosen.long().to(table.device)).squeeze(1) for table in spread]
-            values = torch.stack([column.double().to(at.device) for column in drawn], dim=1).tolist()  # one transfer
-            for row, token, columns in zip(rows, tokens, values, strict=True):
-                self._record(row, token, columns)
+            scores = self.combine(spread, rows) if self.combine else spread[0]
+            tokens = torch.as_tensor(self.sampler.draw(scores, rows), device=scores.device)
+            for row, (token, *columns) in zip(rows, self._read_drawn(tokens, spread), strict=True):
+                self._record(row, int(token), columns)
             stopped = [False] * len(rows) if self.stop is None else self.stop(rows)
             for row, stop in zip(rows, stopped, strict=True):
                 row.settle(bool(stop))
@@ -192,6 +184,22 @@ class Decoder:
             return list(rows)
         top = logprobs.max(dim=-1).values.exp().tolist()
         return [row for row in rows if not row.cut_before(top[index[id(row)]])]
+
+    def _read_drawn(self, tokens: torch.Tensor, tables: Sequence[torch.Tensor]) -> list[list[float]]:
+        """Each row's token and its log-prob under each model: what the host waits for, in one transfer."""
+        columns = [tokens]
+        for table in tables:
+            inside = tokens.to(table.device).clamp(max=table.shape[1] - 1)
+            columns.append(table.gather(1, inside[:, None]).squeeze(1).to(tokens.device))
+        drawn: list[list[float]] = torch.stack([column.double() for column in columns], dim=1).tolist()
+        highest = int(max(token for token, *_ in drawn))
+        for lm, table in zip(self.lms, tables, strict=True):
+            if highest >= table.shape[1]:
+                raise ValueError(
+                    f"the policy drew token {highest}, but {lm.id} has {table.shape[1]} tokens: a pair that steers "
+                    "needs all of the policy's tokens"
+                )
+        return drawn
 
     def _record(self, row: DecodingRow, token: int, values: Sequence[float]) -> None:
         """Record a drawn token with its log-prob under each model."""

@@ -23,7 +23,7 @@ from .graph_step.choice import TokenSteps
 from .head import Head
 from .hidden_rows import WaveRows
 from .kv_tree import Branch, KVTree
-from .module_run import ModuleRun
+from .module_run import ModuleRun, own_modes
 from .pending import Launched, Pending, Undo
 from .pool import KVPool
 from .runner import Runner
@@ -232,8 +232,8 @@ class Encoder:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Everything that a forward needs: the module, the slots, no gradients, the stream."""
-        with self.exclusive(), self.tree.lock, torch.no_grad():  # the head may have an adapter too
+        """Everything that a forward needs: the module, the slots, the stream, and nothing of the caller's modes."""
+        with self.exclusive(), self.tree.lock, own_modes(self.device.type):  # the head may have an adapter too
             if self.stream is None:
                 yield
             else:

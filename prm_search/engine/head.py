@@ -10,6 +10,7 @@ from torch import nn
 
 from ..triton_kernels import linear_logprob
 from ..triton_kernels.launch import Backend
+from ..triton_kernels.reference import log_softmax
 
 CHUNK_ELEMENTS = 1 << 24  # of a temporary: 64 MiB in fp32
 
@@ -46,7 +47,7 @@ class Head:
             self.scale *= float(config.lm_head_multiplier)
         cap = getattr(config, "final_logit_softcapping", None)
         self.softcap = float(cap) if cap else None
-        self.vocab = int(getattr(self.linear, "out_features", 0) or config.vocab_size)
+        self.vocab = _rows_of(self.linear) or int(config.vocab_size)
 
     def _plain(self) -> bool:
         """Whether the head is a matrix we may multiply with ourselves (not quantised, not wrapped, not hooked)."""
@@ -89,22 +90,26 @@ class Head:
 
     def log_softmax(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, D] -> [N, V] log-probabilities, nats, fp32 (fp64 for an fp64 model)."""
-        return torch.log_softmax(self.logits(hidden), dim=-1)
+        return log_softmax(self.logits(hidden))
 
-    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def logprobs(
+        self, hidden: torch.Tensor, targets: torch.Tensor, operands: torch.dtype | None = None
+    ) -> torch.Tensor:
         """log p(target) of each row.
 
         Args:
             hidden: [N, D] last hidden rows, in the model's dtype.
             targets: [N] int64 token ids.
+            operands: dtype that a plain head's product takes its operands in; None for the model's.
 
         Returns:
             [N] nats, fp32 (fp64 for an fp64 model).
         """
         if self._plain():
-            return linear_logprob(
-                hidden, self.linear.weight, targets, self.linear.bias, self.softcap, self.scale, backend=self.backend
-            )
+            weight, bias = self.linear.weight, self.linear.bias
+            if operands is not None:
+                hidden, weight = hidden.to(operands), weight.to(operands)
+            return linear_logprob(hidden, weight, targets, bias, self.softcap, self.scale, backend=self.backend)
         rows = max(1, CHUNK_ELEMENTS // self.vocab)
         parts = [hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
         for low in range(0, hidden.shape[0], rows):
@@ -112,3 +117,11 @@ class Head:
             chosen = logits.gather(1, targets[low : low + rows, None]).squeeze(1)
             parts.append(chosen - torch.logsumexp(logits, dim=-1))
         return torch.cat(parts)
+
+
+def _rows_of(linear: Any) -> int:
+    """Rows of an output embedding, 0 where it does not say. Wrappers may pass on the input embedding's out_features."""
+    weight = getattr(linear, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point():
+        return weight.shape[0]
+    return int(getattr(linear, "out_features", 0) or 0)  # a quantised weight's shape is its storage's

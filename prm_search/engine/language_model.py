@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..checks import integer
@@ -35,6 +36,13 @@ _interned: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, weakref.ref[Langu
 _interning = threading.RLock()
 
 
+def promised_on(device: torch.device) -> int:
+    """Bytes of KV that the models on a device may take beyond what they hold already."""
+    with _interning:
+        lms = [lm for known in list(_interned.values()) for kept in known.values() if (lm := kept()) is not None]
+    return sum(lm.promised for lm in lms if lm.device == device)
+
+
 class LanguageModel(Encoder):
     """Use `LanguageModel.of`, which admits what is served exactly and returns the same object for the same weights.
 
@@ -45,8 +53,11 @@ class LanguageModel(Encoder):
         forward_tokens: tokens of one forward at most; longer work is cut into several.
         backend: of the kernels: "auto" takes Triton on a GPU where it serves the operands, else torch.
 
-    Attributes: see Encoder.
+    Attributes: see Encoder; and
+        token_bytes: KV that a token takes, as far as known.
     """
+
+    token_bytes = 0
 
     def __init__(
         self,
@@ -95,15 +106,25 @@ class LanguageModel(Encoder):
             found = known[state]() if state in known else None
             if found is None:
                 width = admission.check(base, state, cls)
-                found = cls(base, state, capacity=capacity or default_capacity(adapters.device_of(base), width))
+                wrapper = adapters.wrapper_of(module)
+                if wrapper is not None and state is not None:
+                    admission.check_wrapper(wrapper, base, state)
+                device = adapters.device_of(base)
+                found = cls(base, state, capacity=capacity or default_capacity(device, width, promised_on(device)))
                 if found.head.vocab < 2:
                     raise ValueError(f"{found.id} has a vocabulary of {found.head.vocab} token: at least 2 are needed")
+                found.token_bytes = width
                 known[state] = weakref.ref(found)
             elif capacity is not None and capacity != found.tree.capacity:
                 raise ValueError(
                     f"capacity={capacity}: this model is in use with {found.tree.capacity} tokens of KV already"
                 )
             return found
+
+    @property
+    def promised(self) -> int:
+        """Bytes of KV that this model may take beyond what its pools hold already."""
+        return max(0, self.tree.capacity * self.token_bytes - self.pool.bytes())
 
     def memo(self, tree: SearchTree) -> Memo:
         """What is known of a search tree's nodes under these weights; made on first use."""

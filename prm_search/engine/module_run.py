@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,24 @@ from ..triton_kernels.launch import Backend
 from .adapters import device_of
 from .attention.hook import Packed, packed
 from .pool import KVPool
+
+
+@contextmanager
+def own_modes(kind: str) -> Iterator[None]:
+    """Run without gradients, and without what the caller has switched on for its own work.
+
+    What is kept from inference mode could not be written outside it later. Autocast would give keys another dtype than
+    the pools have, and log-probabilities that depend on who asks.
+
+    Args:
+        kind: type of the device that the model is on.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                yield
+        else:
+            yield
 
 
 class ModuleRun:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..rng import uniforms
 from ..sampling import Sampling
 from .decoding_row import DecodingRow
+from .to_device import number_to_device
 
+BLOCK = 256  # tokens of the vocabulary that are summed first when one is drawn
 COLDEST = 1e-30  # temperatures below are this one: the smallest floats are 0 where tensors are divided by them
 
 
@@ -51,9 +55,21 @@ def inverse_cdf(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     Returns:
         [R] int64, never a token of probability zero.
     """
-    cdf = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    goal = uniform.to(cdf.device)[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, goal, right=True).squeeze(1).clamp_(max=scores.shape[-1] - 1)
+    weights = F.pad(scores.softmax(-1), (0, -scores.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    # Two levels: one running sum over a whole vocabulary in fp64 would be most of a token step.
+    sums = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # [R, blocks]
+    goal = _below(uniform.to(sums.device)[:, None] * sums[:, -1:], sums)
+    block = torch.searchsorted(sums, goal, right=True)
+    before = F.pad(sums, (1, 0)).gather(1, block)
+    inside = weights.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    place = torch.searchsorted(inside, _below(goal - before, inside), right=True)
+    return (block * BLOCK + place).squeeze(1)
+
+
+def _below(goal: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """`goal` [R, 1], kept below the last of its row's running sums, which rounding may have it reach."""
+    last = sums[:, -1:]
+    return torch.minimum(goal, torch.nextafter(last, torch.zeros_like(last)))
 
 
 class Sampler:
@@ -71,8 +87,8 @@ class Sampler:
             out[members] = filtered(logprobs[members], sampling)
         return out
 
-    def draw(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> list[int]:
-        """One token for each row.
+    def draw(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> torch.Tensor:
+        """One token for each row, [R] int64 on the device of `logprobs`; the host does not wait for it.
 
         Args:
             logprobs: [R, V] nats; row i is the next-token distribution of rows[i].
@@ -81,19 +97,17 @@ class Sampler:
         scores = self.scores(logprobs, rows)
         greedy = [row.request.sampling.temperature == 0 for row in rows]
         if all(greedy):
-            return scores.argmax(-1).tolist()
-        uniform = torch.from_numpy(
-            uniforms(
-                [row.request.sampling.seed for row in rows],
-                [row.request.node.tree.stream for row in rows],
-                [row.lineage for row in rows],
-                [row.position for row in rows],
-            )
+            return scores.argmax(-1)
+        uniform = uniforms(
+            [row.request.sampling.seed for row in rows],
+            [row.request.node.tree.stream for row in rows],
+            [row.lineage for row in rows],
+            [row.position for row in rows],
         )
-        tokens = inverse_cdf(scores, uniform)
+        tokens = inverse_cdf(scores, number_to_device(uniform, scores.device))
         if any(greedy):
-            tokens = torch.where(torch.tensor(greedy, device=tokens.device), scores.argmax(-1), tokens)
-        return tokens.tolist()
+            tokens = torch.where(number_to_device(np.array(greedy), scores.device), scores.argmax(-1), tokens)
+        return tokens
 
 
 def _is_plain(s: Sampling) -> bool:

@@ -8,6 +8,12 @@ import numpy as np
 import torch
 
 
+def number_to_device(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Numbers of any dtype on a device, through pinned memory where that is a GPU: the host does not wait."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Integer arrays on a device.
 

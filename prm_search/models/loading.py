@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..engine.adapters import refuse_kind
 from ..engine.language_model import LanguageModel
 from .checkpoint import Checkpoint
 from .heads import tensor_files
+from .load_report import check_report
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -112,11 +114,7 @@ def _load_module(source: Checkpoint, options: Mapping[str, Any], heads: tuple[st
             config.tie_word_embeddings = not any(name.startswith("lm_head.") for name in tensor_files(source, options))
             given["config"] = config
         made, report = AutoModelForCausalLM.from_pretrained(source.path, output_loading_info=True, **given)
-    lacking = sorted(report["missing_keys"])
-    if lacking:  # transformers fills them with random numbers
-        raise ValueError(
-            f"{source.name!r} is incomplete: {len(lacking)} weights are missing, {lacking[0]!r} among them"
-        )
+    check_report(source.name, made, report, heads)
     made.eval()
     if source.gguf_file is not None:  # plain weights by now, though they still say otherwise and refuse to be saved
         made.hf_quantizer, made.is_quantized = None, False
@@ -139,8 +137,7 @@ def _load_adapter(
     folder = str(config_file.parent)
     with _named("the adapter", source):
         config = PeftConfig.from_pretrained(folder)
-    if config.is_prompt_learning:
-        raise ValueError(f"{source.name!r} adds virtual tokens ({config.peft_type}); only weight adapters are served")
+    refuse_kind(repr(source.name), config)
     if base is None and not config.base_model_name_or_path:
         raise ValueError(f"{source.name!r} names no base model: pass base=")
     words = getattr(base, "tokenizer", None)
@@ -170,13 +167,18 @@ def _load_adapter(
             host.base_model.disable_adapter_layers()
             module.train(training)
             there = get_peft_model_state_dict(host, adapter_name=name, save_embedding_layers=False)
-            lacking = sorted(set(there) - set(load_peft_weights(folder, device="cpu")))
+            stored = set(load_peft_weights(folder, device="cpu"))
+            lacking, leftover = sorted(set(there) - stored), sorted(stored - set(there) - set(host.state_dict()))
         if lacking:
             raise ValueError(f"{source.name!r} is incomplete: {len(lacking)} weights are missing, {lacking[0]!r} first")
+        if leftover:
+            raise ValueError(
+                f"{source.name!r} does not fit its config: {len(leftover)} weights have no place, {leftover[0]!r} first"
+            )
         host.prm_search_names = names
         module.__dict__["_prm_search_adapters"] = host
         names[key] = name
-    return LanguageModel.of(module, adapter=names[key], capacity=capacity), words
+    return LanguageModel.of(host, adapter=names[key], capacity=capacity), words
 
 
 def _normal(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..triton_kernels.reference import log_softmax
+
 _ROUNDS = 24  # each a pass over [B, V]; peaked rows need up to 20, most 8
 
 
@@ -28,7 +30,7 @@ def bounded_alpha(policy_logits: Tensor, log_ratio: Tensor, alpha: Tensor, max_k
     Returns:
         [B] fp32, of alpha's signs.
     """
-    base = policy_logits.float().log_softmax(dim=-1)
+    base = log_softmax(policy_logits.float())
     width = log_ratio.shape[1]
     ratio = torch.zeros_like(base)
     ratio[:, :width] = torch.where(log_ratio.isfinite(), log_ratio, 0.0)

@@ -19,6 +19,7 @@ from ..engine.kv_tree import Branch
 from ..engine.language_model import LanguageModel
 from ..engine.pending import Pending
 from ..engine.prompts import SharedPrompts
+from ..triton_kernels.reference import log_softmax
 from ..usage import Meter
 from .kl_bound import bounded_alpha
 
@@ -284,4 +285,4 @@ class Steering:
 def _log_ratio(prm: Tensor, reference: Tensor) -> Tensor:
     """[B, W] log-ratio in nats of two tables of logits or log-probabilities, over the narrower width."""
     width = min(prm.shape[1], reference.shape[1])
-    return prm.float().log_softmax(dim=-1)[:, :width] - reference.float().log_softmax(dim=-1)[:, :width]
+    return log_softmax(prm.float())[:, :width] - log_softmax(reference.float())[:, :width]

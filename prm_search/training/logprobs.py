@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.head import Head
+from ..triton_kernels.reference import log_softmax
 from .data import Item, LabelledResponse, collate
 from .packing import Pack, collate_packs, packs
 
@@ -63,9 +64,11 @@ def response_forward(module: Any) -> Iterator[None]:
             rows, targets = hidden[:, :-1][response_mask], input_ids[:, 1:][response_mask]
         else:
             rows = hidden.flatten(0, 1)[sources]
-        rows = rows.to(head.linear.weight.dtype)
-        with torch.autocast(rows.device.type, enabled=False):
-            found = head.logprobs(rows, targets)
+        rows, kind = rows.to(head.linear.weight.dtype), rows.device.type
+        # Under autocast the head's operands are narrow as any other layer's are, for the tensor cores. Sums stay fp32.
+        operands = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        with torch.autocast(kind, enabled=False):
+            found = head.logprobs(rows, targets, operands)
         if places is not None:
             found = found[places]
         return found.new_zeros(response_mask.shape).masked_scatter(response_mask, found)
@@ -88,7 +91,7 @@ def check_head(module: Any, head: Head) -> None:
     training = module.training
     module.eval()
     ids = (torch.arange(8, device=module.get_input_embeddings().weight.device) * 7 % head.vocab)[None]
-    own = module(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[0, :-1]
+    own = log_softmax(module(input_ids=ids, use_cache=False).logits.float())[0, :-1]
     hidden = module.base_model(input_ids=ids, use_cache=False)[0][0, :-1]
     ours = head.logprobs(hidden.to(head.linear.weight.dtype), ids[0, 1:])
     module.train(training)

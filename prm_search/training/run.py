@@ -18,6 +18,7 @@ from typing import Any
 
 from ..files import one_writer
 from ..models.checkpoint import Checkpoint
+from ..models.load_report import check_report
 from ..scorers.implicit.card import CARD, CARD_FORMAT
 from .data import Item, LabelledResponse, by_prompt, mismatched, pairs, read_rollouts, singles, split, thin
 from .negatives import cross_prompt
@@ -240,7 +241,10 @@ def _run(
     def told(what: str) -> Callable[[int, int], object] | None:
         return None if progress is None else partial(progress, what)
 
-    lm = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, **source.where())
+    lm, report = AutoModelForCausalLM.from_pretrained(
+        source.path, dtype=torch.float32, output_loading_info=True, **source.where()
+    )
+    check_report(source.name, lm, report)
     top = max(max(max(row.prompt_ids), int(row.response_ids.max())) for row in data.rows)
     if top >= lm.get_input_embeddings().num_embeddings:
         raise ValueError(

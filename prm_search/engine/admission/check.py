@@ -1,8 +1,9 @@
 """Admission: a model is served only if its packed forward gives the log-probabilities of its own plain forward.
 
-Two questions are asked. Is the family right: does a miniature of it (miniature.py), in fp32, agree to 1e-4 nat over an
-unevenly grown, forked and evicted tree that crosses each of its limits? And is this very module right: does a short
-tree agree, coarsely, in its own dtype, on its own devices, with its own quantisation, hooks and adapters?
+Three questions are asked. Is the family right: does a miniature of it (miniature.py), in fp32, agree to 1e-4 nat over
+an unevenly grown, forked and evicted tree that crosses each of its limits? Is this very module right: does a short tree
+agree, coarsely, in its own dtype, on its own devices, with its own quantisation, hooks and adapters? And does PEFT's
+wrapper, which we run without, do nothing but pass on?
 What does not agree is refused by name. A wrong family seldom raises: it returns wrong log-probs.
 """
 
@@ -12,6 +13,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ import torch
 from torch import nn
 
 from .. import adapters
+from ..module_run import own_modes
 from . import miniature
 
 if TYPE_CHECKING:
@@ -39,6 +42,13 @@ LONGEST_COPY = 4096  # ... and tokens that it may take to cross its limits
 # are 0.06 apart; dynamic quantisation looks at the whole batch), a wrong forward is off by whole nats.
 COARSE = {torch.float64: 1e-4, torch.float32: 0.02, torch.bfloat16: 0.15, torch.float16: 0.15}
 COARSE_QUANTISED = 0.3
+
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+class _Passing(Exception):
+    """A refusal that rests on an exception, whose cause may be gone in the next call."""
+
 
 _verdicts: dict[tuple[type, str], str | None] = {}  # family and config -> why it is refused, None: it is served
 
@@ -70,20 +80,71 @@ def check(module: nn.Module, state: tuple[str, ...] | None, make: Make) -> int:
     """
     if module.training:
         raise ValueError("the model is in training mode, where dropout makes its probabilities random: call .eval()")
-    key = (type(module), _content(module.config))
-    if key not in _verdicts:
-        _verdicts[key] = _judge(module, make)
     config: Any = module.config
     name = f"{config.model_type} ({type(module).__name__})"
-    try:
-        found = _verdicts[key] or _look_at(module, state, make)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as problem:
-        raise ValueError(f"{name} is not supported: its forward fails: {_short(problem)}") from problem
+    with _undisturbed(adapters.device_of(module).type):
+        refusal = _verdict(module, make)
+        try:
+            found = refusal or _look_at(module, state, make)
+        except _OUT_OF_MEMORY:
+            raise
+        except Exception as problem:
+            raise ValueError(f"{name} is not supported: its forward fails: {_short(problem)}") from problem
     if isinstance(found, str):
         raise ValueError(f"{name} is not supported: {found}")
     return found
+
+
+def check_wrapper(wrapper: Any, module: nn.Module, state: tuple[str, ...]) -> None:
+    """Refuse adapters whose effect lies in PEFT's wrapper: we run the module inside it.
+
+    Args:
+        wrapper: a PeftModel.
+        module: the transformers model inside it, unwrapped.
+        state: the adapters to compare with.
+
+    Raises:
+        ValueError: the wrapper's forward gives other log-probabilities than the module's.
+    """
+    layers = adapters.tuner_layers(module)
+    size = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    ids = torch.from_numpy(np.random.default_rng(3).choice(min(size, 10_000), (1, 24)))
+    ids = ids.to(adapters.device_of(module))
+
+    def said(run: Any) -> torch.Tensor:
+        return torch.log_softmax(run(input_ids=ids, use_cache=False).logits.double(), dim=-1)
+
+    with _undisturbed(ids.device.type), adapters.switched(layers, state), adapters.activated(wrapper, state):
+        once, again, wrapped = said(module), said(module), said(wrapper)
+    off, noise = (wrapped - once).abs().max().item(), (again - once).abs().max().item()
+    if not off <= TOLERANCE + 10 * noise:
+        raise ValueError(
+            f"adapters {list(state)} are not supported: a part of their effect lies in {type(wrapper).__name__}, "
+            f"outside the model's own layers (log-probs differ by {off:.2g} nat without it)"
+        )
+
+
+@contextmanager
+def _undisturbed(kind: str) -> Iterator[None]:
+    """As if nobody had set a default device or dtype, inference mode or autocast."""
+    before = torch.get_default_dtype()
+    with own_modes(kind), torch.device("cpu"):
+        try:
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _verdict(module: nn.Module, make: Make) -> str | None:
+    """Why the module's family is refused, or None. Kept, unless it may be another in the next call."""
+    key = (type(module), _content(module.config))
+    if key not in _verdicts:
+        try:
+            _verdicts[key] = _judge(module, make)
+        except _Passing as problem:
+            return str(problem)
+    return _verdicts[key]
 
 
 def compare(lm: Encoder, length: int, seed: int = 0) -> Fault:
@@ -145,7 +206,7 @@ def _apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 def plain_log_softmax(lm: Encoder, ids: torch.Tensor) -> np.ndarray:
     """[B, T] ids -> [B, T, V] float64 log-probs of the module's own forward, without cache, with lm's adapters."""
-    with lm.exclusive(), torch.no_grad():
+    with lm.exclusive(), own_modes(lm.device.type):
         logits = lm.module(input_ids=ids.to(lm.device), use_cache=False).logits
     return torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
 
@@ -168,10 +229,12 @@ def _judge(module: nn.Module, make: Make) -> str | None:
         model, length = miniature.build(type(module), small), LENGTH
         with torch.no_grad():
             model(input_ids=torch.full((1, LENGTH), miniature.FIRST_WORD), use_cache=False).logits  # noqa: B018
+    except _OUT_OF_MEMORY:
+        raise
     except Exception as problem:  # any of a family's own: sizes that do not go together, a missing dependency
         duplicate, length = _copy(module), max([0, *miniature.limits(module.config)]) + LENGTH
         if duplicate is None or length > LONGEST_COPY:
-            return f"no small copy of it could be made to check it on ({_short(problem)})"
+            raise _Passing(f"no small copy of it could be made to check it on ({_short(problem)})") from problem
         model = duplicate
     lm = make(model, None, capacity=2 * length)
     return examine(lm, length if lm.context is None else min(length, lm.context))
@@ -181,8 +244,10 @@ def examine(lm: Encoder, length: int = LENGTH) -> str | None:
     """What is wrong with the packed forward of an fp32 model, or None."""
     try:
         fault = compare(lm, length)
+    except _OUT_OF_MEMORY:
+        raise
     except Exception as problem:
-        return _cause(lm, length) or f"its packed forward fails: {_short(problem)}"
+        raise _Passing(f"{_cause(lm, length) or 'its packed forward fails'}: {_short(problem)}") from problem
     if fault.worst <= TOLERANCE or fault.worst <= tolerance(lm, length):
         return None
     cause = _cause(lm, length)
@@ -226,8 +291,10 @@ def _cause(lm: Encoder, length: int) -> str | None:
             hidden = lm.module.base_model(input_ids=ids.to(lm.device), use_cache=False)[0][0]
             if np.abs(lm.head.log_softmax(hidden).double().cpu().numpy() - whole[0]).max() > TOLERANCE:
                 return "its head does more than a matrix product, a factor and a soft-cap"
+    except _OUT_OF_MEMORY:
+        raise
     except Exception as problem:
-        return f"its plain forward fails: {_short(problem)}"
+        raise _Passing(f"its plain forward fails: {_short(problem)}") from problem
     if len(lm.pool.layers) < getattr(lm.config, "num_hidden_layers", 0):
         return "its attention does not go through transformers' attention interface"
     return None

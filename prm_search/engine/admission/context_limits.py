@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 DEFAULT_BYTES = 4 << 30  # of KV a model on a CPU
+SHARE = 3  # the first of a policy and a pair must leave room for the other two, weights and all
+RESERVE = 0.1  # of a GPU's memory, for activations and what else a forward needs
 
 
 def context_of(config: Any) -> int | None:
@@ -28,7 +30,22 @@ def _rope_limit(rope: dict[str, Any], context: list[int]) -> list[int]:
     return [min(context) - 1] if "dynamic" in kind and context else []
 
 
-def default_capacity(device: torch.device, width: int) -> int:
-    """Tokens of `width` bytes of KV each that DEFAULT_BYTES, or half of a GPU's free memory, hold."""
-    budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else DEFAULT_BYTES
+def device_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes free and in all on a CUDA device; None for any other."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+
+
+def default_capacity(device: torch.device, width: int, promised: int = 0) -> int:
+    """Tokens of KV to hold: what DEFAULT_BYTES hold on a CPU, or a third of what a GPU has left.
+
+    Args:
+        device: where they go.
+        width: bytes of KV that a token takes.
+        promised: bytes that other models on the device may still take. Pools are made with the first forward, so what
+            is promised counts as free until then.
+    """
+    budget = DEFAULT_BYTES
+    if (memory := device_memory(device)) is not None:
+        free, whole = memory
+        budget = max(0, free - promised - int(RESERVE * whole)) // SHARE
     return max(1024, min(budget // max(1, width), 1 << 20))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import torch
 
 from ..adapters import device_of
 
-KEPT = 24  # graphs of one model at most; the least recently used goes
+KEPT = 24  # graphs of one model at most: one more, and all of them go
 USES = 3  # steps of a shape before it is captured: a shape that comes once is not worth it
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -35,15 +35,25 @@ class Graphs:
     A graph is used only after its first replay has given the bits of the eager run of the same step. Where a capture
     fails, or that comparison does, no further one is tried: steps run eagerly, `refused` says why, and a warning did.
 
+    Graphs go together, once the device is done with them: they share a stream, and torch may free that stream's cuBLAS
+    workspace with any one of them, whose address the others hold.
+
     Not thread-safe: the caller holds the module's lock.
 
     Args:
         capture: makes a graph of a step; another one in tests.
+        wait: returns once the device is done with all replays; another one in tests.
     """
 
-    def __init__(self, capture: Callable[[Callable[[], None], torch.device], Replayable] | None = None) -> None:
+    def __init__(
+        self,
+        capture: Callable[[Callable[[], None], torch.device], Replayable] | None = None,
+        wait: Callable[[torch.device], None] | None = None,
+    ) -> None:
         self._capture = capture or CudaCapture()
-        self._kept: OrderedDict[Hashable, Replayable] = OrderedDict()
+        self._wait = wait or _wait_for
+        self._device = torch.device("cpu")  # of the newest capture
+        self._kept: dict[Hashable, Replayable] = {}
         self._uses: Counter[Hashable] = Counter()
         self.refused: str | None = None
         self.replays = 0
@@ -56,7 +66,9 @@ class Graphs:
         return key in self._kept
 
     def clear(self) -> None:
-        """Drop all graphs: something they read has moved. They are captured anew."""
+        """Drop all graphs: something they read has moved, or they are too many. They are captured anew."""
+        if self._kept:
+            self._wait(self._device)
         self._kept.clear()
         self._uses.clear()
 
@@ -70,7 +82,6 @@ class Graphs:
         """
         graph = self._kept.get(key)
         if graph is not None:
-            self._kept.move_to_end(key)
             graph.replay()
             self.replays += 1
             return
@@ -82,6 +93,9 @@ class Graphs:
     def _make(self, key: Hashable, work: Callable[[], None], result: Callable[[], torch.Tensor]) -> None:
         """Capture a step that has just run eagerly, and replay it once: a step may be repeated, it writes the same."""
         eager = result().clone()
+        self._device = eager.device
+        if len(self._kept) >= KEPT:
+            self.clear()
         try:
             graph = self._capture(work, eager.device)
             result().zero_()
@@ -93,12 +107,15 @@ class Graphs:
             self.refused = f"its capture failed: {type(problem).__name__}: {first[:200]}"
         if self.refused is None:
             self._kept[key] = graph
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
             return
         self.clear()
         warnings.warn(f"no CUDA graphs: {self.refused}; steps run without", RuntimeWarning, stacklevel=2)
         work()
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class CudaCapture:

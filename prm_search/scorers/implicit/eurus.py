@@ -26,6 +26,7 @@ import torch
 
 from ...checks import number
 from ...private_tokenizer import private_tokenizer
+from ...triton_kernels.reference import log_softmax
 
 if TYPE_CHECKING:
     from ...engine.language_model import LanguageModel
@@ -148,5 +149,5 @@ def _plain_logprobs(lm: LanguageModel, ids: Sequence[int], pad: int | None) -> n
     mask = torch.ones_like(tokens) if pad is None else (tokens != pad).long()
     with lm.exclusive(), torch.no_grad():
         logits = lm.module(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    found = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None].to(logits.device))
+    found = log_softmax(logits[:, :-1]).gather(2, tokens[:, 1:, None].to(logits.device))
     return found[0, :, 0].float().cpu().numpy()
