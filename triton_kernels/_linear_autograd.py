@@ -53,12 +53,14 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
-        *operands, logsumexp = ctx.saved_tensors
+        hidden, weight, targets, bias, logsumexp = ctx.saved_tensors
         softcap, scale, backend = ctx.options
-        call = HeadCall(*operands, softcap, scale)
+        call = HeadCall(hidden, weight, targets, bias, softcap, scale)
         upstream = logsumexp, grad_logprob.contiguous(), grad_logsumexp.contiguous()
-        hidden, weight, _, bias = ctx.needs_input_grad[:4]
-        grads = _backward(call, (hidden, weight, bias), lambda part, first: _gradient(part, *upstream, first, backend))
+        of_hidden, of_weight, _, of_bias = ctx.needs_input_grad[:4]
+        grads = _backward(
+            call, (of_hidden, of_weight, of_bias), lambda part, first: _gradient(part, *upstream, first, backend)
+        )
         return grads[0], grads[1], None, grads[2], None, None, None
 
 

@@ -178,7 +178,7 @@ def _load_adapter(
         host.prm_search_names = names
         module.__dict__["_prm_search_adapters"] = host
         names[key] = name
-    return LanguageModel.of(host, adapter=names[key], capacity=capacity), words
+    return LanguageModel.of(module if host is None else host, adapter=names[key], capacity=capacity), words
 
 
 def _normal(options: Mapping[str, Any]) -> dict[str, Any]:

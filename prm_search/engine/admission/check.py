@@ -107,7 +107,7 @@ def check_wrapper(wrapper: Any, module: nn.Module, state: tuple[str, ...]) -> No
         ValueError: the wrapper's forward gives other log-probabilities than the module's.
     """
     layers = adapters.tuner_layers(module)
-    size = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    size = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = torch.from_numpy(np.random.default_rng(3).choice(min(size, 10_000), (1, 24)))
     ids = ids.to(adapters.device_of(module))
 
