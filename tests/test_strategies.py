@@ -247,7 +247,7 @@ def test_strategies_are_frozen_and_named(name: str) -> None:
 
 
 def test_unknown_strategies_are_refused() -> None:
-    with pytest.raises(ValueError, match="strategy='mcst' is unknown; it is one of beam, best_of_n"):
+    with pytest.raises(ValueError, match="strategy='mcst' is unknown; it is one of adaptive_branch, beam, best_of_n"):
         resolve_strategy("mcst")
     for bad in (Beam, None, 4):
         with pytest.raises(TypeError, match="strategy must be"):
