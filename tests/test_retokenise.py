@@ -119,6 +119,48 @@ def test_forks_inside_a_parents_tokens(pair, policy, one_by_one):
     assert pair.prm.tree.used == pair.reference.tree.used == 0
 
 
+def test_equal_texts_below_one_path_are_encoded_once(pair, policy):
+    """Twins, whenever they come, and what is below them: as many tokens as one of each."""
+    pair.bind(policy)
+    counts = []
+    for twins in (1, 3):
+        tree = written(policy, "Step 2: multiply", [3])
+        above = tree.nodes[1]
+        ids = policy.tokenizer(" five by four")["input_ids"]
+        pair.score_nodes([above])
+        made = [tree.add(above, ids) for _ in range(twins)]
+        pair.score_nodes(made)
+        late = [tree.add(above, ids) for _ in range(twins - 1)]
+        pair.score_nodes(late)
+        below = [tree.add(node, policy.tokenizer(".")["input_ids"]) for node in [*made, *late]]
+        pair.score_nodes(below)
+        assert len({node.token_rewards.tobytes() for node in [*made, *late]}) == 1
+        assert len({(node.reward, node.q) for node in below}) == 1
+        pair.score_nodes(tree.nodes)
+        check(pair, policy, "What is it?", tree)
+        counts.append([tree.meter.counts[kind, lm.id] for kind in ("encoded", "reencoded") for lm in pair._lms()])
+        pair.release(tree)
+        assert pair.prm.tree.used == pair.reference.tree.used == 0
+    assert counts[0] == counts[1]
+
+
+def test_a_refused_path_leaves_nothing_behind(pair, policy):
+    pair.bind(policy)
+    tree = written(policy, "Step 2: multiply", [3])
+    pair.score_nodes(tree.nodes)
+    used = pair.prm.tree.used
+    far = tree.add(tree.nodes[-1], policy.tokenizer("five " * 1000)["input_ids"])
+    twin = tree.add(tree.nodes[1], [20])
+    with pytest.raises(ValueError, match="context"):
+        pair.score_nodes([twin, far])
+    assert pair.prm.tree.used == used
+    pair.score_nodes([twin])
+    q, _ = rescored(pair, policy, "What is it?", twin)
+    assert twin.q == pytest.approx(q, abs=2e-3)
+    pair.release(tree)
+    assert pair.prm.tree.used == 0
+
+
 def test_eviction_changes_nothing(policy):
     words = OTHERS["byte level"]()
     roomy = ImplicitPRM(llama(2, vocab=448), llama(3, vocab=448), tokenizer=words, beta=BETA)

@@ -119,6 +119,21 @@ def test_rewards_of_a_search_are_the_models_own(
     assert not ref.running
 
 
+def test_equal_steps_are_asked_once_whenever_they_were_drawn() -> None:
+    scorer, phi, _ = pair()
+    tree, (first, below) = grow("ab; a;", "ab; b;")
+    scorer.score_nodes([first, below])
+    asked = len(phi.log)
+    twin = tree.add(tree.root, ids("ab;"))
+    late = tree.add(twin, ids("a;"))
+    scorer.score_nodes([late])
+    assert len(phi.log) == asked
+    assert (late.q, twin.q) == (first.q, first.parent.q)
+    check(tree)
+    counts = {kind: n for (kind, model), n in tree.meter.counts.items() if model == scorer.prm.id}
+    assert counts["encoded"] == 4 + 3 + 2 + 2
+
+
 def test_it_is_a_scorer_and_knows_its_models() -> None:
     scorer, phi, ref = pair()
     assert isinstance(scorer, Scorer)

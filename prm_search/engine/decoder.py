@@ -165,8 +165,8 @@ class Decoder:
                 continued.append(row)
         for row in self._active:
             if row.token is None:
-                node = row.request.node
-                if node not in nodes:
+                node = self.lms[0].memo(row.request.node.tree).first(row.request.node)
+                if node not in nodes:  # twins, drawn by different requests, have one distribution
                     nodes[node] = len(ids)
                     ids.append(())
                 index[id(row)] = nodes[node]

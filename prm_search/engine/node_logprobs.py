@@ -49,15 +49,13 @@ class _Job:
         self._wanted: dict[Node, None] = {}
         self._spare: list[Branch] = []
         self._pending: Pending[list[np.ndarray]] | None = None
-        for node in nodes:
-            memo = lm.memo(node.tree)
-            for part in node.path():
-                if memo.knows(part):
-                    continue
-                if part.sampler == lm.id and part.logprobs is not None:
-                    memo.logprobs[part] = part.logprobs  # the sampler's own: computed when the token was drawn
-                else:
-                    self._wanted.setdefault(part)
+        unknown = [(lm.memo(node.tree), part) for node in nodes for part in node.path()]
+        for memo, part in unknown:
+            if part.sampler == lm.id and part.logprobs is not None and not memo.knows(part):
+                memo.know(part, part.logprobs)  # the sampler's own: computed when the token was drawn
+        for memo, part in unknown:
+            if not memo.knows(part):
+                self._wanted.setdefault(memo.first(part))
 
     def begin(self) -> None:
         """Launch the forward that scores what is not known."""
@@ -78,10 +76,8 @@ class _Job:
     def finish(self) -> list[np.ndarray]:
         """Wait for it, memoise, and answer."""
         for node, values in zip(self._wanted, self._pending.result() if self._pending else (), strict=True):
-            self.lm.memo(node.tree).logprobs[node] = values
-        empty = np.zeros(0, np.float32)
-        known = [self.lm.memo(node.tree).logprobs for node in self._nodes]
-        return [empty if node.parent is None else of[node] for node, of in zip(self._nodes, known, strict=True)]
+            self.lm.memo(node.tree).know(node, values)
+        return [self.lm.memo(node.tree).logprobs(node) for node in self._nodes]
 
     def free(self) -> None:
         """Drop the copies."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from codecs import utf_8_decode
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,23 +22,38 @@ from ..engine.language_model import LanguageModel
 from ..engine.pending import Pending
 from ..tokens import TokenizerMatch, TokenText, encode_prompt, encode_text
 from ..tree import Node, Prompt, SearchTree
+from .base import log_ratio
 
 
 @dataclass(eq=False)
 class Path:
-    """A node's path in the pair's tokens.
+    """A path in the pair's tokens. Nodes below one path that read as the same tokens share it, whoever drew them.
 
     Attributes:
         ids: the response so far.
-        shared: how many of them are the parent's.
-        branches: one a model; the path of each begins with prompt and ids.
+        shared: how many of them are those of the path above.
+        branches: one a model; the path of each begins with prompt and ids. Those above where there is no new token.
+        above: the path of the parent; None for the root's.
+        ratios: [len(ids) - shared] float64, nats: log-ratios of the new tokens, once scored.
         sums: [len(ids) + 1] float64, nats: the log-ratio of each prefix. None until scored.
+        nodes: how many it is the path of.
     """
 
     ids: tuple[int, ...]
     shared: int
     branches: tuple[Branch, ...]
+    above: Path | None = None
+    ratios: np.ndarray = field(default_factory=lambda: np.zeros(0))
     sums: np.ndarray | None = None
+    nodes: int = 1
+
+    def settle(self) -> float:
+        """Sum the ratios up, those of the path above first; return by how much the whole sum grew, nats."""
+        before = np.zeros(1) if self.above is None else self.above.sums
+        assert before is not None  # parents are settled first
+        if self.sums is None:
+            self.sums = np.concatenate([before[: self.shared + 1], before[self.shared] + np.cumsum(self.ratios)])
+        return float(self.sums[-1] - before[-1])
 
 
 class RetokenisedTree:
@@ -62,25 +77,37 @@ class RetokenisedTree:
         self.lms = tuple(lms)
         self._read = read
         roots = tuple(lm.tree.root(prompt_ids, tree.meter) for lm in lms)
-        self.paths: dict[Node, Path] = {tree.root: Path((), 0, roots, np.zeros(1))}
+        self.paths: dict[Node, Path] = {tree.root: Path((), 0, roots, sums=np.zeros(1))}
+        self._known: dict[tuple[Path, tuple[int, ...]], Path] = {}  # (the path above, ids)
 
     def grow(self, node: Node) -> Path:
-        """The path of a node whose parent has one, unencoded: it forks where it leaves its parent's tokens."""
+        """The path of a node whose parent has one: a known one, or one that forks, unencoded, where it leaves the
+        parent's tokens."""
         above = self.paths[node.parent]  # type: ignore[index]  # the root has its path from the start
         ids = tuple(self._read(node))
-        shared = _common(above.ids, ids)
-        branches = above.branches
-        if len(ids) > shared:
-            at = len(self.prompt_ids) + shared
-            branches = tuple(lm.tree.fork(b, ids[shared:], at=at) for lm, b in zip(self.lms, branches, strict=True))
-        path = self.paths[node] = Path(ids, shared, branches)
+        path = self._known.get((above, ids))
+        if path is not None:
+            path.nodes += 1
+        else:
+            shared = _common(above.ids, ids)
+            branches = above.branches
+            if len(ids) > shared:
+                at = len(self.prompt_ids) + shared
+                branches = tuple(lm.tree.fork(b, ids[shared:], at=at) for lm, b in zip(self.lms, branches, strict=True))
+            path = self._known[above, ids] = Path(ids, shared, branches, above)
+        self.paths[node] = path
         return path
 
     def drop(self, nodes: Iterable[Node]) -> None:
         """Forget nodes' paths, children first."""
         for node in nodes:
             path = self.paths.pop(node)
-            if node.parent is None or path.branches is not self.paths[node.parent].branches:
+            path.nodes -= 1
+            if path.nodes:
+                continue
+            if path.above is not None:
+                del self._known[path.above, path.ids]
+            if path.above is None or path.branches is not path.above.branches:
                 for lm, branch in zip(self.lms, path.branches, strict=True):
                     lm.tree.release(branch)
 
@@ -98,6 +125,9 @@ def score_paths(
         jobs: nodes, each after its parent where that is not scored yet; trees of one pair.
         constant: stands in for the second model's log-probability of every token, nats.
 
+    Raises:
+        ValueError: both models hold a token impossible.
+
     Returns:
         for each node: the log-ratios [T] float64 of the tokens that its parent's path does not have, in nats; by how
         much the log-ratio of the whole path grew; and those T tokens.
@@ -106,24 +136,21 @@ def score_paths(
     try:
         for own, node in jobs:
             grown.append(own.grow(node))
-        fresh = [(job[0], job[1], path) for job, path in zip(jobs, grown, strict=True) if len(path.ids) > path.shared]
+        new: dict[Path, tuple[RetokenisedTree, Node]] = {}
+        for job, path in zip(jobs, grown, strict=True):
+            if path.sums is None and len(path.ids) > path.shared:
+                new.setdefault(path, job)
+        fresh = [(own, node, path) for path, (own, node) in new.items()]
         begun = [_begin(k, fresh) for k in range(len(jobs[0][0].lms))] if fresh else []
         tables = [pending.result() for pending in begun]
+        for place, path in enumerate(new):
+            theirs = tables[1][place] if constant is None else constant
+            path.ratios = np.asarray(log_ratio(path.ids[path.shared :], tables[0][place], theirs), np.float64)
     except BaseException:
         for own, node in reversed(jobs[: len(grown)]):
             own.drop([node])
         raise
-    ratios = {
-        node: tables[0][i] - (tables[1][i] if constant is None else constant) for i, (_, node, _) in enumerate(fresh)
-    }
-    scored = []
-    for (own, node), path in zip(jobs, grown, strict=True):
-        before = own.paths[node.parent].sums  # type: ignore[index]
-        assert before is not None
-        new = np.asarray(ratios.get(node, ()), np.float64)
-        path.sums = np.concatenate([before[: path.shared + 1], before[path.shared] + np.cumsum(new)])
-        scored.append((new, float(path.sums[-1] - before[-1]), path.ids[path.shared :]))
-    return scored
+    return [(path.ratios, path.settle(), path.ids[path.shared :]) for path in grown]
 
 
 def _begin(k: int, fresh: Sequence[tuple[RetokenisedTree, Node, Path]]) -> Pending[list[np.ndarray]]:
