@@ -85,4 +85,4 @@ class Memo:
         for branch in self._branches.values():
             self._kv.release(branch)
         for known in (self._branches, self._logprobs, self._twins, self._first):
-            known.clear()  # type: ignore[attr-defined]
+            known.clear()
