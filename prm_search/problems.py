@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from .answers import Answer, boxed, hashes, last_number, resolve_answer
-from .answers.equivalence import equivalent, normalize
+from .answers.equivalence import alike, equivalent, form
 from .tree import Prompt
 
 Same = Callable[[str, str], bool]
@@ -37,8 +37,9 @@ class Judge:
     """Labels responses.
 
     Args:
-        same: "math": the answers are equivalent, by spelling, number, or math-verify; "exact": equal in one spelling
-            (see normalize), without math-verify; or a function of a response's whole text and the reference answer.
+        same: "math": the answers are equivalent, by spelling, number, or math-verify; "exact": the same without
+            math-verify (equal numbers, or one spelling); or a function of a response's whole text and the reference
+            answer.
         answer: where the answer stands in a response: "boxed", "####", "number", a function of its text, or None for
             the first of "####", box and number that it has. Not asked where `same` is a function.
 
@@ -72,5 +73,5 @@ class Judge:
         if found is None:
             return None, False
         if self.same == "exact":
-            return found, normalize(found) == normalize(reference)
+            return found, alike(form(found), form(reference))
         return found, equivalent(found, reference)

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from prm_search.answers import boxed, equivalence, equivalent, hashes, last_number, normalize, resolve_answer, select
+from prm_search.answers.equivalence import alike, form
+from prm_search.answers.numbers import parse_number
 from prm_search.tree import Node, SearchTree
 
 
@@ -84,6 +86,30 @@ class TestExtractors:
             ("1,2,3", "3"),
             ("12,3456", "3456"),
             ("none", None),
+            ("so -$5", "-5"),
+            ("so $-5", "-5"),
+            (r"so -\$5.", "-5"),
+            ("-\u20ac5.20", "-5.20"),
+            ("5 - $3", "3"),
+            ("it is 1.5e-3", "1.5e-3"),
+            ("1e5", "1e5"),
+            ("-1e-7.", "-1e-7"),
+            ("in 2e", "2"),
+            ("2 1/2", "5/2"),
+            ("x = -2 1/2 cups", "-5/2"),
+            ("1,234 1/2", "2469/2"),
+            (r"2\frac{1}{2}", "5/2"),
+            ("2\u00bd", "5/2"),
+            (r"-\frac{3}{4}", "-3/4"),
+            ("3 \u00d7 10^5", "3e5"),
+            (r"6.63\times10^{-34}", "6.63e-34"),
+            ("3 \u00d7 10\u2075", "3e5"),
+            ("10^5", "1e5"),
+            ("3\u00d74=12", "12"),
+            ("12.5%", "12.5"),
+            ("5...", "5"),
+            ("pages 3\u20135", "5"),
+            ("12 4/3", "4/3"),
         ],
     )
     def test_last_number(self, text, answer):
@@ -129,6 +155,48 @@ class TestSpelling:
     def test_different_answers_stay_different(self, a, b):
         assert normalize(a) != normalize(b)
 
+    @pytest.mark.parametrize(
+        ("a", "b"),
+        [
+            ("18 dollars", "18"), ("18 dollars", "$18"), (r"18\text{ dollars}", "18.00"), ("18 USD", "18"),
+            ("3.0e2", "300"), (r"3.0\times10^{2}", "300"), (r"3 \cdot 10^2", "3e2"), ("3 \u00d7 10\u2075", "300,000"),
+            (r"6.63\times10^{-34}", "6.63e-34"), ("10^{-2}", ".01"), ("1{,}234", "1234"), ("-$5", "-5"), ("$-5", "-5"),
+            ("2 1/2", "5/2"), (r"2\frac12", "2.5"), ("2\u00bd", "5/2"), ("50%", "50"), ("50%", "0.5"), (r"50\%", "1/2"),
+            ("12 percent", "12%"), ("$3 million", "3,000,000"), ("2 dozen", "24"), (r"90^\circ", "90 degrees"),
+            ("5 cm", "5 centimeters"), ("5cm", "5"), ("5 m", "5 meters"), ("10 m\u00b2", "10 square meters"),
+            ("60 miles per hour", "60 miles/hour"), ("18 apples", "18"), (r"\text{18 dollars}", "18"), ("18.", "18"),
+        ],
+    )  # fmt: skip
+    def test_numbers_are_one_however_they_are_written(self, a, b, monkeypatch):
+        monkeypatch.setattr(equivalence, "_WORKER", None)  # asking would fail
+        assert equivalent(a, b)
+        assert equivalent(b, a)
+        assert alike(form(a), form(b))
+
+    @pytest.mark.parametrize(
+        ("a", "b"),
+        [
+            (r"6.63\times10^{-34}", r"1.05\times10^{-34}"), ("1e-30", "2e-30"), ("5 cm", "5 m"), ("5 cm", "5 km"),
+            ("$18", "18 euros"), ("3 million", "3"), ("3 million", "3 billion"), ("50%", "5"), ("0.5%", "0.5000001"),
+            ("3 dogs", "3 gods"), ("5 m", "5 s"), ("2 1/2", "1"), ("5 pi", "5"), ("2x", "2 dollars"), ("1e3", "1e-3"),
+        ],
+    )  # fmt: skip
+    def test_different_numbers_and_units_are_never_merged(self, a, b, monkeypatch):
+        worker = equivalence._Worker()
+        worker._usable = False
+        monkeypatch.setattr(equivalence, "_WORKER", worker)
+        assert not equivalent(a, b)
+        assert not equivalent(b, a)
+
+    @pytest.mark.parametrize("text", ["5 or 6", "5 squared", "5 more", "5abc", "2x", "3 4", "3/0", "1e401", "-$-5", ""])
+    def test_what_is_no_number_with_a_unit(self, text):
+        assert parse_number(text) is None
+
+    @given(st.integers(1, 9999), st.integers(-300, 300), st.integers(1, 9999))
+    def test_tiny_and_huge_numbers_are_compared_exactly(self, a, power, b):
+        assert equivalent(f"{a}e{power}", f"{a}\\times10^{{{power}}}")
+        assert equivalent(f"{a}e{power}", f"{b}e{power}") is (a == b)
+
     @given(st.fractions())
     def test_numbers_keep_their_value(self, number):
         assert Fraction(normalize(str(number))) == number
@@ -159,6 +227,11 @@ class TestMathVerify:
             ("(1,2)", "(2,1)", False),
             ("[1,2)", "(1,2)", False),
             ("x+1", "x+2", False),
+            (r"\frac{\sqrt2}{10^{30}}", r"10^{-30}\sqrt2", True),
+            (r"10^{-30}\sqrt{2}", r"10^{-30}\sqrt{3}", False),
+            (r"(10^{-20}\sqrt2, 2)", r"(10^{-20}\sqrt3, 2)", False),
+            (r"10^{-20}x", r"3\cdot10^{-20}x", False),
+            (r"\{1,2\}", r"\{2,1\}", True),
         ],
     )
     def test_decides_what_spelling_cannot(self, a, b, same):

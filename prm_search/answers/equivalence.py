@@ -1,4 +1,4 @@
-"""Whether two final answers are the same: by spelling, by number, and by math-verify where it is installed."""
+"""Equivalence of two final answers: by number, by spelling, and by math-verify where it is installed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ import threading
 import warnings
 from collections import Counter
 from contextlib import suppress
-from fractions import Fraction
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from .numbers import Number, parse_number
+
 SECONDS = 5.0  # for one comparison by math-verify
 _START_SECONDS = 60.0  # for importing it
 
-_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]*)?")
-_FRACTION = re.compile(r"([-+]?)(?:([0-9.]+)\s*/\s*([0-9.]+)|\\frac\{([0-9.]+)\}\{([0-9.]+)\})")
-_PLAIN = re.compile(r"-?[0-9]+(/[0-9]+)?")
 _FUNCTIONS = {"sqrt", "sin", "cos", "tan", "log", "exp", "abs", "min", "max", "mod", "inf", "infinity", "frac"}
 _REWRITES = tuple(
     (re.compile(pattern), new)
@@ -43,56 +42,111 @@ _REWRITES = tuple(
     )
 )
 
+_BARE = tuple(  # layout alone: what a number may stand in
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"^\${1,2}([^$]*)\${1,2}$|^\\\((.*)\\\)$|^\\\[(.*)\\\]$", r"\1\2\3"),
+        (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[!,;:]", ""),
+        (r"\{,\}", ","),
+        (r"\\[dt]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\ |~", " "),
+        (r"\\([$%])", r"\1"),
+        (r"^\s*\\(?:text|mathrm|mbox|textbf|mathbf)\{([^{}]*)\}\s*$", r"\1"),
+        (r"\\frac\s*([0-9])", r"\\frac{\1}"),
+        (r"(\\frac\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+        (r"^\s*[A-Za-z]\s*=(?!=)", ""),
+        (r"\.\s*$", ""),
+    )
+)
+
 
 def normalize(answer: str) -> str:
-    """One spelling for answers that differ in layout, units, or the way they write a number.
+    """One spelling for answers that differ in layout, or in the way they write a number.
 
     The rules are those usual for MATH (Hendrycks et al., arXiv 2103.03874, and later evaluations): math delimiters,
-    spacing commands, units after a number, percent and currency signs and "x =" go; fractions have braces. A number
-    (integer, decimal, thousands commas, fraction of two) becomes an integer or a reduced fraction, so "0.50",
-    ".5", "1/2" and "\\frac12" are one. Case is kept.
+    spacing commands, LaTeX's units after a number, percent and currency signs and "x =" go; fractions have braces. A
+    number becomes an integer or a reduced fraction, so "0.50", ".5", "1/2", "5e-1" and "\\frac12" are one; a unit in
+    words stays behind it, in one spelling. Case is kept.
     """
+    return form(answer).text
+
+
+def _spelling(answer: str) -> str:
+    """The same of an answer that is no number as a whole."""
     text = answer.strip()
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text).strip()
-    number = _number(text)
+    number = parse_number(text)
     if number is not None:
-        return str(number)
+        return _written(number)
     return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(text.split()))
 
 
-def _number(text: str) -> Fraction | None:
-    if len(text) > 100 or not any(c.isdigit() for c in text):
-        return None
-    try:
-        if _NUMBER.fullmatch(text):
-            return Fraction(text.replace(",", ""))
-        if match := _FRACTION.fullmatch(text):
-            sign, a, b, c, d = match.groups()
-            value = Fraction(a or c) / Fraction(b or d)
-            return -value if sign == "-" else value
-    except (ValueError, ZeroDivisionError):
-        pass
-    return None
+@dataclass(frozen=True)
+class Form:
+    """An answer prepared for comparison: its normal spelling, and the number that it is, if it is one."""
+
+    text: str
+    number: Number | None
+
+
+@lru_cache(maxsize=65536)
+def form(answer: str) -> Form:
+    """The form of an answer."""
+    text = answer.strip()
+    for pattern, new in _BARE:
+        text = pattern.sub(new, text).strip()
+    number = parse_number(text)
+    return Form(_spelling(answer) if number is None else _written(number), number)
+
+
+def _written(number: Number) -> str:
+    return f"{number.value} {number.unit}" if number.in_words else str(number.value)
 
 
 def equivalent(a: str, b: str) -> bool:
-    """Whether two answers are the same.
+    """Return True if two answers are the same.
 
-    Equal spellings (see `normalize`) are the same and different plain numbers are not. The rest, where both look
-    like mathematics, is asked of math-verify, if it is installed (`pip install prm-search[answers]`), in a worker
-    process, from any thread. What takes it longer than 5 seconds counts as different. Replies are cached.
+    Numbers are compared exactly, however they are written: 3.0e2, 3\\times10^{2} and 300 are one, 2 1/2 is 5/2. A
+    unit, a currency or a percent sign may be missing on one side; two different units are two answers, and 50 % is both
+    50 and 1/2. Other answers are the same where their spellings are (see `normalize`). The rest, where both look like
+    mathematics, is asked of math-verify, if it is installed (`pip install prm-search[answers]`), in a worker process,
+    from any thread; numbers that it takes for equal have to agree in five digits. What takes it longer than 5 seconds
+    counts as different. Replies are cached.
     """
-    return same_keys(normalize(a), normalize(b))
+    return same(form(a), form(b))
 
 
-def same_keys(a: str, b: str) -> bool:
-    """`equivalent` for answers that are normalised already."""
-    if a == b:
+def same(a: Form, b: Form) -> bool:
+    """`equivalent` for forms."""
+    if alike(a, b):
         return True
-    if (_PLAIN.fullmatch(a) and _PLAIN.fullmatch(b)) or not (_mathematical(a) and _mathematical(b)):
+    numbers = [each.number for each in (a, b) if each.number is not None]
+    if len(numbers) == 2 or any(number.in_words for number in numbers):
         return False
-    return _WORKER.equal(*sorted((a, b)))
+    if not (_mathematical(_expression(a)) and _mathematical(_expression(b))):
+        return False
+    first, second = sorted((_expression(a), _expression(b)))
+    return _WORKER.equal(first, second)
+
+
+def alike(a: Form, b: Form) -> bool:
+    """The same without math-verify: equal numbers, or equal spellings."""
+    if a.number is None or b.number is None:
+        return a.text == b.text
+    if a.number.unit and b.number.unit and a.number.unit != b.number.unit:
+        return False
+    if a.number.value == b.number.value:
+        return True
+    if a.number.percent == b.number.percent:
+        return False
+    share, other = (a.number, b.number) if a.number.percent else (b.number, a.number)
+    return share.value == 100 * other.value
+
+
+def _expression(answer: Form) -> str:
+    """What math-verify is asked about."""
+    return answer.text if answer.number is None else str(answer.number.value)
 
 
 @lru_cache(maxsize=65536)

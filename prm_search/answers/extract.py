@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from .numbers import CORE, plain_characters, value_of
+
 Answer = Callable[[str], str | None]
 
-_NUMBER = re.compile(
-    r"(?:(?<![\w)])-)?"  # a sign, not a minus
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?|\.[0-9]+)"
-)
+# The sign of a number is no minus between two: nothing that could be subtracted from stands before it.
+_NUMBER = re.compile(rf"(?P<sign>(?<![\w)\]}}])-)?(?:US\$|\\?[$€£¥₹])?(?P<inner>(?<=[$€£¥₹])-)?(?P<core>{CORE})")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?=[^\s{$]))")
 
 
@@ -45,9 +45,30 @@ def hashes(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number: integer, decimal, thousands commas, a/b, with its sign; None without one."""
-    found = _NUMBER.findall(text.replace("\u2212", "-"))
-    return found[-1] if found else None
+    """The last number: an integer, a decimal, thousands with commas, a/b, with its sign; None without one.
+
+    A currency sign goes (`-$5` is -5), and percent signs, units and full stops behind a number are left out. A mixed
+    number is a fraction (`2 1/2`: 5/2), LaTeX's fractions are a/b, and `3 x 10^5` is 3e5.
+    """
+    matches = list(_NUMBER.finditer(plain_characters(text)))
+    if not matches:
+        return None
+    last = matches[-1]
+    sign = "-" if last["sign"] or last["inner"] else ""
+    return sign + _spelled(last)
+
+
+def _spelled(match: re.Match[str]) -> str:
+    """A number without LaTeX, blanks and times signs; as it stands where it has none."""
+    part = match.groupdict()
+    if part["whole"] is not None:
+        value = value_of(match)
+        fraction = f"{part['over'] or part['part']}/{part['under'] or part['of']}"
+        return fraction if value is None else f"{value.numerator}/{value.denominator}"
+    if part["top"] is not None:
+        return f"{part['top']}/{part['bottom']}"
+    power = next((part[n] for n in ("braced", "bare", "braced1", "bare1") if part[n] is not None), None)
+    return match["core"] if power is None else f"{part['decimal'] or '1'}e{power}"
 
 
 ANSWERS: Mapping[str, Answer] = MappingProxyType({"boxed": boxed, "####": hashes, "number": last_number})

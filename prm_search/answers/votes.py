@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .equivalence import normalize, same_keys
+from .equivalence import Form, form, same
 
 Select = Literal["best", "majority", "weighted"]
 Weight = Literal["softmax", "sigmoid"]
@@ -100,18 +100,18 @@ def elect(
         return Election(best)
     weights = [float(c.count) for c in candidates] if how == "majority" else _weights(candidates, weight, temperature)
 
-    counts: dict[str, _Count] = {}  # by normalised answer; equivalent ones share a count
+    counts: dict[Form, _Count] = {}  # equivalent answers share a count
     distinct: list[_Count] = []
     abstained = 0
     for place, candidate in enumerate(candidates):
         if candidate.answer is None:
             abstained += candidate.count
             continue
-        key = candidate.answer if literal else normalize(candidate.answer)
+        key = Form(candidate.answer, None) if literal else form(candidate.answer)
         count = counts.get(key)
         if count is None:
             if not literal:
-                count = next((other for other in distinct if same_keys(other.key, key)), None)
+                count = next((other for other in distinct if same(other.key, key)), None)
             if count is None:
                 count = _Count(key)
                 distinct.append(count)
@@ -131,7 +131,7 @@ class _Count:
     place: int
     answer: str
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: Form) -> None:
         self.key = key
         self.votes = 0
         self.weights: list[float] = []
