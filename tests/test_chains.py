@@ -214,7 +214,7 @@ def pair():
 
 def test_the_pair_is_small_and_its_card_says_how_it_was_made(pair):
     card = json.loads((pair_dir() / "pair.json").read_text())
-    assert (card["model"], card["reference"]) == ("prm", "policy")
+    assert (card["model"], card["reference"]) == ("prm", "./policy")
     recipe = make.prm_recipe(card["seed"])
     assert (card["beta"], card["prm_recipe"]["learning_rate"], card["prm_recipe"]["epochs"]) == (0.05, 1e-3, 3)
     assert card["beta"] == recipe.scale

@@ -48,6 +48,7 @@ def test_command(folder, capsys):
     assert best["accuracy"] == sum(chosen) / 12
     assert best["reference_tokens"] == 0 < best["prm_tokens"]
     page = Path("out/report.md").read_text()
+    assert "* reference: ./policy\n* beta: 0.05\n" in page  # the pair's card says so
     assert table in page
     assert Path("out/accuracy-policy-tokens.png").exists()
 

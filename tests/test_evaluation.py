@@ -14,6 +14,7 @@ from records import untimed
 import prm_search as ps
 from prm_search.evaluation import Cell, Plan, compare, evaluate, outcomes, summarise, write_report
 from prm_search.evaluation.plan import shape
+from prm_search.evaluation.report import markdown
 from prm_search.evaluation.responses import Answered, Response, evaluate_responses
 from prm_search.evaluation.samples import Sample, choose
 from prm_search.evaluation.statistics import clustered_wilson, pass_at_k
@@ -144,6 +145,16 @@ def test_a_cut_response_is_wrong_and_does_not_vote():
     cut = [s for r in found if r["kind"] == "samples" for s in r["samples"] if s["finish"] == "length"]
     assert cut
     assert all((s["answer"], s["right"]) == (None, False) for s in cut)
+    summary = summarise(found)
+    drawn = [s for r in found if r["kind"] == "samples" for s in r["samples"]]
+    assert (summary.samples, summary.full_samples) == (len(drawn), len(cut))
+    greedy = [r["finish"] == "length" for r in found if r["kind"] == "greedy"]
+    assert summary.row("greedy", 1).full == fmean(greedy)
+    one = summary.row("majority", 1)
+    assert one.full == fmean(r["samples"][0]["finish"] == "length" for r in found if r["kind"] == "samples") > 0
+    page = markdown(summary)
+    assert f"**{len(cut)} of {len(drawn)} samples** ended at the length limit" in page
+    assert f"{one.seconds:.1f}* |  | {one.full:.0%} |" in page  # a share of eight samples' seconds
 
 
 def test_batches_and_what_is_done_change_nothing(records):
@@ -281,7 +292,16 @@ def test_rows_are_what_the_records_say(records):
     for each in summary.pass_at:
         assert each.mean == pytest.approx(fmean(pass_at_k(8, sum(x), each.k) for x in labels))
         assert each.low <= each.mean <= each.high
+    firsts = [any(s["right"] for s in r["samples"][:4]) for r in records if r["kind"] == "samples"]
     assert row.oracle_gap == pytest.approx(summary.pass_at[-1].mean - row.accuracy)
+    four = summary.row("best_of_n", 4, pair="prm", value="q")
+    assert four.oracle_gap == pytest.approx(fmean(firsts) - four.accuracy)
+    for each in summary.rows:
+        if each.cell.strategy in ("majority", "best_of_n", "weighted"):
+            assert each.oracle_gap >= 0  # a vote chooses among those very samples
+            assert each.shared is (each.cell.n < 8)
+    assert not summary.row("beam", 8, value="q").shared
+    assert not summary.row("greedy", 1).shared
     majority = summary.row("majority", 8)
     assert row.against_majority.difference == pytest.approx(row.accuracy - majority.accuracy)
     assert majority.against_majority is None

@@ -118,7 +118,32 @@ def test_paired_bootstrap_by_enumeration():
     found = paired_bootstrap(a, b, resamples=200_000)
     assert found.difference == pytest.approx(0.5 / 3)
     assert found.problems == 3
-    assert found.p == pytest.approx(2 * sum(mean <= 0 for mean in means) / 27, abs=0.01)
+    assert found.bootstrap_p == pytest.approx(2 * sum(mean <= 0 for mean in means) / 27, abs=0.01)
+    assert found.p == 1.0  # of two that differ, one is better on either side
+
+
+def test_few_problems_prove_little():
+    """Of one problem every resample is the same: the bootstrap's p would be .0002."""
+    assert paired_bootstrap([1.0], [0.0]).p == 1.0
+    for n in range(2, 12):
+        found = paired_bootstrap([1.0] * n, [0.0] * n)
+        assert found.bootstrap_p == 2 / 10_001
+        assert found.p == pytest.approx(2 / 2**n)
+    assert paired_bootstrap([1.0] * 20, [0.0] * 20).p == 2 / 10_001
+    rng = np.random.default_rng(5)
+    for n in (5, 40, 200):
+        a, b = rng.random((2, n)) < 0.5
+        assert paired_bootstrap(a, b).p >= sign_test(a, b)
+
+
+def test_sign_test_takes_numpy_and_any_number_of_pairs():
+    """Binomial coefficients of 63 pairs and more are beyond numpy's integers."""
+    for n in (62, 63, 64, 200, 2000):
+        a, b = np.zeros(n, bool), np.zeros(n, bool)
+        a[: n // 2 - 5], b[n // 2 - 5 :] = True, True
+        tail = sum(math.comb(n, k) for k in range(n // 2 - 4))
+        assert sign_test(a, b) == sign_test(a.tolist(), b.tolist()) == pytest.approx(2 * tail / 2**n)
+    assert sign_test(np.ones(1500, bool), np.zeros(1500, bool)) == 0.0
 
 
 def test_paired_bootstrap_is_antisymmetric_and_a_function_of_its_arguments():

@@ -60,6 +60,18 @@ class NamedModels:
             return found
         return {**found, "engine": self.engine.engine, "engine options": self.engine.arguments()}
 
+    def about(self) -> dict[str, Any]:
+        """The same with the reference and beta that the pairs' cards name, where no option does: for a reader."""
+        from ..scorers.implicit.card import BETA
+
+        found = self.card()
+        cards = {name: options.pair_card(name) or {} for name in self.names}
+        for field, default in (("reference", None), ("beta", BETA)):
+            if found[field] is None and cards:
+                each = {name: card.get(field, default) for name, card in cards.items()}
+                found[field] = each if len(set(each.values())) > 1 else next(iter(each.values()))
+        return found
+
     def load(self) -> tuple[Any, list[Any]]:
         """The policy, or None without one, and the pairs."""
         from .models import load_pair, quiet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +160,10 @@ def evaluate(
     plan = compared.plan(answered, steps=rule, **draws.fields())
     if (plan.ranked or problems.responses is not None) and not models.names:
         raise BadInput(f"a pair is needed for {', '.join(plan.ranked or plan.strategies)}: --pair, or --prm")
+    if answered and compared.budgets is None:
+        _say_what_limits(items, answered, plan)
     run = EvalRun(items, answered, plan, judge, _extractor(answer), models)
-    card = {**models.card(), "data": problems.data or problems.responses}
+    card = {**models.about(), "data": problems.data or problems.responses}
     about = {**card, "label": label, "answer": answer, "plan": plan.card()}
     keys = run.keys(models.card(), place.dtype, label, answer, plan.card())
     about_run = {"title": output.title, "expected": len(keys), "about": about}
@@ -197,6 +200,18 @@ def _check_source(policy: groups.MaybePolicy, problems: Problems, compared: Comp
 
 def _extractor(answer: str | None) -> Any:
     return function_of("--answer", answer) if answer is not None and ":" in answer else answer
+
+
+def _say_what_limits(items: Sequence[Item], answered: Sequence[Answered], plan: Plan) -> None:
+    """Say which problem has so few responses that budgets others could have are left out."""
+    counts = [len(each.responses) for each in answered]
+    fewest = counts.index(min(counts))
+    if _powers(max(counts)) != _powers(counts[fewest]):
+        print(
+            f"prm-search: budgets go to {plan.most}, since {items[fewest].where} has {counts[fewest]} responses and "
+            f"others have up to {max(counts)}; --budgets says otherwise, --limit or a shorter file leaves it out",
+            file=sys.stderr,
+        )
 
 
 def _powers(most: int) -> list[int]:

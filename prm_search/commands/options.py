@@ -153,6 +153,16 @@ def card_delimiter(pair: str | None) -> str | None:
         raise BadInput(f"--pair {pair}: its card cannot be read: {error}") from error
 
 
+def pair_card(pair: str) -> dict[str, Any] | None:
+    """The card of a pair, in a folder or on the hub; None without one."""
+    from ..scorers.implicit.card import find_card
+
+    try:
+        return find_card(shipped() if pair == DEMO else pair)[1]
+    except (OSError, ValueError):
+        return None
+
+
 def unescape(text: str) -> str:
     r"""Backslash escapes (\n, \t, \r, \\) as a shell passes them."""
     found, rest = [], iter(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -155,9 +156,13 @@ def train(begin: Begin, recipe: RecipeOptions, result: Result, common: Common) -
     except KeyboardInterrupt:
         print(_kept(Path(result.out), recipe.save_steps), file=sys.stderr)
         raise
-    held = card["metrics"]["held_out_pair_accuracy"]
-    measured = "nothing was held out to measure on" if held is None else f"held-out pair accuracy {held:.3f}"
-    print(f"{result.out}: trained on {card['data']['items']} items; {measured}", file=sys.stderr)
+    print(f"{result.out}: trained on {card['data']['items']} items{_measured(card['metrics'])}", file=sys.stderr)
+
+
+def _measured(metrics: Mapping[str, Any]) -> str:
+    """What was measured on held-out problems, with the number of pairs that it rests on; "" where there are none."""
+    pairs = metrics["held_out_pairs"]
+    return f"; held-out pair accuracy {metrics['held_out_pair_accuracy']:.3f} of {pairs} pairs" if pairs else ""
 
 
 def _kept(out: Path, every: int) -> str:

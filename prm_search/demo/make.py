@@ -92,7 +92,7 @@ def make(seed: int, out: Path, *, log: Log = print) -> dict[str, Any]:
     card: dict[str, Any] = {
         "format": 1,
         "model": "prm",
-        "reference": "policy",
+        "reference": "./policy",
         "beta": prm["beta"],
         "delimiter": chains.DELIMITER,
         "objective": prm["objective"],

@@ -18,16 +18,22 @@ METHOD = f"""\
 * **policy tokens**: sampled, pruned steps and rollouts included. **PRM**, **ref. tokens**: encoded by either model to
   score them; 0 for a reference that is the policy, whose log-probabilities come from sampling. Means of a problem.
   **total** is their sum. **seconds**: wall time of all problems; forwards that several searches share count in equal
-  parts, and of n samples the part that n have in the tokens of all.
+  parts. With a star: n samples of more that were drawn together, the part that those n have in the tokens of all; drawn
+  alone they take longer, since a larger batch takes little longer than a small one.
 * Budget N: majority, best_of_n and weighted choose among the first N samples of a problem; beam and lookahead may
   sample as many tokens as those N samples took on that problem and seed; without a cap (`capped` in the plan is false)
   what their shape takes, which policy tokens tells. **cut**: share of answers whose search that limit cut.
-* **to oracle**: pass@N minus the accuracy. pass@k is the unbiased estimate of Chen et al. 2021 (arXiv 2107.03374) from
-  all samples of a problem and seed; its interval is a percentile bootstrap over problems.
+* **at length**: share of the answers that ended at the length limit; such a response has given no answer and is
+  wrong.
+* **to oracle**: what a perfect choice would add. Of a vote: the share with a right one among the N samples, minus its
+  accuracy; of a search, which draws its own: pass@N minus its accuracy, and a search can be beyond it. pass@k is the
+  unbiased estimate of Chen et al. 2021 (arXiv 2107.03374) from all samples of a problem and seed; its interval is a
+  percentile bootstrap over problems.
 * **vs majority**, **vs best_of_n**: difference of the accuracies at the same budget, by a paired bootstrap: problems
   are resampled {RESAMPLES:,} times with both of their figures, each the mean of its seeds; 95 % percentile interval,
-  and the two-sided p that inverts it. best_of_n is that of the same pair; of several values, the one that is right
-  most often. The p are not corrected for how many there are.
+  and as two-sided p the larger of the one that inverts it and the exact sign test's over the problems that differ
+  (with few problems the bootstrap's is too small). best_of_n is that of the same pair; of several values, the one
+  that is right most often. The p are not corrected for how many there are.
 * A majority vote sees no rewards: it breaks ties by draw order.
 """
 
@@ -149,6 +155,11 @@ def markdown(
         parts.append(f"**Unfinished**: {missing} records are missing.")
     if about:
         parts.append("\n".join(f"* {name}: {_plain(value)}" for name, value in about.items()))
+    if summary.full_samples:
+        parts.append(
+            f"**{summary.full_samples} of {summary.samples} samples** ended at the length limit, without an answer: "
+            "they do not vote and are wrong. A larger limit may change the table."
+        )
     parts.append(table(summary))
     if summary.pass_at:
         rows = [[str(each.k), f"{each.mean:.3f}", _interval(each.low, each.high)] for each in summary.pass_at]
@@ -165,7 +176,7 @@ def table(summary: Summary) -> str:
     many = len({row.cell.pair for row in summary.rows} - {None}) > 1
     searched = any(row.against_best_of_n for row in summary.rows)
     head = ["strategy", "N", "right", "95 % interval", "vs majority", *(["vs best_of_n"] if searched else [])]
-    head += ["to oracle", "policy tokens", "PRM tokens", "ref. tokens", "total", "seconds", "cut"]
+    head += ["to oracle", "policy tokens", "PRM tokens", "ref. tokens", "total", "seconds", "cut", "at length"]
     return grid(head, [_cells(row, many, searched) for row in summary.rows], left=1)
 
 
@@ -182,8 +193,9 @@ def _cells(row: SummaryRow, many: bool, searched: bool) -> list[str]:
         f"{row.prm_tokens:.1f}",
         f"{row.reference_tokens:.1f}",
         f"{row.total_tokens:.1f}",
-        f"{row.seconds:.1f}",
+        f"{row.seconds:.1f}{'*' if row.shared else ''}",
         f"{row.cut:.0%}" if row.cut else "",
+        f"{row.full:.0%}" if row.full else "",
     ]
 
 

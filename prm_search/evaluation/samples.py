@@ -127,7 +127,7 @@ def record_of(
     chosen = []
     for cell in plan.votes(list(costs)):
         winner = choose(samples, cell, weight_temperature=plan.weight_temperature)
-        chosen.append({**asdict(cell), "answer": winner.answer, "right": winner.right})
+        chosen.append({**asdict(cell), "answer": winner.answer, "right": winner.right, "finish": winner.finish})
     return {
         "prompt_tokens": prompt_tokens,
         "seconds": seconds,

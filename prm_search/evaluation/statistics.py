@@ -62,11 +62,15 @@ def clustered_wilson(clusters: Sequence[Sequence[bool]], z: float = Z95) -> tupl
 
 def sign_test(a: Sequence[bool], b: Sequence[bool]) -> float:
     """Two-sided exact sign test (McNemar) of paired outcomes: how likely so uneven a split is if both are as good."""
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
-    n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    pairs = [(bool(x), bool(y)) for x, y in zip(a, b, strict=True)]  # Python's own: numpy's integers overflow below
+    return _sign_test(sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs))
+
+
+def _sign_test(one: int, other: int) -> float:
+    """The two-sided p of so many wins of one side and of the other."""
+    n = one + other
+    tail = sum(math.comb(n, k) for k in range(min(one, other) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ class Comparison:
     Attributes:
         difference: mean of a - b.
         low, high: its 95 % percentile interval.
-        p: two-sided; at least 2 / (resamples + 1).
+        p: two-sided: the larger of bootstrap_p and the exact sign test's.
         problems: how many both have.
+        bootstrap_p: two-sided; at least 2 / (resamples + 1).
     """
 
     difference: float
@@ -85,6 +90,7 @@ class Comparison:
     high: float
     p: float
     problems: int
+    bootstrap_p: float = math.nan
 
 
 def paired_bootstrap(
@@ -93,7 +99,9 @@ def paired_bootstrap(
     """Paired bootstrap of a difference of means (Efron and Tibshirani 1993, ch. 13 and 15; Koehn 2004 for pairs).
 
     Problems are drawn with replacement, each with both of its figures. The interval is the percentile interval of the
-    resampled differences; p inverts it: 2 (1 + min(#{d* <= 0}, #{d* >= 0})) / (resamples + 1), at most 1.
+    resampled differences; the bootstrap's p inverts it: 2 (1 + min(#{d* <= 0}, #{d* >= 0})) / (resamples + 1), at most
+    1. With few problems that is far too small (of one problem every resample is the same), so p is the larger of it and
+    the exact sign test's over the problems whose figures differ.
 
     Args:
         a, b: [P] figures of the same problems, in the same order: of a problem with several seeds, the mean.
@@ -109,8 +117,9 @@ def paired_bootstrap(
     means = _resampled(differences, resamples, seed)
     low, high = np.quantile(means, (0.025, 0.975))
     tail = min(int((means <= 1e-12).sum()), int((means >= -1e-12).sum()))
+    exact = _sign_test(int((differences > 1e-12).sum()), int((differences < -1e-12).sum()))
     p = min(1.0, 2 * (1 + tail) / (resamples + 1))
-    return Comparison(float(differences.mean()), float(low), float(high), p, len(differences))
+    return Comparison(float(differences.mean()), float(low), float(high), max(exact, p), len(differences), p)
 
 
 def bootstrap_interval(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:

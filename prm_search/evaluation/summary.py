@@ -24,6 +24,8 @@ class Outcome:
         prm_tokens, reference_tokens: encoded for scoring.
         seconds: wall time of sampling and scoring.
         cut: the search's budget cut something.
+        full: the answer that it chose ended at the length limit, so that it is no answer.
+        shared: its seconds are a share of those that more samples took together: drawn alone, they take longer.
     """
 
     problem: int
@@ -34,6 +36,8 @@ class Outcome:
     reference_tokens: float = 0.0
     seconds: float = 0.0
     cut: bool = False
+    full: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,11 @@ class SummaryRow:
         policy_tokens, prm_tokens, reference_tokens: means of an answer; total_tokens is their sum.
         seconds: sum over all answers.
         cut: share of the answers whose search the budget cut.
-        oracle_gap: pass@n minus accuracy, over the problems that have both; None without samples.
+        full: share of the answers that ended at the length limit, which are wrong.
+        shared: whether the seconds are a share of those that more samples took together.
+        oracle_gap: what a perfect choice would add, over the problems that have samples; None without any. Of a vote:
+            the share of problems with a right one among the n samples it chose from, minus its accuracy, never below 0.
+            Of a search or greedy: pass@n minus its accuracy.
         against_majority: paired bootstrap of the accuracy minus that of majority at the same budget; None without it.
         against_best_of_n: the same for searches, against best_of_n of the same pair and budget: of several values,
             the one that is right most often, which is the hardest to beat.
@@ -68,6 +76,8 @@ class SummaryRow:
     total_tokens: float
     seconds: float
     cut: float
+    full: float = 0.0
+    shared: bool = False
     oracle_gap: float | None = None
     against_majority: Comparison | None = None
     against_best_of_n: Comparison | None = None
@@ -93,12 +103,15 @@ class Summary:
         seeds: of the draws.
         rows: one a cell, by strategy, pair, value and budget.
         pass_at: one for each budget.
+        samples, full_samples: how many samples were drawn, and how many of them ended at the length limit.
     """
 
     problems: int
     seeds: list[int]
     rows: list[SummaryRow]
     pass_at: list[PassAt]
+    samples: int = 0
+    full_samples: int = 0
 
     def row(self, strategy: str, n: int, **which: str | None) -> SummaryRow:
         """The one row of this strategy and budget, and of what else is said of its cell (pair, value, weight).
@@ -120,6 +133,8 @@ class Summary:
         return {
             "problems": self.problems,
             "seeds": self.seeds,
+            "samples": self.samples,
+            "full_samples": self.full_samples,
             "pass_at": [asdict(each) for each in self.pass_at],
             "rows": rows,
         }
@@ -141,7 +156,8 @@ def outcomes(records: Iterable[Mapping[str, Any]]) -> dict[Cell, list[Outcome]]:
 
 def _of_search(record: Mapping[str, Any]) -> Outcome:
     same = ("problem", "seed", "right", "policy_tokens", "prm_tokens", "reference_tokens", "seconds")
-    return Outcome(**{name: record[name] for name in same}, cut=record["stopped"] == "tokens")
+    fields = {name: record[name] for name in same}
+    return Outcome(**fields, cut=record["stopped"] == "tokens", full=record.get("finish") == "length")
 
 
 def _of_samples(record: Mapping[str, Any]) -> Iterator[tuple[Cell, Outcome]]:
@@ -162,6 +178,8 @@ def _of_samples(record: Mapping[str, Any]) -> Iterator[tuple[Cell, Outcome]]:
                 prm_tokens=cost["prm_tokens"] * scored,
                 reference_tokens=cost["reference_tokens"] * scored,
                 seconds=record["seconds"] * drawn + cost["seconds"] * scored,
+                full=choice.get("finish") == "length",
+                shared=cell.n < len(samples),
             ),
         )
 
@@ -191,25 +209,31 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> Summary:
     samples = [record for record in kept if record["kind"] == "samples"]
     budgets = sorted({cell.n for cell in cells})
     chances = {n: _chances(samples, n) for n in budgets}
-    rows = [_row(cell, cells, chances[cell.n]) for cell in sorted(cells, key=_order)]
+    oracles = {n: _oracles(samples, n) for n in budgets}
+    rows = [
+        _row(cell, cells, (oracles if cell.strategy in VOTES else chances)[cell.n])
+        for cell in sorted(cells, key=_order)
+    ]
     pass_at = []
     for n, by_problem in chances.items():
         if by_problem:
             means = [fmean(each) for each in by_problem.values()]
             pass_at.append(PassAt(n, fmean(means), *bootstrap_interval(means)))
     seeds = sorted({record["seed"] for record in kept if record["seed"] is not None})
-    return Summary(len({record["problem"] for record in kept}), seeds, rows, pass_at)
+    finishes = [sample["finish"] for record in samples for sample in record["samples"]]
+    problems = len({record["problem"] for record in kept})
+    return Summary(problems, seeds, rows, pass_at, len(finishes), finishes.count("length"))
 
 
-def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], chances: Mapping[int, Sequence[float]]) -> SummaryRow:
+def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], best_choice: Mapping[int, Sequence[float]]) -> SummaryRow:
     done = cells[cell]
     by_problem = _by_problem(done)
     low, high = clustered_wilson(list(by_problem.values()))
     by_seed: dict[str, list[bool]] = defaultdict(list)
     for each in done:
         by_seed["all" if each.seed is None else str(each.seed)].append(each.right)
-    shared = [i for i in by_problem if i in chances]
-    gap = fmean(fmean(chances[i]) - fmean(by_problem[i]) for i in shared) if shared else None
+    both = [i for i in by_problem if i in best_choice]
+    gap = fmean(fmean(best_choice[i]) - fmean(by_problem[i]) for i in both) if both else None
     policy, prm, reference = (
         fmean(getattr(each, name) for each in done) for name in ("policy_tokens", "prm_tokens", "reference_tokens")
     )
@@ -229,6 +253,8 @@ def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], chances: Mapping[i
         policy + prm + reference,
         sum(each.seconds for each in done),
         fmean(each.cut for each in done),
+        fmean(each.full for each in done),
+        any(each.shared for each in done),
         gap,
         compare(done, cells[majority]) if majority in cells and majority != cell else None,
         None if best is None else compare(done, cells[best]),
@@ -256,6 +282,16 @@ def _chances(samples: Sequence[Mapping[str, Any]], k: int) -> dict[int, list[flo
         labels = [sample["right"] for sample in record["samples"]]
         if k <= len(labels):
             found[record["problem"]].append(pass_at_k(len(labels), sum(labels), k))
+    return found
+
+
+def _oracles(samples: Sequence[Mapping[str, Any]], n: int) -> dict[int, list[float]]:
+    """Of each problem, 1 for each seed that has a right one among its first n samples, else 0."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for record in samples:
+        labels = [sample["right"] for sample in record["samples"]]
+        if n <= len(labels):
+            found[record["problem"]].append(float(any(labels[:n])))
     return found
 
 

@@ -276,6 +276,7 @@ def _run(
         metrics: dict[str, Any] = {
             "steps": trainer.state.global_step,
             "held_out_pair_accuracy": None,
+            "held_out_pairs": count_pairs(data.held),
         }
         if data.held:
             values = row_logprobs(trained, data.held, bf16=recipe.bf16, pack=pack, progress=told("held out"))
@@ -336,6 +337,12 @@ def _adapted(lm: Any, rank: int, source: Checkpoint) -> Any:
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", revision=source.revision
     )
     return get_peft_model(lm, config)
+
+
+def count_pairs(rows: Sequence[LabelledResponse]) -> int:
+    """Pairs of a right and a wrong response to one prompt."""
+    labels = [[row.label for row in group] for group in by_prompt(rows).values()]
+    return sum(each.count(True) * each.count(False) for each in labels)
 
 
 def pair_accuracy(rows: Sequence[LabelledResponse], rewards: Sequence[float]) -> float | None:
