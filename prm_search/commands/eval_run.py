@@ -62,7 +62,7 @@ class NamedModels:
 
     def about(self) -> dict[str, Any]:
         """The same with the reference and beta that the pairs' cards name, where no option does: for a reader."""
-        from ..scorers.implicit.card import BETA
+        from ..scorers.base import BETA
 
         found = self.card()
         cards = {name: options.pair_card(name) or {} for name in self.names}
