@@ -1,4 +1,4 @@
-"""What every benchmark shares: models of a shape, paired timing, where a report goes."""
+"""Shared parts of the benchmarks: models of a shape, paired timing, where a report goes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SHAPES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a report was made."""
+    """The machine that a report was made on."""
 
     device: str
     name: str
@@ -71,7 +71,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a floor divides by, measured where the report is made: never a datasheet.
+    """Measured ceilings that a floor divides by, taken where the report is made: never a datasheet.
 
     Attributes:
         flops: floating point operations a second of a plain matmul, in the dtype of `model`.
@@ -199,7 +199,7 @@ class _Largest(TorchDispatchMode):
 
 
 def weighed(run: Callable[[], T]) -> tuple[T, int | None]:
-    """What a run returns, and the most bytes the GPU held beyond what it held before; None on a CPU."""
+    """Return what a run returns, and the most bytes the GPU held beyond what it held before; None on a CPU."""
     if not torch.cuda.is_available():
         return run(), None
     gc.collect()

@@ -19,7 +19,7 @@ CHUNK = 1024  # rows of the two-kernel path at once, as vLLM does
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What transformers users write: logits in the operands' dtype, widened, log_softmax, gather."""
+    """Return what transformers users write: logits in the operands' dtype, widened, log_softmax, gather."""
     logits = hidden @ weight.t()
     return torch.log_softmax(logits.float(), -1).gather(1, targets[:, None])[:, 0]
 

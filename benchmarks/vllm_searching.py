@@ -19,7 +19,7 @@ from prm_search.integrations.vllm.scoring_engine import ScoredEngine
 
 
 class Reencoding:
-    """What one writes over vLLM's own interface: `prompt_logprobs` of each path, for which vLLM skips its prefix cache.
+    """The baseline over vLLM's own interface: `prompt_logprobs` of each path, for which vLLM skips its prefix cache.
 
     It asks for the same rows, and a step's own log-probabilities are kept: only the cache is missing.
     """

@@ -20,7 +20,7 @@ from prm_search.integrations.vllm.logits_processor import ImplicitPRMLogitsProce
 
 
 class Unbatched(AdapterLogitsProcessor):
-    """What one writes with vLLM's adapter for processors of single requests: two transformers models and a DynamicCache
+    """The baseline with vLLM's adapter for processors of single requests: two transformers models and a DynamicCache
     each for every request, fed with its new tokens."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where other libraries come in. Each module is imported on first use."""
+"""Adapters for other libraries. Each module is imported on first use."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ class CriteriaStop:
         self._ids = ids
 
     def __call__(self, rows: Sequence[DecodingRow]) -> list[bool]:
-        """Which of the rows end with their newest token.
+        """Return which of the rows end with their newest token.
 
         Raises:
             ValueError: a criterion answers for another number of rows.

@@ -31,7 +31,7 @@ from prm_search.tree import Prompt
 
 @dataclass
 class GuidedOutput(GenerateDecoderOnlyOutput):
-    """What `generate(..., prm_guidance=..., return_dict_in_generate=True)` returns.
+    """The output of `generate(..., prm_guidance=..., return_dict_in_generate=True)`.
 
     Attributes:
         sequences: [prompts * k, length] int64: the padded prompts and the k best responses of each.
@@ -142,7 +142,7 @@ def disable(model: Any) -> None:
 
 
 class _Enabled:
-    """What an enabled model remembers.
+    """The state of an enabled model.
 
     Attributes:
         tokenizer: the model's.

@@ -1,4 +1,4 @@
-"""What users pass, checked where they come in, so that a wrong one is named and not what it led to."""
+"""Checks of what users pass, where it comes in, so that a wrong argument is named and not what it led to."""
 
 from __future__ import annotations
 

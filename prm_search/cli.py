@@ -88,7 +88,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str | None:
-    """What to tell a user whose input was wrong; None where the program is."""
+    """Return what to tell a user whose input was wrong; None where the program is."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own, of whatever typer that is
         if type(error).__name__ == "NoArgsIsHelpError":
             return "a command is needed; --help lists them"

@@ -23,7 +23,7 @@ from .tree import Node
 
 
 class Tokens(Protocol):
-    """What the rule asks of a vocabulary; `TokenText` answers."""
+    """The rule's questions to a vocabulary; `TokenText` answers."""
 
     def piece(self, token_id: int, /) -> bytes:
         """Bytes that a token adds, for the step rule."""

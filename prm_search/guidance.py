@@ -78,7 +78,7 @@ class PRMGuidance(HoldsModels):
         min_p: float = 0.0,
         seconds: float | None = None,
     ) -> SearchSettings:
-        """What the search loops take: these fields and what the caller decides.
+        """Return what the search loops take: these fields and what the caller decides.
 
         Args:
             max_new_tokens: tokens of a response.

@@ -58,7 +58,7 @@ class Policy(Protocol):
 
 
 class _PolicyFacts(ABC):
-    """What policies of both kinds may say of themselves.
+    """Facts that policies of both kinds may state.
 
     Attributes:
         id: of the model whose raw log-probabilities the nodes carry.

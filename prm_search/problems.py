@@ -16,14 +16,14 @@ LABELS = ("math", "exact")
 
 @dataclass(frozen=True)
 class Problem:
-    """What is asked, and what the right final answer is."""
+    """A question, and its right final answer."""
 
     prompt: Prompt
     answer: str
 
 
 def final_answer(text: str) -> str | None:
-    """What follows the last "####", else what is in the last box, else the last number; None without any."""
+    """Return what follows the last "####", else what is in the last box, else the last number; None without any."""
     return hashes(text) or boxed(text) or last_number(text)
 
 

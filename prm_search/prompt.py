@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a search answers: plain text, chat messages, or token ids.
+    """The question of a search: plain text, chat messages, or token ids.
 
     Args:
         text: plain text, tokenised as it is by the policy.

@@ -15,7 +15,7 @@ from .tree import Node
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a policy draws tokens. Filters apply in HF's order: temperature, top-k, top-p, min-p.
+    """Settings by which a policy draws tokens. Filters apply in HF's order: temperature, top-k, top-p, min-p.
 
     Args:
         steps: where a step ends.

@@ -1,4 +1,4 @@
-"""Where a step ends, from token ids.
+"""Ends of steps, from token ids.
 
 Tokens are never split: a step ends with the token that completes a delimiter. Delimiters are looked for in the text
 that the tokens spell, not in the tokens, so how a text was cut into tokens, or a path into nodes, changes
@@ -29,7 +29,7 @@ _LOOKS_AHEAD = re.compile(r"\$|\(\?[=!>(]|\\[bBZz]|[*+?}]\+")
 
 @dataclass(frozen=True)
 class StepRule:
-    """When a step ends: with the first token at which any of these holds. End of sequence is the policy's business.
+    """The rule of a step's end: the first token at which any of these holds. End of sequence is the policy's business.
 
     Args:
         delimiter: string, or strings any of which ends a step. The token that completes one ends the step whole.
@@ -152,7 +152,7 @@ class StepMatcher:
         return False
 
     def uncertain(self, top_prob: float) -> bool:
-        """Whether the step ends before the token about to be drawn; if so, and it is ended, call `cut`.
+        """Return True if the step ends before the token about to be drawn; if so, and it is ended, call `cut`.
 
         Args:
             top_prob: probability of the most probable next token, in [0, 1], before temperature and filters.
@@ -255,7 +255,7 @@ def _completing_first(delimiters: Iterable[str]) -> list[str]:
 
 
 def _solid(text: str) -> bool:
-    """Whether there is more than whitespace."""
+    """Return True if there is more than whitespace."""
     return bool(text) and not text.isspace()
 
 

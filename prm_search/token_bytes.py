@@ -1,4 +1,4 @@
-"""What bytes each token id adds to a text, read off a tokenizer once and cached.
+"""The bytes that each token id adds to a text, read off a tokenizer once and cached.
 
 Decoding token by token is wrong: a character may be split over tokens, and decoders glue spaces on by position.
 Bytes have neither trouble. The pieces of a response, joined, are what the response adds to the text before it,
@@ -191,7 +191,7 @@ def _unmap(token: str) -> bytes:
 
 
 def _by_difference(tokenizer: Any, token_id: int, token: str) -> bytes:
-    """What decoding the id after an anchor adds to decoding the anchor."""
+    """Return what decoding the id after an anchor adds to decoding the anchor."""
     anchor: Sequence[int] = private_tokenizer(tokenizer).encode("a", add_special_tokens=False)[-1:]
 
     def decode(ids: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ _literals: WeakKeyDictionary[TokenText, Literal] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class TokenizerMatch:
-    """What a pair's tokenizer and a policy's have in common.
+    """The common part of a pair's tokenizer and a policy's.
 
     Attributes:
         tokens: one vocabulary: an id is the same token in both. Embeddings may be padded to different widths.

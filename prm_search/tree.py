@@ -96,7 +96,7 @@ class Node:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing may follow: the response ended, is full, or the budget is spent."""
+        """Return True if nothing may follow: the response ended, is full, or the budget is spent."""
         return self.finish in ("stop", "length", "budget")
 
     def set_rewards(
@@ -139,7 +139,7 @@ class Node:
         return 0.0 if self.parent is None else self._q[name]
 
     def scored_by(self, name: str) -> bool:
-        """Whether the named pair has scored this node (the root needs no scoring)."""
+        """Return True if the named pair has scored this node (the root needs no scoring)."""
         return self.parent is None or name in self._q
 
     @property

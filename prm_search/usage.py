@@ -1,4 +1,4 @@
-"""What a search cost: tokens by model, forward calls and seconds by phase."""
+"""The cost of a search: tokens by model, forward calls and seconds by phase."""
 
 from __future__ import annotations
 

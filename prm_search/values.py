@@ -22,7 +22,7 @@ Value = Callable[[Node], float]
 
 
 class Scored(Protocol):
-    """What the values here read of a node, so that they are defined for any scored step: see `along`."""
+    """The part of a node that values read, so that they are defined for any scored step: see `along`."""
 
     @property
     def reward(self) -> float:

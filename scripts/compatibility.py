@@ -1,4 +1,4 @@
-"""Which causal-LM families of the installed transformers are served, and how exactly: writes docs/compatibility.md.
+"""A sweep of transformers' causal-LM families, served or not and how exactly: writes docs/compatibility.md.
 
 Every type of MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, and some settings that its defaults do not show, is built tiny with
 random weights and offered to LanguageModel. What is admitted is grown into a random forest, with evictions, past all of

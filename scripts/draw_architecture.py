@@ -74,7 +74,7 @@ def reduced(known: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def levels(known: dict[str, set[str]], rooms: list[str]) -> dict[str, int]:
-    """How high a room stands: one above the highest that it knows."""
+    """Return how high a room stands: one above the highest that it knows."""
     level: dict[str, int] = {}
     for name in rooms:  # in the order, so what a room knows has its level
         level[name] = 1 + max((level[other] for other in known.get(name, ()) if other in level), default=-1)

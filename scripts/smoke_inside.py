@@ -1,4 +1,4 @@
-"""What `smoke_wheel.py` checks where the wheel and its core dependencies are: ``python -I smoke_inside.py SITE``."""
+"""The checks of `smoke_wheel.py` where the wheel and its core dependencies are: ``python -I smoke_inside.py SITE``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def import_all() -> tuple[int, list[str]]:
 
 
 def seconds(code: str) -> float:
-    """What a fresh interpreter measures for ``code``, which prints it."""
+    """Return what a fresh interpreter measures for ``code``, which prints it."""
     return float(subprocess.run([sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True).stdout)
 
 

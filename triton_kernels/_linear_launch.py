@@ -53,7 +53,7 @@ def _numbers(call: HeadCall) -> tuple[float, float]:
 
 
 def _describable(tensor: Tensor) -> bool:
-    """Whether a TMA descriptor can be built: 16-byte aligned base and row stride."""
+    """Return True if a TMA descriptor can be built: 16-byte aligned base and row stride."""
     return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
 
 

@@ -1,4 +1,4 @@
-"""What one call of an op works on, in one immutable record: the public op makes it, and all that follows takes it."""
+"""Records of one call of an op: the public op makes them after its checks, and all that follows takes them."""
 
 from __future__ import annotations
 

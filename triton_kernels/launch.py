@@ -1,4 +1,4 @@
-"""Who runs an op (torch or Triton), why, and what every launch has in common. Imports Triton only to launch.
+"""The choice of what runs an op (torch or Triton), and the common part of launches. Imports Triton only to launch.
 
 Each public op has a planner of the same signature; `choice(op, *args)` asks it and runs nothing. An op given
 `backend="triton"` that Triton cannot run raises ValueError with the planner's reason; only "auto" may turn to torch.
@@ -26,7 +26,7 @@ _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Choice:
-    """What an op will run.
+    """The choice for an op.
 
     Fields: `backend` is "torch" or "triton"; `reason` says why in a sentence; `detail` names the tile, splits and
     launches of a Triton run (empty for torch).
@@ -46,7 +46,7 @@ def register(op: Callable[..., Any], planner: Callable[..., Choice]) -> None:
 
 
 def choice(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
-    """What `op(*args, **kwargs)` would run, without running it.
+    """Return what `op(*args, **kwargs)` would run, without running it.
 
     Args:
         op: a public op of this package, the function itself.
@@ -81,7 +81,7 @@ _DEVICES: dict[int, tuple[tuple[int, int], int]] = {}
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its Python interpreter (TRITON_INTERPRET=1, set before they are first used)."""
+    """Return True if Triton kernels run in its Python interpreter (TRITON_INTERPRET=1 before their first use)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 

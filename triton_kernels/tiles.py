@@ -69,7 +69,7 @@ def matmul_tile(
 
 
 def matmul_splits(rows: int, vocabulary: int, tile: MatmulTile, slots: int) -> int:
-    """How many programs share each row tile's vocabulary: the least time of (waves x tiles a program walks).
+    """Return how many programs share each row tile's vocabulary: the least time of (waves x tiles a program walks).
 
     Args:
         rows, vocabulary: N and V.
@@ -148,7 +148,7 @@ def attention_tile(*, capability: tuple[int, int], half: bool, packed: int, head
 
 
 def prefix_pays(*, max_new: int, group: int, rows: int, groups: int, max_prefix: int) -> bool:
-    """Whether reading shared prefixes once is worth a pass of its own: see PREFIX_RIDGE and docs/kernels.md."""
+    """Return True if reading shared prefixes once is worth a pass of its own: see PREFIX_RIDGE and docs/kernels.md."""
     return 0 < groups < rows and max_prefix >= PREFIX_LEAST and max_new * group < PREFIX_RIDGE
 
 

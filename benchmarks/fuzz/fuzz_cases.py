@@ -16,7 +16,7 @@ OUTCOMES = ("clear", "unclear", "traceback", "silent")
 
 
 class Finding(Exception):
-    """What a case that is not a plain call came to, as one of OUTCOMES and what was said."""
+    """The outcome of a case that is not a plain call: one of OUTCOMES, and the message."""
 
     def __init__(self, outcome: str, said: str) -> None:
         super().__init__(said)

@@ -232,7 +232,7 @@ def _options(folder: Folder, rng: random.Random, size: int) -> Iterator[Case]:
 
 
 def _names(option: str, given: str) -> list[str]:
-    """What may name an option: itself, the argument that it is called as, or the path that it was given."""
+    """Return what may name an option: itself, the argument that it is called as, or the path that it was given."""
     return [option, option[2:].replace("-", "_") + "=", option[2:] + ":", *([given] if given.startswith("/") else [])]
 
 

@@ -81,7 +81,7 @@ def _logprobs(folder: Path, name: str, rows: Sequence[LabelledResponse]) -> list
 
 
 def step_ends(ids: Sequence[int]) -> list[int]:
-    """Where each step of a response ends (exclusive): after a delimiter, or at the end of the response."""
+    """Return where each step of a response ends (exclusive): after a delimiter, or at the end of the response."""
     ends = [i + 1 for i, token in enumerate(ids) if token in (DELIMITER_ID, EOS_ID)]
     return ends if ends and ends[-1] == len(ids) else [*ends, len(ids)]
 
@@ -135,7 +135,7 @@ def _votes(
 
 
 def line(cell: Cell) -> str:
-    """What a vote is called: "best_of_n 16 q (ce)"."""
+    """Return what a vote is called: "best_of_n 16 q (ce)"."""
     words = [cell.strategy, str(cell.n), cell.value, f"({cell.pair})" if cell.pair else None]
     return " ".join(word for word in words if word)
 

@@ -32,7 +32,7 @@ class Steps:
 
     @property
     def lowest_is_wrong(self) -> bool:
-        """Whether the step with the least reward is one of the wrong ones."""
+        """Return True if the step with the least reward is one of the wrong ones."""
         return self.wrong[min(range(len(self.rewards)), key=self.rewards.__getitem__)]
 
 

@@ -1,4 +1,4 @@
-"""What the report measures, all of it fixed before the reported seeds were run. No model."""
+"""The report's measurements, all of them fixed before the reported seeds were run. No model."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _work(steps: Sequence[Step], given: dict[str, int]) -> list[str] | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command takes."""
+    """Return what the command takes."""
     made = argparse.ArgumentParser(description="Grade-school word problems with worked answers.")
     made.add_argument("--split", choices=SPLITS, required=True, help="whose templates; no template is in two")
     made.add_argument("--n", type=int, required=True, help="problems")

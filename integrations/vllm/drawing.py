@@ -87,7 +87,7 @@ class Drawing:
 
     @property
     def done(self) -> bool:
-        """Whether every child has ended, or one cannot."""
+        """Return True if every child has ended, or one cannot."""
         return self.failed is not None or all(row.done for row in self.rows)
 
     def params(self, row: EngineRow) -> Any:
@@ -152,7 +152,7 @@ class Drawing:
         row.settle(self._stop is not None and self._stop([row])[0])
 
     def interrupt(self) -> list[Node]:
-        """What has been drawn so far as nodes; a child that has drawn nothing gives none."""
+        """Return what has been drawn so far as nodes; a child that has drawn nothing gives none."""
         for row in self.rows:
             row.interrupt()
         return self.finish()

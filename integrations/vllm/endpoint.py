@@ -26,7 +26,7 @@ NAME = "prm_search"
 
 
 class PRMSearchEndpoint:
-    """What vLLM makes of the entry point; see vllm.plugins.endpoint_plugins.interface.EndpointPlugin."""
+    """The endpoint that vLLM makes of the entry point; see vllm.plugins.endpoint_plugins.interface.EndpointPlugin."""
 
     name = NAME
     required_tasks = ("generate",)

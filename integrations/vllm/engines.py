@@ -1,4 +1,4 @@
-"""What is asked of a vLLM engine: its limits, and what it has encoded of a search. Imports no vLLM."""
+"""Facts about a vLLM engine: its limits, and the tokens of a search that it has encoded. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def per_engine(engine: Any, kind: str, make: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What a vLLM engine says of itself.
+    """A vLLM engine's description of itself.
 
     Attributes:
         id: of the engine, equal for everything made from it: a pair and a policy over one engine know each other by it.
@@ -93,7 +93,7 @@ PROCESSOR = "ImplicitPRMLogitsProcessor"
 
 
 def can_steer(engine: Any) -> bool:
-    """Whether an engine was given our logits processor, by name or as a class."""
+    """Return True if an engine was given our logits processor, by name or as a class."""
     given = getattr(engine.vllm_config.model_config, "logits_processors", None) or ()
     names = [each if isinstance(each, str) else each.__name__ for each in given]
     return any(name.rpartition(":")[2] == PROCESSOR for name in names)
@@ -170,7 +170,7 @@ class Pump:
 
 
 class Ledger:
-    """Which tokens of its trees an engine has encoded at least once, so that usage tells new work from repeated work.
+    """The tokens of its trees that an engine has encoded before, so that usage tells new work from repeated work.
 
     vLLM caches whole blocks only, so the tail of a path is encoded again for every request that goes on from it.
 

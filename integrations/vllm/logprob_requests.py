@@ -51,7 +51,7 @@ Ask = SpanRequest | NextTokenRequest
 
 @dataclass
 class LogprobAnswer:
-    """What an engine said.
+    """An engine's answer.
 
     Attributes:
         logprobs: [N] float32, nats, of a Span's tokens or a Next's candidates; NaN where the engine had none.
@@ -142,7 +142,7 @@ def _rows(ask: SpanRequest, cached: int, rows: Any, logprob: Any) -> np.ndarray:
 
 
 def gaps(spans: Sequence[SpanRequest], answers: Sequence[LogprobAnswer]) -> list[tuple[Ask, list[int]]]:
-    """What has to be asked again after the first answers: as little as the rules above allow.
+    """Return what has to be asked again after the first answers: as little as the rules above allow.
 
     Returns:
         asks, each with the places of the spans that it serves; none where all is known.

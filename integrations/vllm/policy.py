@@ -29,7 +29,7 @@ Stop = Callable[[Sequence[EngineRow]], Sequence[bool]]
 
 
 class _Base(HoldsModels):
-    """What both policies have in common."""
+    """The common part of both policies."""
 
     takes_stop = True
 

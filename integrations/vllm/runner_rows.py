@@ -1,4 +1,4 @@
-"""Which request is in which row of the logits, as each of vLLM's two model runners tells it."""
+"""The request in each row of the logits, as each of vLLM's two model runners tells it."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class ScoredEngine(ABC):
         return await asyncio.to_thread(lambda: self.begin(asks).result())
 
     def memo(self, tree: SearchTree, prompt: tuple[int, ...]) -> TokenTrie:
-        """What is known of a tree behind a prompt in these tokens; freed by release."""
+        """Return what is known of a tree behind a prompt in these tokens; freed by release."""
         memos = self._memos.setdefault(tree, {})
         if prompt not in memos:
             memos[prompt] = TokenTrie(tree)
@@ -91,7 +91,7 @@ class ScoredEngine(ABC):
 
 
 class _LocalEngine(ScoredEngine):
-    """What an LLM and an AsyncLLM have in common."""
+    """The common part of an LLM and an AsyncLLM."""
 
     def __init__(self, engine: Any) -> None:
         self._facts = EngineFacts.of(engine)

@@ -1,4 +1,4 @@
-"""What one engine is asked so that some nodes can be scored: as few tokens as what is known of their trees allows."""
+"""The questions to one engine that score some nodes: as few tokens as what is known of their trees allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prm_search.tree import Node, SearchTree
 
 
 class Job:
-    """What one engine is asked in a call of score_nodes.
+    """The questions to one engine in a call of score_nodes.
 
     Args:
         engine: the engine.

@@ -1,4 +1,4 @@
-"""What steering inside vLLM is told: the engine's `additional_config["prm_search"]`, and each request's `extra_args`.
+"""Settings of steering inside vLLM: the engine's `additional_config["prm_search"]`, each request's `extra_args`.
 
 Imports no vLLM and no torch: vLLM's front end checks requests with it.
 """
@@ -106,7 +106,7 @@ class SteeringConfig:
 
     @property
     def follows_policy(self) -> bool:
-        """Whether vLLM's own logits stand for one half."""
+        """Return True if vLLM's own logits stand for one half."""
         return "policy" in (self.model, self.reference)
 
 
@@ -131,7 +131,7 @@ def default_capacity(max_num_seqs: int, max_model_len: int) -> int:
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What a request asks for, in `SamplingParams.extra_args` or HTTP's `vllm_xargs`.
+    """A request's wishes, in `SamplingParams.extra_args` or HTTP's `vllm_xargs`.
 
     Attributes:
         alpha: prm_alpha: strength of the steering.
@@ -176,7 +176,7 @@ class RequestOptions:
 
 
 def _is_key(given: Any) -> bool:
-    """Whether it can be a record's key: larger integers do not reach vLLM's worker."""
+    """Return True if it can be a record's key: larger integers do not reach vLLM's worker."""
     if isinstance(given, int):
         return not isinstance(given, bool) and -(2**63) <= given < 2**63
     return isinstance(given, str) and given != ""

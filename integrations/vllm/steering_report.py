@@ -52,7 +52,7 @@ class Report:
         os.write(self._file, line.encode())
 
     def record(self, key: str | int, stream: Stream, end: int, finish: str | None) -> dict[str, Any]:
-        """What is written: rewards of the output tokens `first`, `first + 1`, ... in beta * nats."""
+        """Return what is written: rewards of the output tokens `first`, `first + 1`, ... in beta * nats."""
         ratios = stream.log_ratios[: max(0, end - stream.first)]
         ids = [int(i) for i in stream.output[: stream.first + len(ratios)]]
         own = ids[stream.first :]
@@ -78,7 +78,7 @@ class Report:
 
 
 def finished(output: Sequence[int], stops: Collection[int], limit: int) -> tuple[int, str | None]:
-    """Where and why a request ends, as far as its token ids tell: a stop string is only seen in the front end.
+    """Return where and why a request ends, as far as its token ids tell: a stop string is only seen in the front end.
 
     Args:
         output: tokens so far, perhaps with some that were sampled beyond the end.

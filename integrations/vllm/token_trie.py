@@ -1,4 +1,4 @@
-"""What is known of one search tree under one engine: the log-probability of every token of its responses. No torch.
+"""Known facts of one search tree under one engine: the log-probability of every token of its responses. No torch.
 
 Kept token by token, not node by node: siblings that begin alike share these tokens' log-probabilities as they share
 their KV, and what is asked of an engine begins where a response is new. So within a tree no request finds more in the

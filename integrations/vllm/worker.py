@@ -132,7 +132,7 @@ class Guide:
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def options(self, params: SamplingParams) -> RequestOptions | None:
-        """What a request asks for; None for nothing."""
+        """Return what a request asks for; None for nothing."""
         try:
             return RequestOptions.of(params.extra_args)
         except ValueError as error:  # the front end refuses these, if it is asked
@@ -166,7 +166,7 @@ class Guide:
             self._log.warning("prm_search: a record could not be written: %s", error)
 
     def over(self, guided: Guided) -> bool:
-        """Whether a request has ended, as far as its tokens tell."""
+        """Return True if a request has ended, as far as its tokens tell."""
         return guided.gone(self._room)[1] is not None
 
     def steer(self, logits: torch.Tensor, rows: Callable[[], Mapping[int, Guided]]) -> None:

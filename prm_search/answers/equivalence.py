@@ -145,13 +145,13 @@ def alike(a: Form, b: Form) -> bool:
 
 
 def _expression(answer: Form) -> str:
-    """What math-verify is asked about."""
+    """Return what math-verify is asked about."""
     return answer.text if answer.number is None else str(answer.number.value)
 
 
 @lru_cache(maxsize=65536)
 def _mathematical(key: str) -> bool:
-    """Whether parsing makes sense: operators or digits, and no words (which would parse as products of letters)."""
+    """Return True if parsing makes sense: operators or digits, and no words (products of letters, to a parser)."""
     bare = re.sub(r"\\[A-Za-z]+", " ", key)
     if len(key) > 500 or not set(re.findall(r"[^\W\d_]{3,}", bare)) <= _FUNCTIONS:
         return False
@@ -169,7 +169,7 @@ class _Worker:
         self._hung: Counter[str] = Counter()
 
     def equal(self, a: str, b: str) -> bool:
-        """What math-verify says; False where it is not installed or does not answer in time."""
+        """Return what math-verify says; False where it is not installed or does not answer in time."""
         with self._lock:
             known = self._replies.get((a, b))
             if known is not None:

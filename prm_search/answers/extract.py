@@ -39,7 +39,7 @@ def boxed(text: str) -> str | None:
 
 
 def hashes(text: str) -> str | None:
-    """What follows the last "####" on its line (the GSM8K form); None without one or with nothing there."""
+    """Return what follows the last "####" on its line (the GSM8K form); None without one or with nothing there."""
     _, mark, rest = text.rpartition("####")
     return (rest.strip(" \t").split("\n", 1)[0].strip() or None) if mark else None
 

@@ -112,7 +112,7 @@ def parse_number(text: str) -> Number | None:
 
 
 def value_of(match: re.Match[str]) -> Fraction | None:
-    """What a match of CORE stands for, without its sign; None for a division by 0 or a power that is too large."""
+    """Return the number of a match of CORE, without its sign; None for a division by 0 or too large a power."""
     part = match.groupdict()
     numerator, denominator = part["over"] or part["part"], part["under"] or part["of"]
     try:
@@ -138,7 +138,7 @@ def _decimal(text: str) -> Fraction:
 
 
 def _unit(rest: str, apart: bool) -> tuple[int, str] | None:
-    """What stands behind a number: its scale (a "million"), and a unit in one spelling; None for anything else.
+    """Return what stands behind a number: its scale (a "million"), and a unit in one spelling; None for anything else.
 
     Args:
         rest: not empty.

@@ -1,4 +1,4 @@
-"""Which of a search's candidates wins: best, majority, or weighted vote."""
+"""The choice among a search's candidates: best, majority, or weighted vote."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Vote:
-    """What the candidates with one answer have together.
+    """The joint votes and weight of the candidates with one answer.
 
     Attributes:
         answer: as its best node spells it (the whole text where no extractor was given).
@@ -36,7 +36,7 @@ class Vote:
 
 @dataclass(frozen=True)
 class Selection:
-    """What `select` chose.
+    """The choice that `select` made.
 
     Attributes:
         node: the winner.
@@ -111,7 +111,7 @@ def _value(node: Node) -> float:
 
 
 def _answer(extract: Answer | None, node: Node) -> str | None:
-    """What a node's path votes for: the answer found in its text, or all of that without an extractor."""
+    """Return what a node's path votes for: the answer found in its text, or all of that without an extractor."""
     if extract is None:
         return node.path_text().strip() or None
     found = extract(node.path_text())

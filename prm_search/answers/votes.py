@@ -34,7 +34,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Ballot:
-    """What the candidates with one answer have together.
+    """The joint votes and weight of the candidates with one answer.
 
     Attributes:
         answer: as its best candidate spells it.

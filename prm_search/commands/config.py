@@ -49,7 +49,7 @@ def _use(context: typer.Context, value: str | None) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What every command has."""
+    """Options that every command has."""
 
     config: Annotated[
         str | None,
@@ -90,7 +90,7 @@ def defaults(path: str, content: Any, options: Mapping[str, Any]) -> Iterator[tu
 
 
 def _names(options: Mapping[str, Any]) -> dict[str, str]:
-    """What a key may be called, and the parameter that it stands for."""
+    """Return what a key may be called, and the parameter that it stands for."""
     known: dict[str, str] = {}
     for name, option in options.items():
         if name not in UNREAD and getattr(option, "param_type_name", "option") == "option":
@@ -148,7 +148,7 @@ def _key(name: object) -> str:
 
 
 def _read(path: str) -> Any:
-    """What a file holds. Raises BadInput that says where it cannot be read."""
+    """Return what a file holds. Raises BadInput that says where it cannot be read."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

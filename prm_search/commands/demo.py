@@ -155,7 +155,7 @@ class Board:
         self._live.update(self._table(), refresh=self._live.console.is_terminal)
 
     def answers(self, problem: int) -> dict[str, str | None]:
-        """What each strategy answered to a problem."""
+        """Return what each strategy answered to a problem."""
         chosen: dict[str, str | None] = {}
         for record in self.records:
             if record["problem"] == problem:
@@ -199,7 +199,7 @@ class Board:
 
 
 def savings(searches: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """What scoring trees once saved, from records of searches: sums over them, as `--json` has it."""
+    """Return what scoring trees once saved, from records of searches: sums over them, as `--json` has it."""
 
     def total(name: str) -> int:
         return sum(record[name] for record in searches)

@@ -1,4 +1,4 @@
-"""What `prm-search eval` runs: its models, its records, and the report that is made of them."""
+"""The run of `prm-search eval`: its models, its records, and the report that is made of them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class NamedModels:
         return list(self.pairs) or ([] if self.prm is None else [self.prm])
 
     def card(self) -> dict[str, Any]:
-        """Which models, as reports say it."""
+        """Return which models, as reports say it."""
         found = {"policy": self.policy, "pairs": self.names, "reference": self.reference, "beta": self.beta}
         if self.engine.engine == "hf":
             return found
@@ -105,7 +105,7 @@ class EvalRun:
 
     @property
     def units(self) -> list[Unit]:
-        """What each record holds, in order of their indices."""
+        """Return what each record holds, in order of their indices."""
         if self.answered:
             return [Unit("samples", place) for place in range(len(self.items))]
         return self.plan.units(len(self.items), self.models.names)

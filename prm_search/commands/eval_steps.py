@@ -52,7 +52,7 @@ class Solutions(groups.MaybeData):
     ] = False
 
     def between(self, pair: str | None) -> str:
-        """What separates steps. Raises BadInput where it is empty."""
+        """Return what separates steps. Raises BadInput where it is empty."""
         if self.delimiter is None:
             return options.card_delimiter(pair) or "\n\n"
         if not self.delimiter:
@@ -110,7 +110,7 @@ class Thresholds:
 
 @dataclass(frozen=True, kw_only=True)
 class Output(groups.OutFolder):
-    """Where records and report go."""
+    """Places of records and report."""
 
     title: Annotated[str, groups.TITLE] = "Step errors"
     batch: Annotated[int, groups.BATCH] = 16

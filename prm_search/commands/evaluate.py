@@ -41,7 +41,7 @@ class Pairs(groups.TwoModels):
 
 @dataclass(frozen=True, kw_only=True)
 class Problems(groups.MaybeData):
-    """What is answered: problems, or responses that exist."""
+    """The questions: problems, or responses that exist."""
 
     responses: Annotated[
         str | None,
@@ -230,7 +230,7 @@ def _shapes(given: Sequence[str]) -> dict[int, tuple[int, int]]:
 
 
 def _card_delimiter(pairs: Sequence[str], delimiter: object, regex: object) -> str | None:
-    """What ends a step according to the pairs' cards. Raises BadInput where they disagree and no option decides."""
+    """Return what ends a step by the pairs' cards. Raises BadInput where they disagree and no option decides."""
     found = {options.card_delimiter(pair) for pair in pairs} - {None}
     if len(found) > 1 and delimiter is None and regex is None:
         raise BadInput(f"--pair: the cards end steps by {sorted(map(repr, found))}; --delimiter has to say which")

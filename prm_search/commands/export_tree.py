@@ -24,7 +24,7 @@ from .rollout import summary
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What is written. Raises BadInput for an unknown kind of nodes."""
+    """The exported kind of records. Raises BadInput for an unknown kind of nodes."""
 
     out: Annotated[str, typer.Option(help="Write JSON Lines here.", rich_help_panel=options.OUTPUT)]
     nodes: Annotated[

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts(groups.Chat):
-    """What is asked."""
+    """The prompts."""
 
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.", rich_help_panel=PROMPTS)] = None
     prompts_file: Annotated[
@@ -83,7 +83,7 @@ class Search:
 
 @dataclass(frozen=True, kw_only=True)
 class Confidence(groups.Steps):
-    """Where steps end, by the policy's own confidence too."""
+    """Ends of steps, by the policy's own confidence too."""
 
     step_confidence: Annotated[
         float | None,
@@ -93,14 +93,14 @@ class Confidence(groups.Steps):
 
 @dataclass(frozen=True, kw_only=True)
 class Draws(groups.SeededDraws):
-    """How tokens are drawn."""
+    """Options of how tokens are drawn."""
 
     temperature: Annotated[float, typer.Option(help="0: the likeliest token.", rich_help_panel=options.SAMPLING)] = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which candidate is the answer."""
+    """The choice among candidates."""
 
     select: Annotated[str, typer.Option(help="best, majority or weighted.", rich_help_panel=CHOICE)] = "best"
     answer: Annotated[
@@ -126,7 +126,7 @@ class Prover:
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What is shown of a result."""
+    """The parts of a result that are shown."""
 
     tree: Annotated[
         bool, typer.Option("--tree", help="Show the search trees; in JSON, hold them.", rich_help_panel=OUTPUT)
@@ -309,5 +309,5 @@ def _encode(items: Sequence[Item], models: Participants[Any]) -> list[tuple[Prom
 
 
 def _blind(strategy: Strategy, select: str) -> bool:
-    """Whether the search needs no rewards."""
+    """Return True if the search needs no rewards."""
     return isinstance(strategy, BestOfN) and (strategy.n == 1 or select == "majority")

@@ -24,7 +24,7 @@ DATA_HELP = "JSON Lines (- is stdin) or a name for the package datasets, with fi
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where models run, and in which numbers."""
+    """The device and the dtype of models."""
 
     device: Annotated[
         str, typer.Option(help="Of all models: auto, cpu, cuda, cuda:1 ...", rich_help_panel=ADVANCED)
@@ -38,7 +38,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What runs the policy. Raises BadInput for an unknown engine, or options that it does not have."""
+    """The engine that runs the policy. Raises BadInput for an unknown engine, or options that it does not have."""
 
     engine: Annotated[
         str, typer.Option(help="What runs the policy: hf, this package's own, or vllm.", rich_help_panel=MODELS)
@@ -60,7 +60,7 @@ class Engine:
         return options.engine_options(self.engine, self.engine_options)
 
     def names(self) -> tuple[str, ...]:
-        """What a record's key says of an engine that is not the package's own."""
+        """Return what a record's key says of an engine that is not the package's own."""
         return () if self.engine == "hf" else (self.engine, json.dumps(self.arguments(), sort_keys=True))
 
     def load(self, name: str, place: Place) -> Any:
@@ -117,12 +117,12 @@ class Pair(TwoModels):
 
     @property
     def named(self) -> bool:
-        """Whether there is one."""
+        """Return True if there is one."""
         return self.pair is not None or self.prm is not None
 
     @property
     def title(self) -> str:
-        """What pages and reports call it."""
+        """Return what pages and reports call it."""
         return self.pair or f"{self.prm} against {self.reference or 'its base'}"
 
     def load(self, place: Place) -> Any:
@@ -134,7 +134,7 @@ class Pair(TwoModels):
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """How a text becomes a prompt. Raises BadInput for a system message without a chat."""
+    """The form in which a text becomes a prompt. Raises BadInput for a system message without a chat."""
 
     chat: Annotated[bool, CHAT] = False
     system: Annotated[str | None, typer.Option(help="With --chat: the system message.", rich_help_panel=ADVANCED)] = (
@@ -148,7 +148,7 @@ class Chat:
 
 @dataclass(frozen=True, kw_only=True)
 class Questions(Chat):
-    """How the questions of a file or a data set are read."""
+    """The form of the questions in a file or a data set."""
 
     data_config: Annotated[str | None, typer.Option(help="Of the data set.", rich_help_panel=DATA)] = None
     split: Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=DATA)] = "train"
@@ -162,7 +162,7 @@ class Questions(Chat):
         return {"config": self.data_config, "split": self.split}
 
     def form(self) -> dict[str, Any]:
-        """How a question becomes a prompt, as read_problems takes it."""
+        """Return how a question becomes a prompt, as read_problems takes it."""
         text = None if self.template is None else options.unescape(self.template)
         return {"template": text, "chat": self.chat, "system": self.system}
 
@@ -204,7 +204,7 @@ class MaybeData(Some):
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """How responses are judged."""
+    """The rule by which responses are judged."""
 
     label: Annotated[
         str,
@@ -228,7 +228,7 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """Where steps end."""
+    """Ends of steps."""
 
     delimiter: Annotated[
         list[str] | None,
@@ -252,7 +252,7 @@ class Steps:
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """How tokens are drawn, but for the seed."""
+    """Options of how tokens are drawn, but for the seed."""
 
     temperature: Annotated[float, typer.Option(help="0: the likeliest token.", rich_help_panel=SAMPLING)] = 1.0
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of one response.", rich_help_panel=SAMPLING)] = 1024
@@ -319,7 +319,7 @@ JSON = typer.Option("--json", help="JSON Lines on standard output.", rich_help_p
 
 @dataclass(frozen=True, kw_only=True)
 class Resumable:
-    """How records are made. Raises BadInput for a batch below 1."""
+    """Options of how records are made. Raises BadInput for a batch below 1."""
 
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what is in --out, if it exists.", rich_help_panel=OUTPUT)

@@ -25,7 +25,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 def check_models(pair: str | None, prm: str | None, reference: str | None, *, needed: bool) -> None:
-    """Whether --pair, --prm and --reference say one pair. Raises BadInput where they do not.
+    """Return True if --pair, --prm and --reference say one pair. Raises BadInput where they do not.
 
     Args:
         pair, prm, reference: as given.

@@ -24,7 +24,7 @@ from .render import console
 
 
 class Bar:
-    """How much of a command's work is done, how long it took and may take.
+    """Progress of a command's work, with the time that it took and may take.
 
     Where single items are slow, the numbers beside the bar move between them: tokens that were sampled, and forwards of
     the models that are watched.
@@ -99,7 +99,7 @@ class Bar:
 
 
 class _Counts(ProgressColumn):
-    """What moves between items."""
+    """Counts that move between items."""
 
     def __init__(self, bar: Bar) -> None:
         super().__init__()

@@ -320,6 +320,6 @@ def rounded(values: Iterable[float]) -> list[float]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """Return what an error says, on one line."""
     said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return " ".join(said.split("\n\n")[0].split())

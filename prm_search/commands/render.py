@@ -1,4 +1,4 @@
-"""What terminals show: search trees with their rewards, and plain lines."""
+"""Output for terminals: search trees with their rewards, and plain lines."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def reward_colour(reward: float, scale: float) -> tuple[int, int, int]:
 
 
 def style(reward: float, scale: float) -> str:
-    """That colour as a style of rich."""
+    """Return that colour as a style of rich."""
     return "rgb({},{},{})".format(*reward_colour(reward, scale))
 
 
 def scored(nodes: Sequence[Node]) -> list[Node]:
-    """Those of the nodes that the tree's own pair has scored."""
+    """Return those of the nodes that the tree's own pair has scored."""
     return [node for node in nodes if node.parent is not None and node.scored_by(node.tree.primary)]
 
 

@@ -22,7 +22,7 @@ from .records import RecordFile, digests, report
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """How many responses. Raises BadInput for a number out of range."""
+    """The number of responses. Raises BadInput for a number out of range."""
 
     n: Annotated[int, typer.Option("--n", help="Responses a problem.", rich_help_panel=options.SAMPLING)] = 8
 
@@ -76,7 +76,7 @@ def rollout(
 
 
 def summary(records: Iterable[Mapping[str, Any]]) -> str:
-    """What a file of rollouts holds, by label."""
+    """Return what a file of rollouts holds, by label."""
     labels: defaultdict[int, Counter[int]] = defaultdict(Counter)
     cut = 0
     for record in records:

@@ -27,7 +27,7 @@ _PLACE = re.compile(r"^(prompts|responses)\[0\]:? ")
 
 @dataclass(frozen=True, kw_only=True)
 class Responses:
-    """What is scored."""
+    """The responses to score."""
 
     data: Annotated[
         str,
@@ -46,7 +46,7 @@ class Responses:
 
 @dataclass(frozen=True, kw_only=True)
 class Output(groups.MaybeOutFile):
-    """Where scores go."""
+    """Places of scores."""
 
     html: Annotated[
         str | None,

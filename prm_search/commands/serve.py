@@ -58,7 +58,7 @@ class Server:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What a request may ask for. Raises BadInput for a number out of range."""
+    """Bounds of a request. Raises BadInput for a number out of range."""
 
     max_searches: Annotated[
         int, typer.Option(help="Prompts searched at a time; beyond: 429.", rich_help_panel=_LIMITS)

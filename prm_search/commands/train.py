@@ -25,7 +25,7 @@ _OBJECTIVE, _OPTIMISER = "Objective", "Optimiser"
 
 @dataclass(frozen=True, kw_only=True)
 class Begin:
-    """What training begins with."""
+    """The start of training."""
 
     model: Annotated[
         str,
@@ -112,7 +112,7 @@ class RecipeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What is made."""
+    """The result of training."""
 
     out: Annotated[str, typer.Option(help="Folder for the pair.", rich_help_panel=OUTPUT)]
     resume: Annotated[
@@ -160,13 +160,13 @@ def train(begin: Begin, recipe: RecipeOptions, result: Result, common: Common) -
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:
-    """What was measured on held-out problems, with the number of pairs that it rests on; "" where there are none."""
+    """Return the figures on held-out problems, with the number of pairs that they rest on; "" where there are none."""
     pairs = metrics["held_out_pairs"]
     return f"; held-out pair accuracy {metrics['held_out_pair_accuracy']:.3f} of {pairs} pairs" if pairs else ""
 
 
 def _kept(out: Path, every: int) -> str:
-    """What is left of an interrupted run."""
+    """Return what is left of an interrupted run."""
     steps = [int(state.parent.name.rpartition("-")[2]) for state in out.glob("*/checkpoint-*/trainer_state.json")]
     if not steps:
         return f"{out}: no checkpoint yet; there is one every {every} steps (--save-steps)"

@@ -88,7 +88,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What is wrong with a response.
+    """A response's faults.
 
     Attributes:
         correct: every step is right and none is missing or left over. A right `answer` does not imply it: two errors

@@ -1,4 +1,4 @@
-"""How the demo's policy is trained: on flawed demonstrations of `chains`, until its loss passes a gate.
+"""Training of the demo's policy: on flawed demonstrations of `chains`, until its loss passes a gate.
 
 The lengths grow as it learns them, then it anneals. A third of every batch goes to the length that it knows worst:
 given only the longest one, it can stay wrong at one step of one middle length for good. It passes the gate when its

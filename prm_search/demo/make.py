@@ -52,7 +52,7 @@ SELECTION = (
 
 
 def prm_recipe(seed: int) -> Recipe:
-    """How the PRM is trained: as the report's CE."""
+    """Return how the PRM is trained: as the report's CE."""
     return Recipe(
         objective="ce", learning_rate=1e-3, epochs=3, micro_batch=64, holdout=0.0, seed=seed, save_steps=100_000
     )
@@ -168,7 +168,7 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def measure(folder: Path, count: int = TESTED) -> dict[str, Any]:
-    """What `prm-search demo --problems COUNT` finds on the pair in a folder, as the card of the shipped one has it."""
+    """Return the figures of `prm-search demo --problems COUNT` for the pair in a folder, as a card has them."""
     policy = HFPolicy.from_pretrained(folder / "policy")
     pair = ImplicitPRM.from_pretrained(folder)
     asked = chains.problems(count, split="test", length=comparison.LENGTH)

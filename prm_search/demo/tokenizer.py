@@ -23,7 +23,7 @@ _PIECES = re.compile(_PIECE)
 
 
 def prompt_ids(prompt: str) -> list[int]:
-    """What the real tokenizer makes of a prompt, BOS included, without its overhead."""
+    """Return what the real tokenizer makes of a prompt, BOS included, without its overhead."""
     return [BOS_ID, *(IDS[piece] for piece in _PIECES.findall(prompt))]
 
 

@@ -49,7 +49,7 @@ class Budget:
 
 @dataclass
 class Purse:
-    """What a run may still spend; None is without limit. Promised amounts leave it at once, the rest comes back."""
+    """A run's remaining budget; None is without limit. Promised amounts leave it at once, the rest comes back."""
 
     tokens: int | None = None
     nodes: int | None = None

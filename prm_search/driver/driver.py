@@ -84,7 +84,7 @@ class Driver:
         return [request for search in late for request in search.requests]
 
     def value(self, tree: SearchTree) -> Value:
-        """What the nodes of a running search are ranked by."""
+        """Return what the nodes of a running search are ranked by."""
         return self._searches[tree].value
 
     def tell(self, request: Request, children: Sequence[Node], fresh: Sequence[Node] | None = None) -> None:

@@ -71,7 +71,7 @@ class SearchLoop:
 
     @property
     def active(self) -> bool:
-        """Whether a search is under way, or has ended without step having said so."""
+        """Return True if a search is under way, or has ended without step having said so."""
         return bool(self._settings or self._results)
 
     def add(self, prompt: Prompt, settings: SearchSettings, *, occurrence: int = 0) -> SearchTree:

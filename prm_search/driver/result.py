@@ -1,4 +1,4 @@
-"""What a search gives back: a Result for each prompt, and Events on the way."""
+"""Results of a search: a Result for each prompt, and Events on the way."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Result:
 
     @property
     def answer(self) -> str | None:
-        """What `answer=` found in the chosen response."""
+        """Return what `answer=` found in the chosen response."""
         return None if self.selection is None else self.selection.answer
 
     @property

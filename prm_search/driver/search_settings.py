@@ -19,7 +19,7 @@ from .budget import Budget
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How to search one prompt. `SearchSettings.make` takes the arguments of `search`.
+    """Settings of one prompt's search. `SearchSettings.make` takes the arguments of `search`.
 
     Attributes:
         strategy, sampling, budget: see there.
@@ -116,5 +116,5 @@ class SearchSettings:
 
 
 def _complete(candidates: Sequence[Node]) -> list[Node]:
-    """Those that end by themselves; all of them where every one was cut by a length or a budget."""
+    """Return those that end by themselves; all of them where every one was cut by a length or a budget."""
     return [node for node in candidates if node.finish == "stop"] or list(candidates)

@@ -1,4 +1,4 @@
-"""Which weights a module stands for: its plain base weights, or those with PEFT adapters switched on.
+"""The weights that a module stands for: its plain base weights, or those with PEFT adapters switched on.
 
 A LoRA pair is one module in two adapter states. The state is switched for the time of one forward, under the
 module's lock, and put back; it is never part of a model's own state.
@@ -159,7 +159,7 @@ def switched(layers: list[Any], state: tuple[str, ...] | None) -> Iterator[None]
 
 
 def device_of(module: Any) -> torch.device:
-    """Where a model takes its input ids; also where its weights are offloaded and only visit the device."""
+    """Return where a model takes its input ids; also where its weights are offloaded and only visit the device."""
     embedding = module.get_input_embeddings()
     device = embedding.weight.device
     visited = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)

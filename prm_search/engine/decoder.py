@@ -62,7 +62,7 @@ class Decoder:
 
     @property
     def busy(self) -> bool:
-        """Whether any row is waiting or under way."""
+        """Return True if any row is waiting or under way."""
         return bool(self._waiting or self._active)
 
     def submit(self, requests: Sequence[Request]) -> None:

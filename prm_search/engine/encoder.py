@@ -82,12 +82,12 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
-        """Where input ids go."""
+        """Return where input ids go."""
         return adapters.device_of(self.module)
 
     @property
     def token_steps(self) -> TokenSteps:
-        """How one token for each of a few branches runs, and what decides it: `token_steps.choice(rows, longest)`."""
+        """Return the runner of one token for each of a few branches; `token_steps.choice(rows, longest)` says which."""
         return self.runner.token_steps
 
     @property

@@ -50,7 +50,7 @@ class Head:
         self.vocab = _rows_of(self.linear) or int(config.vocab_size)
 
     def _plain(self) -> bool:
-        """Whether the head is a matrix we may multiply with ourselves (not quantised, not wrapped, not hooked)."""
+        """Return True if the head is a plain matrix (not quantised, not wrapped, not hooked)."""
         linear = self.linear
         return (
             type(linear) is nn.Linear

@@ -1,4 +1,4 @@
-"""Which KV slot holds which token: branches over one slot pool, forked in O(1), evicted least recently used first.
+"""The KV tree: branches over one pool of slots, forked in O(1), evicted least recently used first.
 
 KV is a cache here, never state: a branch knows its tokens, so whatever was evicted can be encoded again. This
 module does the book-keeping on the host and knows no model; the tensors the slots index live in `pool.py`.

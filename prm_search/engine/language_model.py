@@ -127,7 +127,7 @@ class LanguageModel(Encoder):
         return max(0, self.tree.capacity * self.token_bytes - self.pool.bytes())
 
     def memo(self, tree: SearchTree) -> Memo:
-        """What is known of a search tree's nodes under these weights; made on first use."""
+        """Return what is known of a search tree's nodes under these weights; made on first use."""
         memo = self._memos.get(tree)
         if memo is None:
             with self.tree.lock:  # no forward of another thread is under way

@@ -1,4 +1,4 @@
-"""What one LanguageModel knows of one search tree: nodes -> branches, and their log-probabilities.
+"""The memo of one LanguageModel about one search tree: nodes -> branches, and their log-probabilities.
 
 It knows no model; `node_logprobs.py` fills it.
 """
@@ -69,7 +69,7 @@ class Memo:
             self._logprobs.setdefault(first, logprobs)
 
     def knows(self, node: Node) -> bool:
-        """Whether the node's log-probs are known here."""
+        """Return True if the node's log-probs are known here."""
         return self.first(node) in self._logprobs
 
     def know(self, node: Node, logprobs: np.ndarray) -> None:

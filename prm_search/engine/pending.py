@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Pending(Generic[T]):
-    """What LanguageModel.begin_* return: the forwards are launched, nothing has been waited for.
+    """The result of LanguageModel.begin_* to come: the forwards are launched, nothing has been waited for.
 
     Begin the calls of several models before the first `result`, and the device has all of their work at once.
 
@@ -49,7 +49,7 @@ class _Before:
 
 
 class Undo:
-    """What branches were before a call, so that a call that fails leaves them as they were.
+    """The state of branches before a call, so that a call that fails leaves them as they were.
 
     Args:
         tree: theirs.

@@ -33,7 +33,7 @@ class Runner:
         self.token_steps = TokenSteps(run)
 
     def plan(self, wave: Sequence[Piece], slots: Sequence[np.ndarray]) -> PackedForward | StaticForward:
-        """How these pieces are run.
+        """Return how these pieces are run.
 
         Args:
             wave: the pieces.

@@ -1,4 +1,4 @@
-"""What has to be encoded for a call, cut into forwards that fit."""
+"""The work of a call, cut into forwards that fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Piece:
 
 
 def missing(branch: Branch) -> list[Piece]:
-    """What has to be encoded so that the whole path is resident and its last hidden row known, root first."""
+    """Return what has to be encoded so that the whole path is resident and its last hidden row known, root first."""
     if branch.row() is not None:
         return []
     pieces: list[Piece] = []

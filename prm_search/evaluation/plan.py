@@ -39,14 +39,14 @@ class Cell:
     weight: str | None = None
 
     def title(self, *, with_pair: bool = False) -> str:
-        """What tables call it, without its budget: "best_of_n q", "weighted min sigmoid"."""
+        """Return what tables call it, without its budget: "best_of_n q", "weighted min sigmoid"."""
         words = [self.strategy, self.value, self.weight, f"({self.pair})" if with_pair and self.pair else None]
         return " ".join(word for word in words if word)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one record holds: the samples of a problem under a seed, or one search.
+    """The content of one record: the samples of a problem under a seed, or one search.
 
     Attributes:
         kind: "greedy", "samples" or "search".
@@ -63,7 +63,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to evaluate.
+    """The plan of an evaluation.
 
     A budget N is the policy tokens of N whole samples: majority, best_of_n and weighted choose among the first N
     samples of a problem; beam and lookahead may sample, on that problem and seed, as many tokens as those N took, or
@@ -139,7 +139,7 @@ class Plan:
         return tuple(name for name in self.strategies if name not in BLIND)
 
     def sampling(self, seed: int) -> Sampling:
-        """How tokens are drawn under a seed."""
+        """Return how tokens are drawn under a seed."""
         return Sampling(self.steps, self.temperature, self.top_p, self.top_k, self.min_p, self.max_new_tokens, seed)
 
     def votes(self, pairs: Sequence[str]) -> list[Cell]:

@@ -195,7 +195,7 @@ class _Run:
 
 
 def _together(place: tuple[int, Unit]) -> tuple[Any, ...]:
-    """What the units of one batch have in common."""
+    """Return what the units of one batch have in common."""
     return place[1].kind, place[1].seed, place[1].cell
 
 

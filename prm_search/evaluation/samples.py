@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Cost:
-    """What scoring all samples of a problem took.
+    """The cost of scoring all samples of a problem.
 
     Attributes:
         prm_tokens, reference_tokens: encoded by either model, the prompt included; 0 where the sampler's own
@@ -55,7 +55,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Judging:
-    """How responses are labelled and what they vote for.
+    """The rules of labels and votes.
 
     Attributes:
         judge: labels a complete response.
@@ -99,7 +99,7 @@ def choose(
 
 
 def _value(sample: Sample, cell: Cell) -> float:
-    """What a cell ranks or weighs a sample by; 0 for a majority vote, which then breaks ties by draw order."""
+    """Return what a cell ranks or weighs a sample by; 0 for a majority vote, which then breaks ties by draw order."""
     if cell.pair is None or cell.value is None:
         return 0.0
     if cell.value not in sample.values.get(cell.pair, {}):

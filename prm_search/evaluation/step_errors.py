@@ -72,7 +72,7 @@ def _f1(counts: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class StepRow:
-    """How well one step score finds errors.
+    """One step score's success at finding errors.
 
     Attributes:
         value: the score.

@@ -15,7 +15,7 @@ from .statistics import Comparison, bootstrap_interval, clustered_wilson, paired
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cell did on one problem under one seed. Tokens and seconds are what this cell alone would have spent.
+    """A cell's outcome on one problem under one seed. Tokens and seconds are what this cell alone would have spent.
 
     Attributes:
         problem, seed: which.
@@ -141,7 +141,7 @@ class Summary:
 
 
 def outcomes(records: Iterable[Mapping[str, Any]]) -> dict[Cell, list[Outcome]]:
-    """What each cell did, problem by problem, from the records of evaluate.
+    """Return what each cell did, problem by problem, from the records of evaluate.
 
     Of n samples, the seconds and the scorer's tokens are those of all samples, shared out by tokens: by sampled ones,
     and by those that no earlier sample shares.

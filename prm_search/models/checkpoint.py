@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a hub id, a local folder, or a GGUF file in one."""
+"""The place of a checkpoint: a hub id, a local folder, or a GGUF file in one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..files import parse_json
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a checkpoint is.
+    """The place of a checkpoint.
 
     Attributes:
         path: hub id or local folder.
@@ -46,7 +46,7 @@ class Checkpoint:
 
     @property
     def local(self) -> bool:
-        """Whether it is a folder here."""
+        """Return True if it is a folder here."""
         return os.path.isdir(self.path)
 
     @property

@@ -1,4 +1,4 @@
-"""What was loaded against what was saved: missing weights are refused, and those that the model has no place for.
+"""A comparison of loaded and saved weights: missing ones are refused, and those that the model has no place for.
 
 transformers drops leftover weights without an error: a config with too few layers, or of another variant, loads and
 computes something else. Extra heads are legitimate, and told.

@@ -91,7 +91,7 @@ def load(
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of from_pretrained's options that say how files are fetched."""
+    """Return those of from_pretrained's options that say how files are fetched."""
     return {key: options[key] for key in _HUB if key in options}
 
 

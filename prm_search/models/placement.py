@@ -1,4 +1,4 @@
-"""Where a model runs and in which numbers, as transformers takes it; and where the shipped pair lies."""
+"""The device and dtype of a model, as transformers takes them; and the place of the shipped pair."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class HFPolicy(HoldsModels, PolicyBase):
 
 @runtime_checkable
 class SteeringPair(Protocol):
-    """What Steered asks of an ImplicitPRM."""
+    """The part of an ImplicitPRM that Steered uses."""
 
     def bind(self, policy: Any, /) -> None:
         """Meet the policy; see ImplicitPRM.bind."""

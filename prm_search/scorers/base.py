@@ -1,4 +1,4 @@
-"""What scorers share: ScorerBase for all that read tokens and score complete responses, Pair for implicit PRMs.
+"""The common part of scorers: ScorerBase for all that read tokens and score complete responses, Pair for implicit PRMs.
 
 A scorer that rewards steps and not tokens (a step PRM, an outcome model, a judge, an ensemble) derives from ScorerBase:
 it writes score_nodes, sets each node's number with set_step_reward, and has score() with its checks and batches.
@@ -62,7 +62,7 @@ class ScorerBase(ScorerDefaults):
 
     @property
     def eos_token_id(self) -> int | None:
-        """What ends a response given as text."""
+        """Return what ends a response given as text."""
         return self._eos if self._eos is not None else getattr(self.tokenizer, "eos_token_id", None)
 
     def need_tokenizer(self) -> Any:
@@ -188,7 +188,7 @@ class Weights(Protocol):
 
     @property
     def id(self) -> Hashable:
-        """What nodes that it sampled carry as their sampler."""
+        """Return what nodes that it sampled carry as their sampler."""
 
 
 class Pair(checks.HoldsModels, ScorerBase):
@@ -246,7 +246,7 @@ class Pair(checks.HoldsModels, ScorerBase):
         return self._reference is None and self._constant is None
 
     def match(self, policy: Any) -> TokenizerMatch:
-        """What its tokenizer and a policy's have in common; without one of its own it takes the policy's."""
+        """Return what its tokenizer and a policy's have in common; without one of its own it takes the policy's."""
         other = getattr(policy, "tokenizer", None)
         if self.tokenizer is None:
             self.tokenizer = other

@@ -17,7 +17,7 @@ Steps = StepRule | Sequence[Sequence[int]] | None
 
 
 class Reader(Protocol):
-    """What reading a response takes of a scorer; see ScorerBase."""
+    """The part of a scorer that reading a response needs; see ScorerBase."""
 
     @property
     def token_text(self) -> TokenText: ...

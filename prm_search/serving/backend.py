@@ -28,7 +28,7 @@ ENCODERS = 4  # prompts tokenised at a time
 
 
 class Backend(ABC):
-    """What a Service searches with.
+    """The engine that a Service searches with.
 
     Args:
         policy: what samples; its context and tokenizer are read, where it has them.
@@ -62,7 +62,7 @@ class Backend(ABC):
 
     @property
     def alive(self) -> bool:
-        """Whether it can search."""
+        """Return True if it can search."""
         return True
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ class ThreadEngine(Backend):
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Return True if the thread runs."""
         return self._thread.alive
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a server is told about its pair, its steps and its limits: by `prm-search serve`, or by vLLM's own command."""
+"""A server's settings of its pair, its steps and its limits: by `prm-search serve`, or by vLLM's own command."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ServeConfig:
             raise ValueError(f"{where}: {error}") from error
 
     def json(self) -> str:
-        """What `of` reads."""
+        """Return what `of` reads."""
         plain = asdict(self)
         plain["steps"] = {name: plain["steps"][name] for name in ("delimiter", "max_tokens", "regex", "confidence")}
         return json.dumps(plain)

@@ -1,4 +1,4 @@
-"""What a server takes on."""
+"""Limits of what a server takes on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..checks import flag, integer, number
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for, and how many are taken on.
+    """Limits of one request, and of the number that are taken on.
 
     Args:
         searches: prompts searched at a time; beyond it requests get 429.

@@ -42,7 +42,7 @@ class TokenLogprobs:
                     self._written += len(self._decoder.decode(piece))
 
     def told(self, characters: int | None) -> dict[str, Any] | None:
-        """What to tell of the tokens that begin before so many characters of the text (None: of all); None for none."""
+        """Return the entries of tokens that begin before so many characters of the text (None: all); None for none."""
         tokens = []
         while self._waiting and (characters is None or self._waiting[0][0] < characters):
             tokens.append(self._waiting.popleft())

@@ -1,4 +1,4 @@
-"""What /metrics tells, for Prometheus."""
+"""Counters of /metrics, for Prometheus."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class ModelThread:
         self._todo.put(act)
 
     async def call(self, act: Callable[[], Any]) -> Any:
-        """What act() returns or raises, done in the thread."""
+        """Return what act() returns or raises, done in the thread."""
         future: asyncio.Future[Any] = self._loop.create_future()
 
         def do() -> None:
@@ -74,7 +74,7 @@ class ModelThread:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Return True if it runs."""
         return self._thread.is_alive()
 
     def busy(self, policy: ThreadPolicy, is_busy: bool) -> None:

@@ -1,4 +1,4 @@
-"""What /openapi.json says of the routes: their bodies and their errors, which they read and word themselves."""
+"""The routes' description in /openapi.json: their bodies and errors, which they read and word themselves."""
 
 from __future__ import annotations
 

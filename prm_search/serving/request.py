@@ -1,4 +1,4 @@
-"""What a request asks for: its body, checked against what this server serves, as prompts and Settings."""
+"""A request's content: its body, checked against what this server serves, as prompts and Settings."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class SearchRequest:
 
     @property
     def names(self) -> list[str]:
-        """What each prompt is called in the request."""
+        """Return what each prompt is called in the request."""
         if self.kind == "chat":
             return ["messages"]
         return ["prompt"] if len(self.prompts) == 1 else [f"prompt[{i}]" for i in range(len(self.prompts))]
@@ -69,12 +69,12 @@ class SearchRequest:
 
     @property
     def in_steps(self) -> bool:
-        """Whether steps are streamed as they are settled: one choice that no vote makes."""
+        """Return True if steps are streamed as they are settled: one choice that no vote makes."""
         return self.stream and self.n == 1 and self.settings.select == "best"
 
 
 def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
-    """What a body asks for.
+    """Return what a body asks for.
 
     Args:
         body: see schema.parse.
@@ -246,7 +246,7 @@ def _stop(given: str | list[str] | None) -> tuple[str, ...]:
 
 
 def _logprobs(body: Body) -> bool:
-    """Whether log-probabilities are asked for: of the tokens that were drawn, since a search keeps no others."""
+    """Return True if log-probabilities are asked for: of the tokens that were drawn, since a search keeps no others."""
     chat = isinstance(body, ChatBody)
     name = "top_logprobs" if chat else "logprobs"
     most = 0 if chat else 1  # the API's 1 is "the one that was drawn, and the likeliest"
@@ -267,7 +267,7 @@ def _bounded(param: str, strings: Sequence[str], most: int) -> None:
 
 
 def _within(param: str | None, make: Callable[[], T], names: dict[str, str] | None = None) -> T:
-    """What make() returns; its ValueError or TypeError as the error of a field, which such messages begin with.
+    """Return what make() returns; its ValueError or TypeError as the error of a field, which such messages begin with.
 
     Args:
         param: where in the request its arguments come from; None for the top.

@@ -72,7 +72,7 @@ def finish_reason(node: Node) -> str:
 
 
 def usage(job: Job, results: Sequence[Result]) -> dict[str, Any]:
-    """What the request cost: prompt and sampled tokens, and under prm_search what each model did for them."""
+    """Return what the request cost: prompt and sampled tokens, and under prm_search what each model did for them."""
     total = job.usage
     prompts = sum(len(result.tree.prompt_ids) for result in results)
     sampled = sum(total.sampled_tokens.values())
@@ -96,7 +96,7 @@ def _costs(usage: Usage) -> dict[str, Any]:
 
 
 def search_facts(job: Job, result: Result) -> dict[str, Any]:
-    """What the search for one prompt says beside its text."""
+    """Return what the search for one prompt says beside its text."""
     facts: dict[str, Any] = {"stopped": result.stopped, "value": finite(result.value), "answer": result.answer}
     if job.ask.progress and result.node is not None:
         facts["path"] = [node.index for node in result.node.path()]
@@ -217,14 +217,14 @@ class _Chunks:
         return said
 
     def _logprobs(self, number: int, *, last: bool = False) -> dict[str, Any] | None:
-        """What comes with the text that has been told; at the end, with the rest."""
+        """Return what comes with the text that has been told; at the end, with the rest."""
         if not self.ask.logprobs:
             return None
         whole = last and not self.texts[number].stopped
         return self.logprobs[number].told(None if whole else self.characters[number])
 
     def _end(self, number: int, result: Result) -> list[str]:
-        """What remains to be told of one prompt, as events."""
+        """Return what remains to be told of one prompt, as events."""
         ask, job = self.ask, self.job
         chunks = []
         for place, node in enumerate(chosen(ask, result)):

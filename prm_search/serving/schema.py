@@ -92,7 +92,7 @@ class StreamOptions(BaseModel):
 
 
 class Body(BaseModel):
-    """What both routes take."""
+    """The body of both routes."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Service:
-    """What answers requests, whatever engine samples.
+    """The service that answers requests, whatever engine samples.
 
     Args:
         engine: the models.
@@ -65,7 +65,7 @@ class Service:
         return Job(self, ask)
 
     def unknown(self, name: str) -> RequestError:
-        """What to say to somebody who asks for another model."""
+        """Return what to say to somebody who asks for another model."""
         said = f"the model {name!r} is not served here; it is {self.models[0]!r}"
         return RequestError(404, said, param="model", code="model_not_found")
 
@@ -175,14 +175,14 @@ class Job:
         return [answered(result) for result in self._results if result is not None]
 
     def usage_so_far(self, number: int) -> Usage:
-        """What one prompt's search has cost, and what the engine has spent meanwhile, for others too."""
+        """Return what one prompt's search has cost, and what the engine has spent meanwhile, for others too."""
         usage = self._loop.models.usage(self.searches[number].tree)
         usage.seconds, usage.forward_calls = self._spent()
         return usage
 
     @property
     def usage(self) -> Usage:
-        """What the searches that have ended cost together, and what the engine spent meanwhile, for others too."""
+        """Return the joint cost of the ended searches, with what the engine spent meanwhile, for others too."""
         total = sum((result.usage for result in self._results if result is not None), Usage())
         total.seconds, total.forward_calls = self._spent()
         return total
@@ -225,7 +225,7 @@ def answered(result: Result) -> Result:
 
 
 def failure(error: BaseException) -> RequestError:
-    """What to tell of an error in a search: the server's, since a request is checked before its search begins."""
+    """Return the answer to an error in a search: the server's, since requests are checked before searches begin."""
     if isinstance(error, RequestError):
         return error
     logger.error("a search failed", exc_info=error)

@@ -36,7 +36,7 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has ended the text."""
+        """Return True if a stop string has ended the text."""
         return self._ended
 
     def _bytes(self, ids: Iterable[int]) -> bytes:

@@ -83,7 +83,7 @@ class AdaptiveBranch:
 
 @dataclass
 class _Moments:
-    """What an arm has given: number, sum and sum of squares of scores, in the unit of the values."""
+    """The scores that an arm has given: number, sum and sum of squares of scores, in the unit of the values."""
 
     n: int = 0
     total: float = 0.0
@@ -170,7 +170,7 @@ class _Walks:
         arms.open = False
 
     def _sample(self, moments: _Moments) -> float:
-        """What an arm may give: one draw from its posterior, scores on the scale of [0, 1]."""
+        """Return what an arm may give: one draw from its posterior, scores on the scale of [0, 1]."""
         n, width = moments.n, self._high - self._low
         if n == 0 or width <= 0:
             mean, spread = 0.5 * (n > 0), 0.0

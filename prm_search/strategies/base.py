@@ -1,4 +1,4 @@
-"""What a strategy may ask for. A strategy is a frozen config whose `run` is a generator: it yields requests,
+"""The requests that a strategy may make. A strategy is a frozen config whose `run` is a generator: it yields requests,
 gets the scored children back, and returns its candidates. It never sees a model, a budget or a batch."""
 
 from __future__ import annotations

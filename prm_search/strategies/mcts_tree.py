@@ -1,4 +1,4 @@
-"""What a Monte Carlo tree search knows of the nodes it has met: visits, values, and what is left to explore."""
+"""Statistics of the nodes that a Monte Carlo tree search has met: visits, values, and what is left to explore."""
 
 from __future__ import annotations
 

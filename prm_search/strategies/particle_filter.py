@@ -193,7 +193,7 @@ class _Sweep:
 
 
 class _Growth:
-    """What an Expand asks for, gathered particle by particle: no node may stand in it more often than its count.
+    """The content of an Expand, gathered particle by particle: no node may stand in it more often than its count.
 
     Attributes:
         nodes, numbers: of Expand.

@@ -64,7 +64,7 @@ def residual(weights: np.ndarray, n: int, uniforms: Uniforms) -> np.ndarray:
 
 
 def _counts(weights: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """How many of the rising points in [0, 1) fall to each weight; a weight of 0 gets none."""
+    """Return how many of the rising points in [0, 1) fall to each weight; a weight of 0 gets none."""
     edges = np.cumsum(weights)
     edges[np.flatnonzero(weights)[-1] :] = 1.0  # rounding must not leave a point beyond the last positive weight
     return np.bincount(np.searchsorted(edges, points, side="right"), minlength=len(weights)).astype(np.int64)

@@ -47,7 +47,7 @@ class LabelledResponse:
 
 @dataclass(frozen=True)
 class Item:
-    """What one loss is computed from.
+    """The item that one loss is computed from.
 
     Attributes:
         rows: (response,) for ce and ipvrm, (chosen, rejected) for dpo and nca, (response, mismatched one) for kto.

@@ -32,7 +32,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Update:
-    """What one batch of outcomes gave.
+    """The result of one batch of outcomes.
 
     Attributes:
         kept: for each outcome, whether its prompt's accuracy is within the band.

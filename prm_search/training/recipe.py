@@ -13,7 +13,7 @@ IPVRM_BETA = 10.0  # of its paper: a prefix's value is divided by its length
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. The defaults are those of the released pairs (arXiv 2412.01981) where it says.
+    """Settings of training. The defaults are those of the released pairs (arXiv 2412.01981) where it says.
 
     Attributes:
         objective: "ce", "dpo", "kto", "nca" or "ipvrm".

@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], object]
 
 @dataclass
 class Data:
-    """What is trained and measured on.
+    """Data for training and measuring.
 
     Attributes:
         items: to train on.

@@ -25,7 +25,7 @@ NODES = ("ends", "all")
 
 @dataclass(frozen=True)
 class Inferred:
-    """What a tree with known outcomes says of a step.
+    """The values of a step that a tree with known outcomes implies.
 
     Attributes:
         value: v_k, in [0, 1].

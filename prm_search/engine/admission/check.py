@@ -55,7 +55,7 @@ _verdicts: dict[tuple[type, str], str | None] = {}  # family and config -> why i
 
 @dataclass(frozen=True)
 class Fault:
-    """How far a packed forward was off: nats, over the tokens' log-probs and the leaves' distributions."""
+    """The error of a packed forward: nats, over the tokens' log-probs and the leaves' distributions."""
 
     worst: float
     mean: float
@@ -241,7 +241,7 @@ def _judge(module: nn.Module, make: Make) -> str | None:
 
 
 def examine(lm: Encoder, length: int = LENGTH) -> str | None:
-    """What is wrong with the packed forward of an fp32 model, or None."""
+    """Return what is wrong with the packed forward of an fp32 model, or None."""
     try:
         fault = compare(lm, length)
     except _OUT_OF_MEMORY:
@@ -310,7 +310,7 @@ def _copy(module: nn.Module) -> nn.Module | None:
 
 
 def _content(config: Any) -> str:
-    """What makes two configs the same family and sizes."""
+    """Return what makes two configs the same family and sizes."""
     other = ("_name_or_path", "transformers_version", "dtype", "architectures", "quantization_config")
     content = {name: value for name, value in config.to_dict().items() if name not in other}
     return json.dumps(content, sort_keys=True, default=str)

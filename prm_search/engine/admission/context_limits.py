@@ -1,4 +1,4 @@
-"""How long a path may be, and how much KV to hold, by what a model's config and its machine say."""
+"""Limits on a path's length and on the KV to hold, by what a model's config and its machine say."""
 
 from __future__ import annotations
 

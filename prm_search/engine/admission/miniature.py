@@ -132,7 +132,7 @@ def _set(config: Any, names: Sequence[str], value: Any) -> None:
 
 
 def is_limit(name: str) -> bool:
-    """Whether a config's field of this name is a length in tokens at which the model changes what it does."""
+    """Return True if a config's field of this name is a length in tokens at which the model changes what it does."""
     return bool(_LIMIT.search(name)) and not _NOT_A_LIMIT.search(name) and not _POSITIONS.search(name)
 
 
@@ -144,7 +144,7 @@ def limits(config: Any) -> list[int]:
 
 
 def is_token(name: str) -> bool:
-    """Whether a config's field of this name holds token ids with a meaning."""
+    """Return True if a config's field of this name holds token ids with a meaning."""
     return bool(_TOKEN.search(name))
 
 

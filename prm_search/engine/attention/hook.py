@@ -27,7 +27,7 @@ PREFIX = "prm_search_over_"
 
 
 class Layout(Protocol):
-    """Which tokens attend over which paths."""
+    """A map of new tokens to the paths that they attend over."""
 
     def attend(self, operands: Operands) -> torch.Tensor:
         """See TorchLayout.attend."""

@@ -1,4 +1,4 @@
-"""How the new tokens of many branches are laid out in one packed forward, and attention over that layout.
+"""The layout of many branches' new tokens in one packed forward, and attention over it.
 
 In each layer the keys and values of all T new tokens are written to their slots first and then every branch attends
 over its whole path, so a branch and its own ancestors may be encoded in the same forward.
@@ -35,7 +35,7 @@ class QueryRun:
 
 @dataclass(frozen=True)
 class ScoreModifiers:
-    """What a layer does to its attention scores.
+    """A layer's changes to its attention scores.
 
     Attributes:
         scale: factor on them.
@@ -51,7 +51,7 @@ class ScoreModifiers:
 
 
 class Operands(NamedTuple):
-    """What a layer attends with.
+    """The operands of a layer's attention.
 
     Attributes:
         query: [heads, T, k_dim] of the packed new tokens.

@@ -1,4 +1,4 @@
-"""How one token for each of a few branches is run: packed like any other work, or as a static step, replayed."""
+"""The choice of how token steps run: packed like any other work, or as a static step, replayed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Mode = Literal["auto", "packed", "static", "graph"]
 
 @dataclass(frozen=True)
 class TokenStepChoice:
-    """What a step will run; as `triton_kernels.choice` for an op.
+    """The choice for a token step; as `triton_kernels.choice` for an op.
 
     Fields: `way` is "packed" (planned and launched like any other forward), "static" (launched from static tensors) or
     "graph" (replayed); `reason` says why in a sentence; `detail` names the shape and whether it has been captured.
@@ -62,7 +62,7 @@ class TokenSteps:
         self.mode = mode
 
     def choice(self, rows: int, longest: int) -> TokenStepChoice:
-        """What one new token for each of `rows` branches runs, of paths of at most `longest` tokens."""
+        """Return what one new token for each of `rows` branches runs, of paths of at most `longest` tokens."""
         if self.mode == "packed":
             return TokenStepChoice("packed", "asked for")
         if rows > ROWS or longest > LONGEST_PATH:

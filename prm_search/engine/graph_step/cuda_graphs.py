@@ -62,7 +62,7 @@ class Graphs:
         return len(self._kept)
 
     def has(self, key: Hashable) -> bool:
-        """Whether the next step of this key is a replay."""
+        """Return True if the next step of this key is a replay."""
         return key in self._kept
 
     def clear(self) -> None:

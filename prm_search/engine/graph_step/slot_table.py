@@ -1,4 +1,4 @@
-"""Which branch stands in which line of a static slot table, and which lines have to be written anew."""
+"""A static slot table: the branch in each line, and the lines that have to be written anew."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..waves import stem_of
 
 
 class _Held(NamedTuple):
-    """What a line of the table holds: a branch's path of `length` slots, as it was at that epoch."""
+    """The content of a line: a branch's path of `length` slots, as it was at that epoch."""
 
     branch: weakref.ref[Branch]
     epoch: int

@@ -70,8 +70,8 @@ class StaticStep:
         self.reset()
 
     def serves(self, wave: Sequence[Piece]) -> bool:
-        """Whether these pieces are a step: one token each, of paths that the table has room for, and every layer has
-        its pool already."""
+        """Return True if these pieces are a token step: one each, of paths that the table has room for, and every layer
+        has its pool already."""
         return (
             len(wave) <= ROWS
             and all(piece.end - piece.begin == 1 for piece in wave)
@@ -88,7 +88,7 @@ class StaticStep:
         self.lines.forget()
 
     def fits(self, path: int) -> bool:
-        """Whether the static tensors stand, with room for paths of so many slots, over the pools that are in use."""
+        """Return True if the static tensors stand over the pools in use, with room for paths of so many slots."""
         return path <= self._width and self._addresses() == self._pools
 
     def make(self, path: int) -> None:

@@ -17,7 +17,7 @@ _CORRECT = "Is this response correct so far (Y/N)?"
 
 @dataclass(frozen=True)
 class PRMFormat:
-    """How a step PRM is asked.
+    """The format of a step PRM's question and answer.
 
     Args:
         name: of the format.

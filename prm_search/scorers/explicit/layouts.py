@@ -1,4 +1,4 @@
-"""How published step PRMs want a question and its steps to be written, as token ids.
+"""Layouts of a question and its steps as token ids, as published step PRMs want them.
 
 A layout gives the ids of a path up to and including the position whose hidden row is read, tokenised as the whole
 string. Two paths are compared token by token, so a step costs only the tokens that its parent's path does not have,

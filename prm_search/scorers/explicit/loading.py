@@ -30,7 +30,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 
 
 class StepPRMParts(NamedTuple):
-    """What a StepPRM is made of."""
+    """The parts of a StepPRM."""
 
     lm: LanguageModel
     tokenizer: Any

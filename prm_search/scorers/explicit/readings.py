@@ -1,4 +1,4 @@
-"""Which number comes out of the hidden row that a layout points at. Heads accumulate in fp32."""
+"""Readings: the number that comes out of the hidden row that a layout points at. Heads accumulate in fp32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Reader(Protocol):
 
 
 class Reading(Protocol):
-    """What a format reads. Frozen records with these members are readings.
+    """The number that a format reads. Frozen records with these members are readings.
 
     Attributes:
         prefixes: names of the checkpoint's tensors that it needs begin with one of these; empty for none.

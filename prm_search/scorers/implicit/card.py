@@ -25,7 +25,7 @@ POLICY = "policy"  # as a reference: the policy of the search
 
 
 class PairParts(NamedTuple):
-    """What a pair is made of.
+    """The parts of a pair.
 
     Attributes:
         model: the trained LanguageModel.
@@ -142,7 +142,7 @@ def find_card(
     gguf_file: str | None = None,
     hub: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Checkpoint, dict[str, Any] | None]:
-    """Where a model is, and the card that makes it a pair, if it has one.
+    """Return where a model is, and the card that makes it a pair, if it has one.
 
     A card on the hub is fetched once and then found among the files that transformers keeps, also without a network.
 
@@ -161,7 +161,7 @@ def find_card(
 
 
 def card_delimiter(model: str | PathLike[str]) -> str | None:
-    """What ends a step according to a pair's card; None where it has no card, or the card does not say.
+    """Return what ends a step according to a pair's card; None where it has no card, or the card does not say.
 
     Args:
         model: hub id, folder, or GGUF file; one that is not there has no card.
@@ -177,7 +177,7 @@ def card_delimiter(model: str | PathLike[str]) -> str | None:
 
 
 def _reference(card: Checkpoint, reference: str | None, hub: Mapping[str, Any]) -> str | Checkpoint | None:
-    """What a card's reference means: a folder beside it, "policy", an id or a path.
+    """Return what a card's reference means: a folder beside it, "policy", an id or a path.
 
     A name that begins with a dot is a folder and nothing else. Older cards named folders without one, so there a name
     is a folder where such a folder is.
