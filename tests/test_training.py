@@ -115,6 +115,38 @@ def test_no_table_of_tokens_by_vocabulary_is_kept():
     assert all(shape[-1] != 96 for shape in shapes if len(shape))
 
 
+def test_autocast_narrows_the_heads_operands_and_no_sum(monkeypatch):
+    """Under --bf16 the head's product is as any other layer's, with fp32 sums. Gradients reach the fp32 weights."""
+    from prm_search.engine import head
+
+    seen = []
+
+    def watched(hidden, weight, *others, **options):
+        seen.append((hidden.dtype, weight.dtype))
+        return linear_logprob(hidden, weight, *others, **options)
+
+    linear_logprob = head.linear_logprob
+    monkeypatch.setattr(head, "linear_logprob", watched)
+    module = tiny("llama")
+    batch = collate(singles(some_rows()))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "response_mask")}
+    weight = module.get_output_embeddings().weight
+    results = {}
+    for narrow in (False, True):
+        module.zero_grad()
+        with response_forward(module), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            found = module(**inputs)
+        found.sum().backward()
+        results[narrow] = found.detach(), weight.grad.clone()
+        assert found.dtype == weight.grad.dtype == torch.float32
+    narrow = (torch.bfloat16, torch.bfloat16)
+    assert seen.count(narrow) == 1
+    assert seen[-1] == narrow
+    plain, mixed = results[False], results[True]
+    assert 0 < (plain[0] - mixed[0]).abs().max() < 0.5
+    assert torch.nn.functional.cosine_similarity(plain[1].flatten(), mixed[1].flatten(), dim=0) > 0.99
+
+
 def test_forward_is_given_back():
     module = tiny("llama")
     ids = torch.tensor([[4, 5, 6]])
