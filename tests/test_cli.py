@@ -109,6 +109,15 @@ BAD = {
     "missing reference": (["score", "--prm", "lone", "--data", "responses.jsonl"], "reference is missing"),
     "corrupt checkpoint": (["score", "--pair", "corrupt", "--data", "responses.jsonl"], "SafetensorError"),
     "corrupt card": (["score", "--pair", "card", "--data", "responses.jsonl"], "pair.json"),
+    "lost reference": (
+        ["score", "--pair", "lost", "--data", "responses.jsonl"],
+        "reference='./policy' of 'lost/pair.json'",
+    ),
+    "huge beta": (["score", "--pair", "demo", "--beta", "1e39", "--data", "responses.jsonl"], "beta=1e+39: a finite"),
+    "tiny beta": (
+        ["train", "--model", "demo", "--rollouts", "responses.jsonl", "--out", "o", "--beta", "1e-50"],
+        "1e-50",
+    ),
     "other vocabulary": (["score", "--prm", "lone", "--reference", "words", "--data", "responses.jsonl"], "vocabular"),
     "beta 0": (["score", "--pair", "demo", "--beta", "0", "--data", "responses.jsonl"], "beta=0"),
     "not JSON": (["score", "--pair", "demo", "--data", "broken.jsonl"], "broken.jsonl, line 2"),
@@ -137,6 +146,8 @@ def wreckage(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:5000])
     shutil.copytree(pair_dir(), "card")
     Path("card/pair.json").write_text("{")
+    shutil.copytree(pair_dir(), "lost")
+    shutil.rmtree("lost/policy")
     shutil.copytree(pair_dir() / "policy", "words")
     tokenizer = json.loads(Path("words/tokenizer.json").read_text())
     swapped = {"*3": "*7", "*7": "*3"}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1Processor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Processor
 
+from prm_search.integrations.vllm.beam_search import refuse_steered_beams
 from prm_search.integrations.vllm.steering_config import RequestOptions
 
 if TYPE_CHECKING:
@@ -93,3 +94,6 @@ class ImplicitPRMLogitsProcessor(V1Processor, V2Processor):
         elif self._slots is not None and self._slots.slots:
             self._slots.guide.steer(logits, partial(self._slots.rows, ctx))
         return logits
+
+
+refuse_steered_beams()  # the front end loads this module before it takes requests
