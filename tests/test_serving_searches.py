@@ -363,7 +363,9 @@ def test_what_this_policy_cannot_do_is_refused() -> None:
             assert (caught.value.status, caught.value.param) == (400, param)
         assert service.in_flight == 0
 
-    with_service(work)
+    policy = FakePolicy()
+    policy.takes_stop = False  # type: ignore[misc]
+    with_service(work, policy)
 
 
 @pytest.mark.parametrize(("path", "root", "guarded"), [
