@@ -280,6 +280,5 @@ def confidence_quantile(probs: Sequence[float] | np.ndarray, quantile: float = 0
         raise ValueError("probs is empty; collect the policy's top probabilities on some responses first")
     if not (flat[0] >= 0 and flat[-1] <= 1):  # NaN sorts last and fails the comparison
         raise ValueError(f"probs must lie in [0, 1], got {flat[0]} to {flat[-1]}")
-    if not 0 <= quantile < 1:
-        raise ValueError(f"quantile={quantile!r}: it must be in [0, 1)")
+    number("quantile", quantile, "a share in [0, 1)", lambda share: 0 <= share < 1)
     return float(flat[int(quantile * flat.size)])

@@ -49,7 +49,7 @@ def guide_logits(
     plan = _plan(policy_logits, prm, reference_logits, alpha, out=out, backend=backend)
     rows = policy_logits.shape[0]
     if not isinstance(alpha, Tensor):
-        alpha = torch.full((rows,), float(alpha), dtype=torch.float32, device=policy_logits.device)
+        alpha = torch.full((rows,), launch.finite("alpha", alpha), dtype=torch.float32, device=policy_logits.device)
     if plan.backend == "triton" and not torch.compiler.is_compiling():
         return _rows_launch.guide_logits(policy_logits, prm, reference_logits, alpha, out)
     run = reference.guide_logits

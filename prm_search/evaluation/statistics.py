@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..checks import integer, number
+
 Z95 = 1.959964
 RESAMPLES = 10_000
 
@@ -27,6 +29,8 @@ def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     Raises:
         ValueError: n is not above 0, or successes lies outside it.
     """
+    number("n", n, "a finite number", math.isfinite)
+    number("successes", successes, "a finite number", math.isfinite)
     if not n > 0 or not 0 <= successes <= n:
         raise ValueError(f"successes={successes!r} of n={n!r}: n > 0 and 0 <= successes <= n are needed")
     p, d = successes / n, 1 + z * z / n
@@ -151,6 +155,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     Raises:
         ValueError: the numbers do not fit.
     """
+    for name, given in (("n", n), ("right", right), ("k", k)):
+        integer(name, given, 0, "an integer >= 0")
     if not 1 <= k <= n or not 0 <= right <= n:
         raise ValueError(f"pass_at_k(n={n}, right={right}, k={k}): 1 <= k <= n and 0 <= right <= n are needed")
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)

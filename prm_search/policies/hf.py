@@ -223,7 +223,7 @@ class Steered(HFPolicy):
 
     def __init__(self, policy: HFPolicy, pair: SteeringPair, alpha: float) -> None:
         if not isinstance(policy, HFPolicy):
-            raise TypeError(f"Steered wraps an HFPolicy, got {type(policy).__name__}")
+            raise TypeError(f"policy: Steered wraps an HFPolicy, got {type(policy).__name__}")
         if not isinstance(pair, SteeringPair):  # scorers of whole steps have no number for a token
             raise TypeError(f"pair must be an ImplicitPRM, got {type(pair).__name__}")
         strength("alpha", alpha)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from ..checks import number
+
 __all__ = ["balance", "ce", "dpo", "ipvrm", "kto", "nca"]
 
 
@@ -76,10 +78,15 @@ def kto(reward: Tensor, label: Tensor, baseline: Tensor) -> Tensor:
 
     Returns:
         [B], in (0, 1).
+
+    Raises:
+        ValueError: also where baseline is below 0 or NaN.
     """
     r = _floating("reward", reward)
     y = _labels(label, r)
     z = _floating("baseline", baseline).detach()
+    if not bool((z >= 0).all()):
+        raise ValueError(f"baseline has {float(z.min())}: a KL divergence, a number >= 0, is needed")
     if z.ndim and z.shape != r.shape:
         raise ValueError(f"baseline has shape {list(z.shape)}; [] or {list(r.shape)}, the reward's, is needed")
     return y * torch.sigmoid(z - r) + (1 - y) * torch.sigmoid(r - z)
@@ -110,8 +117,7 @@ def ipvrm(token_rewards: Tensor, mask: Tensor, label: Tensor, *, margin: float =
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     if mask.shape != r.shape or mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}; bool {list(r.shape)}, as token_rewards, is needed")
-    if not 0 <= margin < float("inf"):
-        raise ValueError(f"margin={margin!r}: a finite number >= 0 is needed")
+    number("margin", margin, "a finite number >= 0", lambda value: 0 <= value < float("inf"))
     lengths = mask.sum(1)
     if bool((lengths == 0).any()):
         raise ValueError("mask has a row without a token: a response has at least one")

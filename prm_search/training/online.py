@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..checks import number, shown
 from ..scorers.implicit.implicit_prm import ImplicitPRM
 from .data import Item, LabelledResponse, by_prompt, collate
 from .logprobs import response_forward, row_logprobs
@@ -92,15 +93,18 @@ class OnlineUpdater:
         if pair.reference is pair.prm:
             raise ValueError("pair: model and reference are the same weights, so training one would change the other")
         for name, given in (("learning_rate", learning_rate), ("clip", clip)):
-            if not 0 < given < math.inf:
-                raise ValueError(f"{name}={given!r}: a finite number > 0 is needed")
+            number(name, given, "a finite number > 0", lambda value: 0 < value < math.inf)
         for name, count in (("every", every), ("micro_batch", micro_batch)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name}={count!r}: an integer >= 1 is needed")
-        if not 0 < discount <= 1:
-            raise ValueError(f"discount={discount!r}: a number in (0, 1] is needed")
-        if band is not None and not 0 <= band[0] < band[1] <= 1:
-            raise ValueError(f"band={band!r}: two shares, the first below the second, are needed, or None")
+        number("discount", discount, "a number in (0, 1]", lambda value: 0 < value <= 1)
+        if band is not None:
+            if not isinstance(band, Sequence) or len(band) != 2:
+                raise TypeError(f"band={shown(band)}: two shares, the first below the second, are needed, or None")
+            for share in band:
+                number("band", share, "two shares in [0, 1], rising,", lambda value: 0 <= value <= 1)
+            if not band[0] < band[1]:
+                raise ValueError(f"band={band!r}: two shares, the first below the second, are needed, or None")
         self.pair = pair
         self.every, self.micro_batch, self.band, self.discount, self.clip = every, micro_batch, band, discount, clip
         self._rows: list[LabelledResponse] = []
