@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
-from ..checks import integer, number
+from ..checks import integer
 
 Z95 = 1.959964
 RESAMPLES = 10_000
@@ -29,8 +30,8 @@ def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     Raises:
         ValueError: n is not above 0, or successes lies outside it.
     """
-    number("n", n, "a finite number", math.isfinite)
-    number("successes", successes, "a finite number", math.isfinite)
+    if not isinstance(successes, Real) or not isinstance(n, Real):
+        raise TypeError(f"successes={successes!r} of n={n!r}: numbers are needed")
     if not n > 0 or not 0 <= successes <= n:
         raise ValueError(f"successes={successes!r} of n={n!r}: n > 0 and 0 <= successes <= n are needed")
     p, d = successes / n, 1 + z * z / n
