@@ -59,13 +59,13 @@ __all__ = ["Result", "__version__", "asearch", "search", *_PUBLIC, *_MODULES]
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        found = getattr(import_module(_PUBLIC[name], __name__), name)
+        member = getattr(import_module(_PUBLIC[name], __name__), name)
     elif name in _MODULES:
-        found = import_module(f".{name}", __name__)
+        member = import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found
-    return found
+    globals()[name] = member
+    return member
 
 
 def __dir__() -> list[str]:

@@ -37,8 +37,8 @@ app.command(context_settings={"allow_extra_args": True})(serve)  # what follows 
 INTERRUPTED = 130
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show_version: bool) -> None:
+    if show_version:
         from . import __version__
 
         print(f"prm-search {__version__}")
@@ -64,10 +64,10 @@ def main(args: Sequence[str] | None = None) -> int:
         0; 2 for bad input, said in one line on standard error; 130 for Ctrl-C, with what was finished kept; 1 where
         nobody reads the output any more. Errors of the program itself leave as exceptions.
     """
-    words = list(sys.argv[1:] if args is None else args)
-    debug = "--debug" in words
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in arguments
     try:
-        status = int(app(words, prog_name="prm-search", standalone_mode=False) or 0)
+        status = int(app(arguments, prog_name="prm-search", standalone_mode=False) or 0)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED

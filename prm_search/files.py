@@ -63,8 +63,8 @@ def _make_folder(folder: Path) -> list[Path]:
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
         missing.append(folder)
         folder = folder.parent
-    for each in reversed(missing):
-        each.mkdir(exist_ok=True)
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
     return missing
 
 

@@ -114,13 +114,13 @@ def _rendered(prompts: Any) -> tuple[Prompt, ...]:
     """Prompts that say what their tokens stand for."""
     if isinstance(prompts, str | Prompt | Mapping) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts must be a list with text or messages for each row, got {type(prompts).__name__}")
-    found = []
-    for place, given in enumerate(prompts):
+    rendered = []
+    for index, item in enumerate(prompts):
         try:
-            prompt = Prompt.of(given)
+            prompt = Prompt.of(item)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"prompts[{place}]: {error}") from error
+            raise type(error)(f"prompts[{index}]: {error}") from error
         if prompt.text is None and prompt.messages is None:
-            raise ValueError(f"prompts[{place}] must be text or messages: its token ids are what generate has already")
-        found.append(prompt)
-    return tuple(found)
+            raise ValueError(f"prompts[{index}] must be text or messages: its token ids are what generate has already")
+        rendered.append(prompt)
+    return tuple(rendered)

@@ -318,9 +318,9 @@ class _CompletedAsync(AsyncPolicyBase):
         own: Any = getattr(self._policy, "interrupt", None)
         if own is None:
             return False
-        asked = own(request)
-        if inspect.isawaitable(asked):
-            await asked
+        reply = own(request)
+        if inspect.isawaitable(reply):
+            await reply
         return True
 
     def release(self, tree: SearchTree) -> None:

@@ -69,9 +69,9 @@ class Judge:
         if not isinstance(self.same, str):
             return None, bool(self.same(text, reference))
         extract = resolve_answer(self.answer) or final_answer
-        found = extract(text)
-        if found is None:
+        extracted = extract(text)
+        if extracted is None:
             return None, False
         if self.same == "exact":
-            return found, alike(form(found), form(reference))
-        return found, equivalent(found, reference)
+            return extracted, alike(form(extracted), form(reference))
+        return extracted, equivalent(extracted, reference)

@@ -37,13 +37,13 @@ class Prompt:
         if self.text is not None and not isinstance(self.text, str):
             raise TypeError(f"text must be a str, got {type(self.text).__name__}")
         for name in ("messages", "token_ids"):
-            given = getattr(self, name)
-            if given is not None and (isinstance(given, str | bytes | Mapping) or not hasattr(given, "__len__")):
-                raise TypeError(f"{name} must be a list, got {type(given).__name__}")
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__")):
+                raise TypeError(f"{name} must be a list, got {type(value).__name__}")
         for name in ("text", "messages", "token_ids"):
-            given = getattr(self, name)
-            if given is not None and len(given) == 0:
-                raise ValueError(f"empty prompt: {name} is {given!r}; at least one token is needed")
+            value = getattr(self, name)
+            if value is not None and len(value) == 0:
+                raise ValueError(f"empty prompt: {name} is {value!r}; at least one token is needed")
         if self.messages is not None:
             for message in self.messages:
                 if not isinstance(message, Mapping):

@@ -18,8 +18,8 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-def _hash64(*words: int) -> int:
-    packed = struct.pack(f"<{len(words)}Q", *(w & 0xFFFFFFFFFFFFFFFF for w in words))
+def _hash64(*integers: int) -> int:
+    packed = struct.pack(f"<{len(integers)}Q", *(w & 0xFFFFFFFFFFFFFFFF for w in integers))
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
@@ -91,6 +91,6 @@ def uniforms(
     counter[:, 0], counter[:, 1] = line & _LOW, line >> _SHIFT
     counter[:, 2] = np.asarray(positions, dtype=np.uint32)
     key = np.stack([key64 & _LOW, key64 >> _SHIFT], axis=1).astype(np.uint32)
-    words = philox(counter, key).astype(np.uint64)
-    bits = ((words[:, 0] << _SHIFT) | words[:, 1]) >> np.uint64(11)
+    random_words = philox(counter, key).astype(np.uint64)
+    bits = ((random_words[:, 0] << _SHIFT) | random_words[:, 1]) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53

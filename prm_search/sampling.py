@@ -111,11 +111,13 @@ class Request:
             for i in range(count)
         )
         room = sampling.max_new_tokens - node.end
-        given = [room] * len(lineages) if caps is None else list(caps)
-        if len(given) != len(lineages):
-            raise ValueError(f"caps has {len(given)} numbers for {len(lineages)} children")
-        if any(min(cap, room) < 1 for cap in given):
-            raise ValueError(f"no room for children: caps {given} after {node.end} of {sampling.max_new_tokens} tokens")
+        limits = [room] * len(lineages) if caps is None else list(caps)
+        if len(limits) != len(lineages):
+            raise ValueError(f"caps has {len(limits)} numbers for {len(lineages)} children")
+        if any(min(cap, room) < 1 for cap in limits):
+            raise ValueError(
+                f"no room for children: caps {limits} after {node.end} of {sampling.max_new_tokens} tokens"
+            )
         node.drawn += max(counts, default=0)
-        reasons = tuple("length" if cap >= room else cap_reason for cap in given)
-        return cls(node, sampling, lineages, tuple(min(cap, room) for cap in given), reasons, until, rollout, merge)
+        reasons = tuple("length" if cap >= room else cap_reason for cap in limits)
+        return cls(node, sampling, lineages, tuple(min(cap, room) for cap in limits), reasons, until, rollout, merge)

@@ -104,13 +104,13 @@ def search(
         weight=weight,
         weight_temperature=weight_temperature,
     )
-    given = _listed(prompts)
+    prompt_list = _listed(prompts)
     require("policy", policy, Policy)
     if isinstance(settings.strategy, Steer):
         policy = settings.strategy.wrap(policy, scorer)
     with SearchLoop(policy, scorer, prover, on_event=on_event) as loop:
-        encoded = encode_all(given, loop.models.encode)
-        jobs = [Job(prompt, settings, occurrence, place) for place, (prompt, occurrence) in enumerate(encoded)]
+        encoded = encode_all(prompt_list, loop.models.encode)
+        jobs = [Job(prompt, settings, occurrence, index) for index, (prompt, occurrence) in enumerate(encoded)]
         results = {job.place: result for job, result in loop.run(jobs, len(jobs))}
         for result in results.values():
             loop.models.read_batch(result.usage)
@@ -137,15 +137,16 @@ async def asearch(
     Returns, Raises: as `search`. Cancelling it cancels every prompt's search.
     """
     settings = SearchSettings.make(**options)
-    given = _listed(prompts)
+    prompt_list = _listed(prompts)
     require("policy", policy, AsyncPolicy)
     if isinstance(settings.strategy, Steer):
         raise ValueError("strategy=Steer(...) needs token by token access to the policy: use search, not asearch")
     loop = AsyncSearchLoop(policy, scorer, prover, on_event=on_event)
     searches = [
-        loop.begin(prompt, settings, occurrence=place) for prompt, place in encode_all(given, loop.models.encode)
+        loop.begin(prompt, settings, occurrence=occurrence)
+        for prompt, occurrence in encode_all(prompt_list, loop.models.encode)
     ]
-    tasks = [asyncio.create_task(each.run()) for each in searches]
+    tasks = [asyncio.create_task(prompt_search.run()) for prompt_search in searches]
     try:
         results = list(await asyncio.gather(*tasks))
     except BaseException:
@@ -174,12 +175,12 @@ def encode_all(
         ValueError, TypeError: what encode or Prompt say of a prompt, after its name.
     """
     encoded: list[Prompt] = []
-    for place, given in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         try:
-            encoded.append(encode(Prompt.of(given)))
+            encoded.append(encode(Prompt.of(prompt)))
         except (ValueError, TypeError) as error:
             kind = ValueError if isinstance(error, ValueError) else TypeError
-            raise kind(f"{name_of(place)}: {error}") from error
+            raise kind(f"{name_of(index)}: {error}") from error
     return numbered(encoded)
 
 

@@ -60,18 +60,20 @@ class StepRule:
     _settled: bool = field(init=False, repr=False, compare=False, default=False)
 
     def __post_init__(self) -> None:
-        given = self.delimiter
+        delimiter = self.delimiter
         try:
-            delimiters = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+            delimiters = () if delimiter is None else (delimiter,) if isinstance(delimiter, str) else tuple(delimiter)
         except TypeError as error:
-            said = f"delimiter={given!r}: a string, strings or None is needed, not {type(given).__name__}"
-            raise TypeError(said) from error
+            message = f"delimiter={delimiter!r}: a string, strings or None is needed, not {type(delimiter).__name__}"
+            raise TypeError(message) from error
         for item in delimiters:
             if not isinstance(item, str):
-                raise TypeError(f"delimiter={given!r}: a string, strings or None is needed, not {type(item).__name__}")
+                raise TypeError(
+                    f"delimiter={delimiter!r}: a string, strings or None is needed, not {type(item).__name__}"
+                )
             if not item:
-                raise ValueError(f"delimiter={given!r}: an empty string ends no step; use None for no delimiter")
-        if not isinstance(given, str | None):
+                raise ValueError(f"delimiter={delimiter!r}: an empty string ends no step; use None for no delimiter")
+        if not isinstance(delimiter, str | None):
             object.__setattr__(self, "delimiter", delimiters)  # hashable
         if self.max_tokens is not None:
             if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int | np.integer):
@@ -79,7 +81,7 @@ class StepRule:
             if self.max_tokens < 1:
                 raise ValueError(f"max_tokens={self.max_tokens!r}: an integer >= 1 or None is needed")
         if self.confidence is not None:
-            number("confidence", self.confidence, "a probability in [0, 1] or None", lambda given: 0 <= given <= 1)
+            number("confidence", self.confidence, "a probability in [0, 1] or None", lambda x: 0 <= x <= 1)
         if self.regex is not None:
             if not isinstance(self.regex, str):
                 raise TypeError(f"regex={self.regex!r}: a string or None is needed, not {type(self.regex).__name__}")
@@ -209,16 +211,16 @@ class StepMatcher:
         search = rule._pattern.search
         literal = rule._literal.search(text) if rule._literal is not None else None
         last = len(text) if literal is None else literal.end()
-        found = None
+        match = None
         if rule._settled:
             if search(text, 0, last):
                 end = bisect_left(range(last), True, lo=seen + 1, key=lambda e: search(text, 0, e) is not None)
-                found = search(text, 0, end)
+                match = search(text, 0, end)
         else:
-            found = next((m for e in range(seen + 1, last + 1) if (m := search(text, 0, e))), None)
-        if found is None or (literal is not None and found.endpos == last and literal.start() < found.start()):
+            match = next((m for e in range(seen + 1, last + 1) if (m := search(text, 0, e))), None)
+        if match is None or (literal is not None and match.endpos == last and literal.start() < match.start()):
             return None if literal is None else literal.span()
-        return found.start(), found.endpos
+        return match.start(), match.endpos
 
 
 def _completing_first(delimiters: Iterable[str]) -> list[str]:

@@ -54,23 +54,23 @@ class StopMatcher:
         return StopMatch(end - start, len(text) - end)
 
 
-def stop_strings(given: str | Iterable[str] | None) -> tuple[str, ...]:
+def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     """Stop strings from what users pass: a string, strings, or None.
 
     Raises:
         TypeError: one is not a string.
         ValueError: one is empty, or no text at all (a lone surrogate).
     """
-    if isinstance(given, bytes) or not isinstance(given, str | Iterable | None):
-        raise TypeError(f"stop={given!r}: a string, strings or None is needed, not {type(given).__name__}")
-    strings = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+    if isinstance(stop, bytes) or not isinstance(stop, str | Iterable | None):
+        raise TypeError(f"stop={stop!r}: a string, strings or None is needed, not {type(stop).__name__}")
+    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     for string in strings:
         if not isinstance(string, str):
-            raise TypeError(f"stop={given!r}: a string, strings or None is needed, not {type(string).__name__}")
+            raise TypeError(f"stop={stop!r}: a string, strings or None is needed, not {type(string).__name__}")
         if not string:
-            raise ValueError(f"stop={given!r}: an empty string ends no response")
+            raise ValueError(f"stop={stop!r}: an empty string ends no response")
         try:
             string.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"stop={given!r}: {error}") from error
+            raise ValueError(f"stop={stop!r}: {error}") from error
     return strings

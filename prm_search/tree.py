@@ -310,10 +310,10 @@ class SearchTree:
         try:
             record = json.loads(source)
             version, nodes = record["version"], record["nodes"]
-            given = {k: v for k, v in record["prompt"].items() if v is not None}
+            prompt_fields = {k: v for k, v in record["prompt"].items() if v is not None}
             if version != 1 or not nodes or nodes[0]["parent"] is not None:
                 raise ValueError(f"version {version!r} with {len(nodes)} nodes")
-            tree = cls(Prompt(**given), occurrence=record["occurrence"])
+            tree = cls(Prompt(**prompt_fields), occurrence=record["occurrence"])
             tree.primary = record["primary"]
             tree.notes = list(record.get("notes", ()))
             tree.log_z = record.get("log_z")  # trees of older versions have none, and no weights

@@ -121,7 +121,7 @@ def same(a: Form, b: Form) -> bool:
     """`equivalent` for forms."""
     if alike(a, b):
         return True
-    numbers = [each.number for each in (a, b) if each.number is not None]
+    numbers = [side.number for side in (a, b) if side.number is not None]
     if len(numbers) == 2 or any(number.in_words for number in numbers):
         return False
     if not (_mathematical(_expression(a)) and _mathematical(_expression(b))):

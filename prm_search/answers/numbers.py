@@ -104,10 +104,10 @@ def parse_number(text: str) -> Number | None:
         return None if currency else Number(value, percent=True)
     if not rest:
         return Number(value, currency)
-    found = _unit(rest, apart=match["rest"][:1].isspace())
-    if found is None or (currency and found[1] not in ("", currency)):
+    scaled_unit = _unit(rest, apart=match["rest"][:1].isspace())
+    if scaled_unit is None or (currency and scaled_unit[1] not in ("", currency)):
         return None
-    scale, unit = found
+    scale, unit = scaled_unit
     return Number(value * scale, currency or unit, in_words=not currency and rest[0].isalpha() and bool(unit))
 
 
@@ -147,11 +147,11 @@ def _unit(rest: str, apart: bool) -> tuple[int, str] | None:
     rest_is_letters = rest[0].isalpha()
     labelled = _LABEL.search(rest) is not None  # then one letter is a unit, otherwise a variable
     rest = _DEGREE.sub(" degree ", _LABEL.sub(r" \1 ", rest)).replace("/", " per ").strip().rstrip(".")
-    words = rest.split()
-    if not apart and rest_is_letters and words[0].strip(".").lower() not in _SHORT:
+    unit_words = rest.split()
+    if not apart and rest_is_letters and unit_words[0].strip(".").lower() not in _SHORT:
         return None
     scale, unit, raised = 1, list[str](), ""
-    for word in words:
+    for word in unit_words:
         bare = re.sub(r"\^\{?([23])\}?$", "", word.strip("."))
         letter = len(bare) == 1 and (labelled or (apart and bare in _LETTERS))
         if not letter:

@@ -94,7 +94,8 @@ def select(
     # "best" needs the winner's answer alone
     answers = [None if how == "best" else _answer(extract, node) for node in nodes]
     records = [
-        Candidate(found, _value(node), node.count, node.weight) for node, found in zip(nodes, answers, strict=True)
+        Candidate(extracted, _value(node), node.count, node.weight)
+        for node, extracted in zip(nodes, answers, strict=True)
     ]
     chosen = elect(records, how, weight=weight, temperature=temperature, literal=extract is None)
     winner = nodes[chosen.place]
@@ -114,7 +115,7 @@ def _answer(extract: Answer | None, node: Node) -> str | None:
     """Return what a node's path votes for: the answer found in its text, or all of that without an extractor."""
     if extract is None:
         return node.path_text().strip() or None
-    found = extract(node.path_text())
-    if found is not None and not isinstance(found, str):
-        raise TypeError(f"answer: the function must return a str or None, it returned {type(found).__name__}")
-    return found or None
+    extracted = extract(node.path_text())
+    if extracted is not None and not isinstance(extracted, str):
+        raise TypeError(f"answer: the function must return a str or None, it returned {type(extracted).__name__}")
+    return extracted or None

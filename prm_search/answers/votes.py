@@ -103,7 +103,7 @@ def elect(
     counts: dict[Form, _Count] = {}  # equivalent answers share a count
     distinct: list[_Count] = []
     abstained = 0
-    for place, candidate in enumerate(candidates):
+    for index, candidate in enumerate(candidates):
         if candidate.answer is None:
             abstained += candidate.count
             continue
@@ -116,7 +116,7 @@ def elect(
                 count = _Count(key)
                 distinct.append(count)
             counts[key] = count
-        count.cast(place, candidate, weights[place])
+        count.cast(index, candidate, weights[index])
     if not distinct:
         reason = f"none of {len(candidates)} candidates has an answer, so {how!r} fell back to 'best'"
         return Election(best, (), abstained, reason)
@@ -137,9 +137,9 @@ class _Count:
         self.weights: list[float] = []
         self.value = -math.inf
 
-    def cast(self, place: int, candidate: Candidate, weight: float) -> None:
+    def cast(self, index: int, candidate: Candidate, weight: float) -> None:
         if not self.votes or candidate.value > self.value:
-            self.place, self.answer, self.value = place, str(candidate.answer), candidate.value
+            self.place, self.answer, self.value = index, str(candidate.answer), candidate.value
         self.votes += candidate.count
         self.weights.append(weight)
 
@@ -152,9 +152,9 @@ def _weights(candidates: Sequence[Candidate], weight: Weight, temperature: float
     if weight == "sigmoid":
         return [candidate.count * _sigmoid(candidate.value / temperature) for candidate in candidates]
     top = max(candidate.value for candidate in candidates)
-    each = [1.0 if c.value == top else math.exp((c.value - top) / temperature) for c in candidates]
-    total = math.fsum(w * c.count for w, c in zip(each, candidates, strict=True))
-    return [w / total * c.count for w, c in zip(each, candidates, strict=True)]
+    exponentials = [1.0 if c.value == top else math.exp((c.value - top) / temperature) for c in candidates]
+    total = math.fsum(w * c.count for w, c in zip(exponentials, candidates, strict=True))
+    return [w / total * c.count for w, c in zip(exponentials, candidates, strict=True)]
 
 
 def _sigmoid(x: float) -> float:

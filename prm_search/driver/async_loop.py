@@ -164,14 +164,14 @@ class AsyncSearch:
                 self._running |= {asyncio.create_task(loop.draw(request)): request for request in driver.pending()}
                 answered = await self._answers() if self._running else []
                 fresh = [await self._aside(nodes_of, request, children) for request, children in answered]
-                nodes = list(dict.fromkeys(node for each in fresh for node in each))
+                nodes = list(dict.fromkeys(node for new_nodes in fresh for node in new_nodes))
                 await loop.score(nodes)
                 if driver.active:  # it may be cancelled while it waits
                     await self._aside(set_values, driver.value(self.tree), nodes)
                 if not driver.active:
                     break
-                for (request, children), each in zip(answered, fresh, strict=True):
-                    driver.tell(request, children, each)
+                for (request, children), new_nodes in zip(answered, fresh, strict=True):
+                    driver.tell(request, children, new_nodes)
                 models.report(nodes)
             (outcome,) = driver.ended()
             await self._stop()
@@ -211,8 +211,8 @@ class AsyncSearch:
     async def _interrupt(self, tasks: Sequence[asyncio.Task[list[Node]]]) -> None:
         for task in tasks:
             if not task.done():
-                asked = self._loop.models.policy.interrupt(self._running[task])
-                if not (await asked if inspect.isawaitable(asked) else asked):
+                reply = self._loop.models.policy.interrupt(self._running[task])
+                if not (await reply if inspect.isawaitable(reply) else reply):
                     task.cancel()
         if tasks:
             await asyncio.wait(tasks)

@@ -31,11 +31,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "nodes", "depth"):
-            given = getattr(self, name)
-            if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
-                raise ValueError(f"budget: {name}={given!r}: an integer >= 1 or None is needed")
+            limit = getattr(self, name)
+            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+                raise ValueError(f"budget: {name}={limit!r}: an integer >= 1 or None is needed")
         if self.seconds is not None:
-            number("budget: seconds", self.seconds, "a finite number > 0 or None", lambda given: 0 < given < math.inf)
+            number("budget: seconds", self.seconds, "a finite number > 0 or None", lambda x: 0 < x < math.inf)
 
     @classmethod
     def of(cls, given: Budget | int | None) -> Budget:
@@ -92,5 +92,5 @@ def share(amount: int | None, parts: int) -> list[int | None]:
         return [None] * parts
     if parts == 0:
         return []
-    each, over = divmod(amount, parts)
-    return [each + (part < over) for part in range(parts)]
+    portion, over = divmod(amount, parts)
+    return [portion + (part < over) for part in range(parts)]

@@ -135,8 +135,8 @@ class Driver:
         if tree not in self._searches:
             return []
         search = self._drop(tree)
-        found = [node for node in tree.nodes if node.finished and not node.rollout and node.value is not None]
-        self._ended.append(Outcome(tree, found, "cancelled"))
+        candidates = [node for node in tree.nodes if node.finished and not node.rollout and node.value is not None]
+        self._ended.append(Outcome(tree, candidates, "cancelled"))
         return list(search.requests)
 
     def seconds_left(self, tree: SearchTree) -> float:
@@ -182,11 +182,11 @@ class Driver:
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 
-    def _start(self, search: Search, run: Run, purse: Purse, join: Join | None = None, place: int = 0) -> None:
-        task = Task(run, purse, join, place)
+    def _start(self, search: Search, run: Run, purse: Purse, join: Join | None = None, part: int = 0) -> None:
+        task = Task(run, purse, join, part)
         search.tasks.add(task)
         if join is not None:
-            join.parts[place] = task
+            join.parts[part] = task
         self._resume(search, task, None)
 
     def _resume(self, search: Search, task: Task, message: object) -> None:
@@ -226,18 +226,18 @@ class Driver:
         self, search: Search, task: Task, runs: Sequence[Run], purses: Sequence[Purse], *, alone: bool = False
     ) -> None:
         join = Join(task, [task] * len(runs), [[] for _ in runs], len(runs), alone)
-        for place, (run, purse) in enumerate(zip(runs, purses, strict=True)):
-            self._start(search, run, purse, join, place)
+        for part, (run, purse) in enumerate(zip(runs, purses, strict=True)):
+            self._start(search, run, purse, join, part)
 
     def _end(self, search: Search, candidates: Sequence[Node]) -> None:
         del self._searches[search.tree]
         unfinished = [node for node in candidates if not node.finished and node.parent is not None]
         if unfinished:
             raise ValueError(f"a strategy returns finished nodes only, not {unfinished[0]!r}")
-        found = [node for node in distinct(candidates) if node.finished]
-        full = bool(found) and all(node.finish == "length" for node in found)
+        finished = [node for node in distinct(candidates) if node.finished]
+        full = bool(finished) and all(node.finish == "length" for node in finished)
         stopped = next((limit for limit in LIMITS if limit in search.limits), "length" if full else "finished")
-        self._ended.append(Outcome(search.tree, found, stopped))
+        self._ended.append(Outcome(search.tree, finished, stopped))
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -251,15 +251,15 @@ class Driver:
             search.limits.add("nodes" if empty else "tokens")
         counts: dict[Node, list[int]] = {}
         slots: dict[Node, list[int]] = {}
-        given: dict[Node, list[int | None]] = {}
+        node_caps: dict[Node, list[int | None]] = {}
         taken = 0
         for slot, (node, n) in enumerate(zip(ask.nodes, wanted, strict=True)):
             share = caps[taken : taken + n]
             taken += len(share)
             counts.setdefault(node, []).append(len(share))
             slots.setdefault(node, []).extend([slot] * len(share))
-            given.setdefault(node, []).extend(share)
-        for node, shares in given.items():
+            node_caps.setdefault(node, []).extend(share)
+        for node, shares in node_caps.items():
             if shares:
                 room = search.sampling.max_new_tokens - node.end
                 limits = [room if cap is None else cap for cap in shares]

@@ -41,22 +41,22 @@ class Participants(Generic[P]):
 
     def __init__(
         self,
-        given: object,
+        user_policy: object,
         policy: P,
         scorer: Scorer | None,
         prover: Scorer | None,
         on_event: Callable[[Event], object] | None,
     ) -> None:
-        for name, each in (("scorer", scorer), ("prover", prover)):
-            if each is not None:
-                require(name, each, Scorer)
+        for name, model in (("scorer", scorer), ("prover", prover)):
+            if model is not None:
+                require(name, model, Scorer)
         if prover is not None and scorer is None:
             raise ValueError("prover= needs scorer= beside it")
         if prover is not None and scorer is not None and prover.name == scorer.name:
             raise ValueError(f"prover and scorer are both named {scorer.name!r}; give one of them another name")
-        self.scorers = [ScorerDefaults.of(each) for each in (scorer, prover) if each is not None]
-        for each in self.scorers:
-            each.bind(given)  # a pair whose reference is the policy learns here which that is
+        self.scorers = [ScorerDefaults.of(model) for model in (scorer, prover) if model is not None]
+        for wrapped in self.scorers:
+            wrapped.bind(user_policy)  # a pair whose reference is the policy learns here which that is
         self.policy: P = policy
         if on_event is not None:
             function("on_event", on_event, "a function of an Event, or None,")
@@ -133,11 +133,11 @@ class Participants(Generic[P]):
         return {name: limit for name, limit in limits.items() if limit is not None}
 
     def _value(self, settings: SearchSettings) -> Value:
-        given = settings.value if settings.value is not None else getattr(settings.strategy, "value", None)
-        if isinstance(given, str) and not self.scorers:
-            raise ValueError(f"value={given!r} needs scorer=: without one there are no rewards")
-        if given is not None:
-            return resolve_value(given)
+        chosen = settings.value if settings.value is not None else getattr(settings.strategy, "value", None)
+        if isinstance(chosen, str) and not self.scorers:
+            raise ValueError(f"value={chosen!r} needs scorer=: without one there are no rewards")
+        if chosen is not None:
+            return resolve_value(chosen)
         if not self.scorers:
             return _nothing
         value = resolve_value(q if self.scorers[0].default_value is None else self.scorers[0].default_value)
@@ -179,9 +179,9 @@ class Participants(Generic[P]):
     def usage(self, tree: SearchTree) -> Usage:
         """A tree's token counts by role, and the whole batch's forwards and seconds so far."""
         roles: dict[str, Hashable] = {"policy": self.policy.id}
-        for place, scorer in enumerate(self.scorers):
+        for index, scorer in enumerate(self.scorers):
             for role, model in scorer.models.items():
-                roles[role if place == 0 else f"{scorer.name}.{role}"] = model
+                roles[role if index == 0 else f"{scorer.name}.{role}"] = model
         usage = Usage.read(tree.meter, roles)
         if self.scorers:
             prompt = len(tree.prompt_ids)

@@ -62,7 +62,7 @@ class SearchSettings:
             raise ValueError(f"select={select!r} is unknown; it is one of {SELECTS}")
         if not is_one_of(weight, ("softmax", "sigmoid")):
             raise ValueError(f"weight={weight!r}: it is 'softmax' or 'sigmoid'")
-        number("weight_temperature", weight_temperature, "a finite number > 0", lambda given: 0 < given < float("inf"))
+        number("weight_temperature", weight_temperature, "a finite number > 0", lambda x: 0 < x < float("inf"))
         if value is not None:
             resolve_value(value)
         sampling = Sampling(

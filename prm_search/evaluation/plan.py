@@ -40,8 +40,8 @@ class Cell:
 
     def title(self, *, with_pair: bool = False) -> str:
         """Return what tables call it, without its budget: "best_of_n q", "weighted min sigmoid"."""
-        words = [self.strategy, self.value, self.weight, f"({self.pair})" if with_pair and self.pair else None]
-        return " ".join(word for word in words if word)
+        parts = [self.strategy, self.value, self.weight, f"({self.pair})" if with_pair and self.pair else None]
+        return " ".join(word for word in parts if word)
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,12 @@ class Plan:
         if self.search_values is not None:
             object.__setattr__(self, "search_values", _words("search_values", self.search_values, tuple(VALUES)))
         for name, least, most in (("budgets", 1, MANY), ("seeds", 0, (1 << 64) - 1)):
-            given = tuple(getattr(self, name))
-            for each in given:
-                integer(name, each, least, f"integers >= {least}, and at most {most:,},", most)
-            if not given or len(set(given)) < len(given):
-                raise ValueError(f"{name}={given!r}: at least one is needed, and none twice")
-            object.__setattr__(self, name, given)
+            numbers = tuple(getattr(self, name))
+            for value in numbers:
+                integer(name, value, least, f"integers >= {least}, and at most {most:,},", most)
+            if not numbers or len(set(numbers)) < len(numbers):
+                raise ValueError(f"{name}={numbers!r}: at least one is needed, and none twice")
+            object.__setattr__(self, name, numbers)
         object.__setattr__(self, "budgets", tuple(sorted(self.budgets)))
         number("weight_temperature", self.weight_temperature, "a finite number > 0", lambda x: 0 < x < float("inf"))
         for name in ("lookahead_steps", "lookahead_rollouts"):
@@ -124,8 +124,8 @@ class Plan:
         for n, shape in self.shapes.items():
             if n not in self.budgets:
                 raise ValueError(f"shapes: {n} is none of the budgets {list(self.budgets)}")
-            for name, each in zip(("width", "expansions"), shape, strict=True):
-                integer(f"shapes: {name}", each, 1, f"an integer >= 1, and at most {MANY:,},", MANY)
+            for name, size in zip(("width", "expansions"), shape, strict=True):
+                integer(f"shapes: {name}", size, 1, f"an integer >= 1, and at most {MANY:,},", MANY)
         self.sampling(0)
 
     @property
@@ -144,15 +144,15 @@ class Plan:
 
     def votes(self, pairs: Sequence[str]) -> list[Cell]:
         """The cells that are read off the samples of a problem."""
-        found = [Cell("majority", n) for n in self.budgets if "majority" in self.strategies]
+        cells = [Cell("majority", n) for n in self.budgets if "majority" in self.strategies]
         for pair in pairs:
             for value in self.values:
                 for n in self.budgets:
                     if "best_of_n" in self.strategies:
-                        found.append(Cell("best_of_n", n, pair, value))
+                        cells.append(Cell("best_of_n", n, pair, value))
                     if "weighted" in self.strategies:
-                        found += [Cell("weighted", n, pair, value, weight) for weight in self.weights]
-        return found
+                        cells += [Cell("weighted", n, pair, value, weight) for weight in self.weights]
+        return cells
 
     def searches(self, pairs: Sequence[str]) -> list[Cell]:
         """The cells that are searches of their own."""
@@ -162,11 +162,11 @@ class Plan:
 
     def units(self, problems: int, pairs: Sequence[str]) -> list[Unit]:
         """Everything that is to be done, in order: one record each."""
-        found = [Unit("greedy", i) for i in range(problems) if "greedy" in self.strategies]
+        units = [Unit("greedy", i) for i in range(problems) if "greedy" in self.strategies]
         for seed in self.seeds:
-            found += [Unit("samples", i, seed) for i in range(problems)]
-            found += [Unit("search", i, seed, cell) for cell in self.searches(pairs) for i in range(problems)]
-        return found
+            units += [Unit("samples", i, seed) for i in range(problems)]
+            units += [Unit("search", i, seed, cell) for cell in self.searches(pairs) for i in range(problems)]
+        return units
 
     def strategy(self, cell: Cell) -> Strategy:
         """The configured search of a cell."""
@@ -179,10 +179,10 @@ class Plan:
 
     def card(self) -> dict[str, Any]:
         """The plan as plain values, for reports and keys."""
-        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        found["shapes"] = {str(n): list(shape) for n, shape in sorted(self.shapes.items())}
-        found["steps"] = repr(self.steps)
-        return {name: list(each) if isinstance(each, tuple) else each for name, each in found.items()}
+        entries = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        entries["shapes"] = {str(n): list(shape) for n, shape in sorted(self.shapes.items())}
+        entries["steps"] = repr(self.steps)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
 
 
 def shape(n: int) -> tuple[int, int]:
@@ -192,17 +192,17 @@ def shape(n: int) -> tuple[int, int]:
     what n samples draw. A lookahead spends steps * rollouts further steps on each child, so Plan gives it the
     shape of n / (1 + steps * rollouts).
     """
-    expansions = next(each for each in range(1, n + 1) if n % each == 0 and each * each >= n)
+    expansions = next(divisor for divisor in range(1, n + 1) if n % divisor == 0 and divisor * divisor >= n)
     return n // expansions, expansions
 
 
-def _words(name: str, given: Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(given, str):
-        raise TypeError(f"{name} must be a list of names, got the string {given!r}")
-    words = tuple(given)
-    for word in words:
+def _words(name: str, names: Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise TypeError(f"{name} must be a list of names, got the string {names!r}")
+    chosen = tuple(names)
+    for word in chosen:
         if word not in allowed:
             raise ValueError(f"{name}: {word!r} is unknown; it is one of {', '.join(allowed)}")
-    if not words or len(set(words)) < len(words):
-        raise ValueError(f"{name}={list(words)!r}: at least one is needed, and none twice")
-    return words
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"{name}={list(chosen)!r}: at least one is needed, and none twice")
+    return chosen

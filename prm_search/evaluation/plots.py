@@ -32,13 +32,13 @@ def plot(summary: Summary, folder: Path) -> list[str]:
         axes = figure.add_subplot(xlabel=label, ylabel="right answers", ylim=(0, 1))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        for place, (title, rows) in enumerate(lines.items()):
+        for index, (title, rows) in enumerate(lines.items()):
             points = sorted((tokens(row), row.accuracy, row.low, row.high) for row in rows)
             x, y, low, high = zip(*points, strict=True)
             below = [max(0.0, a - b) for a, b in zip(y, low, strict=True)]
             above = [max(0.0, b - a) for a, b in zip(y, high, strict=True)]
             axes.errorbar(
-                x, y, yerr=(below, above), label=title, marker=MARKERS[place % len(MARKERS)], capsize=2, linewidth=1.2
+                x, y, yerr=(below, above), label=title, marker=MARKERS[index % len(MARKERS)], capsize=2, linewidth=1.2
             )
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize="small")

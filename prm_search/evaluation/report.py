@@ -162,7 +162,10 @@ def markdown(
         )
     parts.append(table(summary))
     if summary.pass_at:
-        rows = [[str(each.k), f"{each.mean:.3f}", _interval(each.low, each.high)] for each in summary.pass_at]
+        rows = [
+            [str(estimate.k), f"{estimate.mean:.3f}", _interval(estimate.low, estimate.high)]
+            for estimate in summary.pass_at
+        ]
         parts.append(grid(["k", "pass@k", "95 % interval"], rows))
     parts += [f"![{Path(name).stem.replace('-', ' ')}]({name})" for name in plots]
     if remark:
@@ -219,7 +222,7 @@ def _interval(low: float, high: float, *, sign: bool = False) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(each)}" for name, each in value.items()) or "none"
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value)) or "none"
     return "none" if value is None else str(value)

@@ -86,13 +86,13 @@ def evaluate_responses(
     odd = [name for name in plan.strategies if name not in VOTES]
     if odd:
         raise ValueError(f"strategies: {', '.join(odd)} would sample; responses that exist take {', '.join(VOTES)}")
-    for place, problem in enumerate(problems):
+    for index, problem in enumerate(problems):
         if len(problem.responses) < plan.most:
             raise ValueError(
-                f"problems[{place}] has {len(problem.responses)} responses; a budget of {plan.most} needs as many"
+                f"problems[{index}] has {len(problem.responses)} responses; a budget of {plan.most} needs as many"
             )
-        if (judge is None or problem.answer is None) and any(each.right is None for each in problem.responses):
-            raise ValueError(f"problems[{place}]: a response has no label, and there is no right answer to judge it by")
+        if (judge is None or problem.answer is None) and any(response.right is None for response in problem.responses):
+            raise ValueError(f"problems[{index}]: a response has no label, and there is no right answer to judge it by")
     extract = resolve_answer(answer) or final_answer
     return _records(problems, pairs, plan, judge, extract, done or {})
 
@@ -105,8 +105,8 @@ def _records(
     extract: Answer,
     done: Mapping[int, dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    for place, problem in enumerate(problems):
-        if place in done:
+    for index, problem in enumerate(problems):
+        if index in done:
             continue
         responses = problem.responses[: plan.most]
         costs: dict[str, Cost] = {}
@@ -116,21 +116,23 @@ def _records(
             try:
                 scores, costs[pair.name] = _score(pair, problem.prompt, responses, plan)
             except ValueError as error:
-                raise ValueError(f"problems[{place}]: {error}") from error
-            tokens = tokens or [len(each.token_ids) for each in scores]
-            for each, found in zip(scores, values, strict=True):
-                found[pair.name] = {value: float(values_of(each, value)[-1]) for value in plan.values}
+                raise ValueError(f"problems[{index}]: {error}") from error
+            tokens = tokens or [len(response_scores.token_ids) for response_scores in scores]
+            for response_scores, response_values in zip(scores, values, strict=True):
+                response_values[pair.name] = {
+                    value: float(values_of(response_scores, value)[-1]) for value in plan.values
+                }
         samples = []
-        for response, count, found in zip(responses, tokens, values, strict=True):
+        for response, count, response_values in zip(responses, tokens, values, strict=True):
             right = response.right
             if right is None:
                 right = not response.cut and judge is not None and judge(response.text, str(problem.answer))[1]
             vote = None if response.cut else extract(response.text) or None
             finish = "length" if response.cut else "stop"
-            samples.append(Sample(response.text, vote, bool(right), count, count, finish, found))
+            samples.append(Sample(response.text, vote, bool(right), count, count, finish, response_values))
         prompt_tokens = costs[pairs[0].name].prm_tokens - sum(tokens)
         record = record_of(samples, costs, plan, prompt_tokens=prompt_tokens)
-        yield {"index": place, "kind": "samples", "problem": place, "seed": 0, **record}
+        yield {"index": index, "kind": "samples", "problem": index, "seed": 0, **record}
 
 
 def _score(
@@ -140,13 +142,13 @@ def _score(
     began = perf_counter()
     scores = pair.score(
         [Prompt(token_ids=ids)] * len(responses),
-        [each.text if each.token_ids is None else each.token_ids for each in responses],
+        [response.text if response.token_ids is None else response.token_ids for response in responses],
         steps=plan.steps,
-        append_eos=[not each.cut for each in responses],
+        append_eos=[not response.cut for response in responses],
     )
     seconds = perf_counter() - began
     encoded = len(ids) + sum(
-        len(each.token_ids) for each in scores
+        len(response_scores.token_ids) for response_scores in scores
     )  # equal prompts are one tree, nothing else is shared
     return scores, Cost(encoded, 0 if pair.reference is None else encoded, seconds)
 

@@ -82,11 +82,11 @@ def evaluate(
         raise ValueError(f"scorers is empty: {', '.join(plan.ranked)} need at least one")
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch={batch!r}: an integer >= 1 is needed")
-    given = [problem.prompt for problem in problems]
+    plain_prompts = [problem.prompt for problem in problems]
     own = PolicyBase.of(policy)
-    prompts = encode_all(given, Participants(policy, own, None, None, None).encode)
+    prompts = encode_all(plain_prompts, Participants(policy, own, None, None, None).encode)
     for scorer in pairs:  # whose context may be shorter
-        encode_all(given, Participants(policy, own, scorer, None, None).encode)
+        encode_all(plain_prompts, Participants(policy, own, scorer, None, None).encode)
     extract = resolve_answer(answer) or final_answer
     judgings = [Judging(judge, extract, problem.answer) for problem in problems]
     run = _Run(prompts, judgings, policy, {scorer.name: scorer for scorer in pairs}, plan, batch, on_result)
@@ -167,11 +167,11 @@ class _Run:
         return record_of(samples, costs, self.plan, seconds=seconds, prompt_tokens=len(tree.prompt_ids))
 
     def _values(self, end: Node) -> dict[str, dict[str, float]]:
-        found = {}
+        by_scorer = {}
         for name in self.scorers:
             end.tree.primary = name
-            found[name] = {value: float(VALUES[value](end)) for value in self.plan.values}
-        return found
+            by_scorer[name] = {value: float(VALUES[value](end)) for value in self.plan.values}
+        return by_scorer
 
     def _search(self, unit: Unit, job: Job, result: Result, seconds: float) -> Record:
         node, usage = result.node, result.usage
@@ -194,9 +194,9 @@ class _Run:
         }
 
 
-def _together(place: tuple[int, Unit]) -> tuple[Any, ...]:
+def _together(entry: tuple[int, Unit]) -> tuple[Any, ...]:
     """Return what the units of one batch have in common."""
-    return place[1].kind, place[1].seed, place[1].cell
+    return entry[1].kind, entry[1].seed, entry[1].cell
 
 
 def _searches(policy: Policy, scorer: Scorer | None, jobs: Sequence[Job], batch: int) -> Iterator[tuple[Job, Result]]:

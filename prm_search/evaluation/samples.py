@@ -145,8 +145,8 @@ def tokens_of(record: dict[str, Any], n: int) -> int:
 def new_tokens(paths: Iterable[Sequence[tuple[object, int]]]) -> list[int]:
     """For each path of (step, its tokens): tokens of the steps that came up in no path before."""
     seen: set[object] = set()
-    found = []
+    counts = []
     for path in paths:
-        found.append(sum(tokens for step, tokens in path if step not in seen))
+        counts.append(sum(tokens for step, tokens in path if step not in seen))
         seen.update(step for step, _ in path)
-    return found
+    return counts

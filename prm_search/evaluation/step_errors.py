@@ -21,7 +21,7 @@ from .statistics import auc, clustered_bootstrap, harmonic_mean, wilson
 
 def first_below(scores: Sequence[float], threshold: float) -> int:
     """Place of the first score below the threshold; -1 for none."""
-    return next((place for place, score in enumerate(scores) if score < threshold), -1)
+    return next((index for index, score in enumerate(scores) if score < threshold), -1)
 
 
 def fit_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> float:
@@ -39,14 +39,14 @@ def fit_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> f
     """
     low, high, lowest = [], [], []
     wrong = 0
-    for each, label in zip(scores, labels, strict=True):
+    for solution_scores, label in zip(scores, labels, strict=True):
         if label < 0:
-            lowest.append(min(each))
+            lowest.append(min(solution_scores))
             continue
         wrong += 1
-        before = min(each[:label], default=math.inf)
-        if each[label] < before:
-            low.append(each[label])
+        before = min(solution_scores[:label], default=math.inf)
+        if solution_scores[label] < before:
+            low.append(solution_scores[label])
             high.append(before)
     if not wrong or not lowest:
         raise ValueError("a threshold needs solutions with an error and solutions without")
@@ -164,13 +164,15 @@ def summarise_steps(
         else:
             thresholds = [
                 fit_threshold(
-                    [each for each, part in zip(scores, parts, strict=True) if part != fold],
-                    [each for each, part in zip(labels, parts, strict=True) if part != fold],
+                    [solution_scores for solution_scores, part in zip(scores, parts, strict=True) if part != fold],
+                    [label for label, part in zip(labels, parts, strict=True) if part != fold],
                 )
                 for fold in range(folds)
             ]
-        said = [first_below(each, thresholds[part]) for each, part in zip(scores, parts, strict=True)]
-        rows.append(_row(value, records, scores, labels, said, thresholds))
+        predicted = [
+            first_below(solution_scores, thresholds[part]) for solution_scores, part in zip(scores, parts, strict=True)
+        ]
+        rows.append(_row(value, records, scores, labels, predicted, thresholds))
     chance = fmean(1 / len(next(iter(record["scores"].values()))) for record in records if record["label"] >= 0)
     return StepSummary(erroneous, len(labels) - erroneous, chance, folds if crossed else 0, rows)
 
@@ -181,7 +183,7 @@ def _deal(problems: Sequence[int], folds: int, seed: int) -> list[int]:
     if isinstance(folds, bool) or not isinstance(folds, int) or not 2 <= folds <= len(distinct):
         raise ValueError(f"folds={folds!r}: 2 to {len(distinct)}, the number of problems, are needed")
     order = np.random.default_rng(seed).permutation(len(distinct))
-    fold = {distinct[i]: place % folds for place, i in enumerate(order)}
+    fold = {distinct[i]: position % folds for position, i in enumerate(order)}
     return [fold[problem] for problem in problems]
 
 
@@ -190,20 +192,20 @@ def _row(
     records: Sequence[Mapping[str, Any]],
     scores: Sequence[Sequence[float]],
     labels: Sequence[int],
-    said: Sequence[int],
+    predicted: Sequence[int],
     thresholds: Sequence[float],
 ) -> StepRow:
     counts: dict[int, np.ndarray] = {}  # by problem: met, wrong, kept, correct
     right_steps: list[float] = []
     wrong_steps: list[float] = []
     lowest = 0
-    for record, each, label, place in zip(records, scores, labels, said, strict=True):
+    for record, solution_scores, label, prediction in zip(records, scores, labels, predicted, strict=True):
         row = counts.setdefault(record["problem"], np.zeros(4))
-        row += [label >= 0 and place == label, label >= 0, label < 0 and place == label, label < 0]
-        right_steps += each if label < 0 else each[:label]
+        row += [label >= 0 and prediction == label, label >= 0, label < 0 and prediction == label, label < 0]
+        right_steps += solution_scores if label < 0 else solution_scores[:label]
         if label >= 0:
-            wrong_steps.append(each[label])
-            lowest += min(range(len(each)), key=each.__getitem__) == label
+            wrong_steps.append(solution_scores[label])
+            lowest += min(range(len(solution_scores)), key=solution_scores.__getitem__) == label
     table = np.stack(list(counts.values()))
     met, wrong, kept, correct = table.sum(0)
     low, high = clustered_bootstrap(table, _f1)

@@ -98,34 +98,34 @@ def _score(
     batch: int,
 ) -> Iterator[dict[str, Any]]:
     first: dict[Any, int] = {}
-    for place, solution in enumerate(solutions):
-        first.setdefault(_asked(solution.prompt), place)
-    waiting = [place for place in range(len(solutions)) if place not in done]
+    for index, solution in enumerate(solutions):
+        first.setdefault(_asked(solution.prompt), index)
+    waiting = [index for index in range(len(solutions)) if index not in done]
     for begin in range(0, len(waiting), batch):
         places = waiting[begin : begin + batch]
         cut = []
-        for place in places:
+        for index in places:
             try:
-                cut.append(encode_steps(scorer, solutions[place].steps, delimiter, append_eos))
-                _fits(scorer, solutions[place].prompt, len(cut[-1][0]))
+                cut.append(encode_steps(scorer, solutions[index].steps, delimiter, append_eos))
+                _fits(scorer, solutions[index].prompt, len(cut[-1][0]))
             except ValueError as error:
-                raise ValueError(f"solutions[{place}]: {error}") from error
+                raise ValueError(f"solutions[{index}]: {error}") from error
         try:
-            found = scorer.score(
-                [solutions[place].prompt for place in places], [ids for ids, _ in cut], steps=[ends for _, ends in cut]
+            scored = scorer.score(
+                [solutions[index].prompt for index in places], [ids for ids, _ in cut], steps=[ends for _, ends in cut]
             )
         except ValueError as error:
             named = re.match(r"(?:prompts|responses)\[(\d+)\]:? ", str(error))
             if named is None:
                 raise
             raise ValueError(f"solutions[{places[int(named[1])]}]: {str(error)[named.end() :]}") from error
-        for place, scores in zip(places, found, strict=True):
+        for index, scores in zip(places, scored, strict=True):
             yield {
-                "index": place,
-                "problem": first[_asked(solutions[place].prompt)],
-                "label": solutions[place].label,
+                "index": index,
+                "problem": first[_asked(solutions[index].prompt)],
+                "label": solutions[index].label,
                 "tokens": len(scores.token_ids),
-                "scores": {value: [float(f"{each:.7g}") for each in values_of(scores, value)] for value in values},
+                "scores": {value: [float(f"{score:.7g}") for score in values_of(scores, value)] for value in values},
             }
 
 

@@ -120,10 +120,10 @@ class Summary:
             KeyError: there is none, or there are several.
         """
         named = {"strategy": strategy, "n": n, **which}
-        found = [row for row in self.rows if all(getattr(row.cell, k) == v for k, v in named.items())]
-        if len(found) != 1:
-            raise KeyError(f"{len(found)} rows have {named}")
-        return found[0]
+        matching = [row for row in self.rows if all(getattr(row.cell, k) == v for k, v in named.items())]
+        if len(matching) != 1:
+            raise KeyError(f"{len(matching)} rows have {named}")
+        return matching[0]
 
     def card(self) -> dict[str, Any]:
         """As report.json has it: plain values, the cell's fields among the row's."""
@@ -135,7 +135,7 @@ class Summary:
             "seeds": self.seeds,
             "samples": self.samples,
             "full_samples": self.full_samples,
-            "pass_at": [asdict(each) for each in self.pass_at],
+            "pass_at": [asdict(estimate) for estimate in self.pass_at],
             "rows": rows,
         }
 
@@ -146,12 +146,12 @@ def outcomes(records: Iterable[Mapping[str, Any]]) -> dict[Cell, list[Outcome]]:
     Of n samples, the seconds and the scorer's tokens are those of all samples, shared out by tokens: by sampled ones,
     and by those that no earlier sample shares.
     """
-    found: dict[Cell, list[Outcome]] = defaultdict(list)
+    by_cell: dict[Cell, list[Outcome]] = defaultdict(list)
     for record in records:
-        each = _of_samples(record) if record["kind"] == "samples" else [(_cell(record), _of_search(record))]
-        for cell, outcome in each:
-            found[cell].append(outcome)
-    return dict(found)
+        cell_outcomes = _of_samples(record) if record["kind"] == "samples" else [(_cell(record), _of_search(record))]
+        for cell, outcome in cell_outcomes:
+            by_cell[cell].append(outcome)
+    return dict(by_cell)
 
 
 def _of_search(record: Mapping[str, Any]) -> Outcome:
@@ -217,7 +217,7 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> Summary:
     pass_at = []
     for n, by_problem in chances.items():
         if by_problem:
-            means = [fmean(each) for each in by_problem.values()]
+            means = [fmean(by_seed) for by_seed in by_problem.values()]
             pass_at.append(PassAt(n, fmean(means), *bootstrap_interval(means)))
     seeds = sorted({record["seed"] for record in kept if record["seed"] is not None})
     finishes = [sample["finish"] for record in samples for sample in record["samples"]]
@@ -230,12 +230,13 @@ def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], best_choice: Mappi
     by_problem = _by_problem(done)
     low, high = clustered_wilson(list(by_problem.values()))
     by_seed: dict[str, list[bool]] = defaultdict(list)
-    for each in done:
-        by_seed["all" if each.seed is None else str(each.seed)].append(each.right)
+    for outcome in done:
+        by_seed["all" if outcome.seed is None else str(outcome.seed)].append(outcome.right)
     both = [i for i in by_problem if i in best_choice]
     gap = fmean(fmean(best_choice[i]) - fmean(by_problem[i]) for i in both) if both else None
     policy, prm, reference = (
-        fmean(getattr(each, name) for each in done) for name in ("policy_tokens", "prm_tokens", "reference_tokens")
+        fmean(getattr(outcome, name) for outcome in done)
+        for name in ("policy_tokens", "prm_tokens", "reference_tokens")
     )
     majority = Cell("majority", cell.n)
     best = None if cell.strategy in VOTES else _best_of_n(cell, cells)
@@ -243,7 +244,7 @@ def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], best_choice: Mappi
         cell,
         len(by_problem),
         len(done),
-        fmean(each.right for each in done),
+        fmean(outcome.right for outcome in done),
         low,
         high,
         {seed: fmean(right) for seed, right in sorted(by_seed.items())},
@@ -251,10 +252,10 @@ def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], best_choice: Mappi
         prm,
         reference,
         policy + prm + reference,
-        sum(each.seconds for each in done),
-        fmean(each.cut for each in done),
-        fmean(each.full for each in done),
-        any(each.shared for each in done),
+        sum(outcome.seconds for outcome in done),
+        fmean(outcome.cut for outcome in done),
+        fmean(outcome.full for outcome in done),
+        any(outcome.shared for outcome in done),
         gap,
         compare(done, cells[majority]) if majority in cells and majority != cell else None,
         None if best is None else compare(done, cells[best]),
@@ -264,35 +265,35 @@ def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], best_choice: Mappi
 
 def _best_of_n(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]]) -> Cell | None:
     """The best_of_n of this cell's pair and budget that is right most often; None where there is none."""
-    rivals = [each for each in cells if (each.strategy, each.n, each.pair) == ("best_of_n", cell.n, cell.pair)]
-    return max(rivals, key=lambda each: fmean(outcome.right for outcome in cells[each]), default=None)
+    rivals = [rival for rival in cells if (rival.strategy, rival.n, rival.pair) == ("best_of_n", cell.n, cell.pair)]
+    return max(rivals, key=lambda rival: fmean(outcome.right for outcome in cells[rival]), default=None)
 
 
 def _by_problem(done: Sequence[Outcome]) -> dict[int, list[bool]]:
-    found: dict[int, list[bool]] = defaultdict(list)
-    for each in done:
-        found[each.problem].append(each.right)
-    return found
+    by_problem: dict[int, list[bool]] = defaultdict(list)
+    for outcome in done:
+        by_problem[outcome.problem].append(outcome.right)
+    return by_problem
 
 
 def _chances(samples: Sequence[Mapping[str, Any]], k: int) -> dict[int, list[float]]:
     """pass@k of each problem, one figure a seed; of problems with at least k samples."""
-    found: dict[int, list[float]] = defaultdict(list)
+    by_problem: dict[int, list[float]] = defaultdict(list)
     for record in samples:
         labels = [sample["right"] for sample in record["samples"]]
         if k <= len(labels):
-            found[record["problem"]].append(pass_at_k(len(labels), sum(labels), k))
-    return found
+            by_problem[record["problem"]].append(pass_at_k(len(labels), sum(labels), k))
+    return by_problem
 
 
 def _oracles(samples: Sequence[Mapping[str, Any]], n: int) -> dict[int, list[float]]:
     """Of each problem, 1 for each seed that has a right one among its first n samples, else 0."""
-    found: dict[int, list[float]] = defaultdict(list)
+    by_problem: dict[int, list[float]] = defaultdict(list)
     for record in samples:
         labels = [sample["right"] for sample in record["samples"]]
         if n <= len(labels):
-            found[record["problem"]].append(float(any(labels[:n])))
-    return found
+            by_problem[record["problem"]].append(float(any(labels[:n])))
+    return by_problem
 
 
 def _cell(record: Mapping[str, Any]) -> Cell:

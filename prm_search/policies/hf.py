@@ -106,10 +106,10 @@ class HFPolicy(HoldsModels, PolicyBase):
         """
         from ..models.loading import load
 
-        lm, words = load(model, tokenizer=tokenizer, capacity=capacity, **options)
-        if words is None:
+        lm, loaded_tokenizer = load(model, tokenizer=tokenizer, capacity=capacity, **options)
+        if loaded_tokenizer is None:
             raise ValueError(f"{str(model)!r} comes without a tokenizer: pass tokenizer=")
-        return cls(lm, words, max_rows=max_rows, stop_ids=stop_ids, sampler=sampler, stop=stop)
+        return cls(lm, loaded_tokenizer, max_rows=max_rows, stop_ids=stop_ids, sampler=sampler, stop=stop)
 
     def _make_decoder(self) -> Decoder:
         return self._decoder_over([self.lm])
@@ -258,9 +258,9 @@ class Steered(HFPolicy):
 
 def _stop_ids(lm: LanguageModel, tokenizer: Any) -> list[int]:
     config = getattr(lm.module, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    if found is None:
-        found = tokenizer.eos_token_id
-    if found is None:
+    eos_ids = getattr(config, "eos_token_id", None)
+    if eos_ids is None:
+        eos_ids = tokenizer.eos_token_id
+    if eos_ids is None:
         return []
-    return [int(found)] if isinstance(found, int) else [int(i) for i in found]
+    return [int(eos_ids)] if isinstance(eos_ids, int) else [int(i) for i in eos_ids]

@@ -48,11 +48,11 @@ def bounded_alpha(policy_logits: Tensor, log_ratio: Tensor, alpha: Tensor, max_k
     last = torch.zeros_like(alpha)  # which end moved: -1, 1
     for _ in range(_ROUNDS):
         middle = inside - f_inside * (outside - inside) / (f_outside - f_inside)
-        found = root_kl(middle) - target
-        within = found <= 0
+        excess = root_kl(middle) - target
+        within = excess <= 0
         # The end that stays twice in a row loses half its weight (Illinois), so that both close in.
-        f_outside = torch.where(within, torch.where(last < 0, f_outside / 2, f_outside), found)
-        f_inside = torch.where(within, found, torch.where(last > 0, f_inside / 2, f_inside))
+        f_outside = torch.where(within, torch.where(last < 0, f_outside / 2, f_outside), excess)
+        f_inside = torch.where(within, excess, torch.where(last > 0, f_inside / 2, f_inside))
         inside = torch.where(within, middle, inside)
         outside = torch.where(within, outside, middle)
         last = torch.where(within, -1.0, 1.0)

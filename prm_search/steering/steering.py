@@ -229,17 +229,17 @@ class Steering:
 
     def _note(self, streams: Sequence[Stream]) -> None:
         """Look up the log-ratio of each token that was sampled from the table of an earlier call."""
-        found: dict[int, tuple[Tensor, list[tuple[Stream, int, int]]]] = {}
+        by_table: dict[int, tuple[Tensor, list[tuple[Stream, int, int]]]] = {}
         for stream in streams:
             if stream._table is None or len(stream.output) <= stream._table[2]:
                 continue
             table, row, at = stream._table
             if 0 <= stream.output[at] < table.shape[1]:
-                found.setdefault(id(table), (table, []))[1].append((stream, row, at))
-        for table, asked in found.values():
-            index = torch.tensor([(row, stream.output[at]) for stream, row, at in asked], device=table.device)
+                by_table.setdefault(id(table), (table, []))[1].append((stream, row, at))
+        for table, entries in by_table.values():
+            index = torch.tensor([(row, stream.output[at]) for stream, row, at in entries], device=table.device)
             values = table[index[:, 0], index[:, 1]].tolist()
-            for (stream, _, at), value in zip(asked, values, strict=True):
+            for (stream, _, at), value in zip(entries, values, strict=True):
                 stream.log_ratios += [math.nan] * (at - stream.first - len(stream.log_ratios))
                 stream.log_ratios.append(value)
                 stream._table = None

@@ -66,12 +66,12 @@ class AdaptiveBranch:
         finished: list[Node] = []
         drawn = 0
         while drawn < self.draws and walks.root.open:
-            places = [walks.choose() for _ in range(min(self.batch, self.draws - drawn))]
-            counts = {place: places.count(place) for place in places}
-            drawn += len(places)
+            chosen = [walks.choose() for _ in range(min(self.batch, self.draws - drawn))]
+            counts = {arms: chosen.count(arms) for arms in chosen}
+            drawn += len(chosen)
             # One request a place: its children are told apart by their parent.
             ends = yield Expand(
-                [place.node for place in counts], list(counts.values()), until=self.until, merge=False, alive=[root]
+                [arms.node for arms in counts], list(counts.values()), until=self.until, merge=False, alive=[root]
             )
             finished += [end for end in ends if end.finished]
             walks.learn(list(counts), ends)
@@ -120,14 +120,14 @@ class _Walks:
 
     def choose(self) -> _Arms:
         """Walk from the root to the node that gets a new child."""
-        place = self.root
-        while going := [child for child in place.children if child.open]:
-            if self._sample(place.gen) >= self._sample(place.cont):
-                return place
-            place = max(going, key=lambda child: self._sample(child.own))
-        return place
+        arms = self.root
+        while going := [child for child in arms.children if child.open]:
+            if self._sample(arms.gen) >= self._sample(arms.cont):
+                return arms
+            arms = max(going, key=lambda child: self._sample(child.own))
+        return arms
 
-    def learn(self, places: list[_Arms], ends: list[Node]) -> None:
+    def learn(self, chosen: list[_Arms], ends: list[Node]) -> None:
         """Take in what was drawn at these places, which ends with these nodes."""
         for end in ends:
             score = value_of(end)
@@ -138,9 +138,9 @@ class _Walks:
                 self._close(self._arms[end])
                 continue
             self._plant(end, score)
-        for place in places:
-            if not place.children and place.parent is not None and place.node.finished:
-                self._close(place)
+        for arms in chosen:
+            if not arms.children and arms.parent is not None and arms.node.finished:
+                self._close(arms)
 
     def best_open(self) -> Node:
         """The unfinished node without children of the largest value; the root where there is none."""
@@ -151,16 +151,16 @@ class _Walks:
         """Add the chain that ends here, and tell every arm that leads to it."""
         path = end.path()
         new = [node for node in path if node not in self._arms]
-        place = self._arms[new[0].parent or self.root.node]
-        place.gen.add(score)
+        base = self._arms[new[0].parent or self.root.node]
+        base.gen.add(score)
         for node in new:
             parent = self._arms[node.parent or self.root.node]
             arms = self._arms[node] = _Arms(node, parent, open=not node.finished)
             parent.children.append(arms)
             arms.own.add(score)
-            if parent is not place:
+            if parent is not base:
                 parent.cont.add(score)
-        above = place
+        above = base
         while above.parent is not None:
             above.own.add(score)
             above.parent.cont.add(score)

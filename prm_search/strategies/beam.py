@@ -86,11 +86,11 @@ class Slots:
         within: list[int] = []
         beyond: list[int] = []
         taken: Counter[int] = Counter()
-        for place, node in enumerate(ranked):
+        for rank, node in enumerate(ranked):
             prefix = 0 if node.parent is None else self._number(node.parent)
             taken[prefix] += 1
-            (within if prefix == 0 or taken[prefix] <= self.per_parent else beyond).append(place)
-        return [ranked[place] for place in sorted([*within, *beyond][: self.width])]
+            (within if prefix == 0 or taken[prefix] <= self.per_parent else beyond).append(rank)
+        return [ranked[rank] for rank in sorted([*within, *beyond][: self.width])]
 
     def _number(self, node: Node) -> int:
         """One number for all nodes that end the same prefix, merged into one node or not; 0 for the root."""

@@ -40,5 +40,5 @@ class DVTS:
         return Beam(self.width, self.expansions, self.per_parent, self.merge, self.value)
 
     def run(self, root: Node) -> Run:
-        found = yield Parallel([self._beam().run(root) for _ in range(self.subtrees)])
-        return distinct([node for candidates in found for node in candidates])
+        subtree_candidates = yield Parallel([self._beam().run(root) for _ in range(self.subtrees)])
+        return distinct([node for candidates in subtree_candidates for node in candidates])

@@ -136,12 +136,12 @@ class _Sweep:
             offspring = self._offspring()
             stays: list[Node] = []
             growth = _Growth()
-            for place, (node, n) in enumerate(zip(self.particles, offspring, strict=True)):
+            for index, (node, n) in enumerate(zip(self.particles, offspring, strict=True)):
                 if node.finished:
                     stays += [node] * n
                 elif n:
                     growth.add(node, n)
-                if place == 0 and self.kept and not node.finished:
+                if index == 0 and self.kept and not node.finished:
                     growth.alive.append(node)
             self.particles = stays
             depth += 1
@@ -183,7 +183,7 @@ class _Sweep:
         log_weights = np.array([self.log_weights[node] for node in self.particles])
         weights = normalised(log_weights)
         if effective_size(weights) > config.ess * n * (1 + 1e-9):
-            return [0 if kept and place == 0 else 1 for place in range(n)]
+            return [0 if kept and index == 0 else 1 for index in range(n)]
         scheme = multinomial if kept else SCHEMES[config.resample]
         counts: list[int] = scheme(weights, n - kept, self.numbers).tolist()
         if config.weights == "increments":

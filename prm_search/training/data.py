@@ -68,19 +68,19 @@ def read_rollouts(path: str | PathLike[str]) -> list[LabelledResponse]:
         ValueError: it holds none, a record stands in it twice, or lacks prompt_ids, response_ids or label (0 or 1); the
             line is said.
     """
-    found = []
+    indexed = []
     once = Distinct()
     prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{os.fspath(path)}, line {number}"
-                place, row = _row(line, where, number, once)
+                index, row = _row(line, where, number, once)
                 row.prompt_ids = prompts.setdefault(row.prompt_ids, row.prompt_ids)  # one copy of each
-                found.append((place, row))
-    if not found:
+                indexed.append((index, row))
+    if not indexed:
         raise ValueError(f"{os.fspath(path)} holds no rollouts")
-    return [row for _, row in sorted(found, key=lambda each: each[0])]
+    return [row for _, row in sorted(indexed, key=lambda entry: entry[0])]
 
 
 def _row(line: bytes, where: str, number: int, once: Distinct) -> tuple[int, LabelledResponse]:
@@ -95,14 +95,14 @@ def _row(line: bytes, where: str, number: int, once: Distinct) -> tuple[int, Lab
         if logprobs is not None and (logprobs.shape != ids[1].shape or not np.isfinite(logprobs).all()):
             raise ValueError
         row = LabelledResponse(tuple(ids[0].tolist()), ids[1], bool(label), logprobs=logprobs)
-        place = int(record.get("index", number))
+        index = int(record.get("index", number))
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(
             f"{where}: no rollout: prompt_ids and response_ids, lists of at least one id, and label, 0 or 1, are "
             "needed; logprobs, where there are any, are a finite number a response id"
         ) from error
     once.add(where, record)
-    return place, row
+    return index, row
 
 
 def by_prompt(rows: Iterable[LabelledResponse]) -> dict[tuple[int, ...], list[LabelledResponse]]:
@@ -125,8 +125,8 @@ def split(rows: Sequence[LabelledResponse], share: float) -> tuple[list[Labelled
     """Rows to train on, and rows held out: those of about `share` of the prompts, by a hash of the prompt's tokens."""
     held: tuple[list[LabelledResponse], list[LabelledResponse]] = ([], [])
     for prompt, group in by_prompt(rows).items():
-        place = int.from_bytes(blake2b(json.dumps(prompt).encode(), digest_size=4).digest(), "big") / 2**32
-        held[place < share].extend(group)
+        position = int.from_bytes(blake2b(json.dumps(prompt).encode(), digest_size=4).digest(), "big") / 2**32
+        held[position < share].extend(group)
     return held
 
 
@@ -223,8 +223,8 @@ def collate(items: Sequence[Item]) -> dict[str, torch.Tensor]:
         mask[i, here] = True
         if row.reference is not None:
             reference[i, here] = torch.from_numpy(np.array(row.reference, np.float32))
-    found: dict[str, Any] = {"input_ids": ids, "attention_mask": attention, "response_mask": mask}
-    found["reference"] = reference
-    found["label"] = torch.tensor([float(item.label) for item in items])
-    found["weight"] = torch.tensor([item.weight for item in items])
-    return found
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": attention, "response_mask": mask}
+    batch["reference"] = reference
+    batch["label"] = torch.tensor([float(item.label) for item in items])
+    batch["weight"] = torch.tensor([item.weight for item in items])
+    return batch

@@ -68,10 +68,10 @@ def response_forward(module: Any) -> Iterator[None]:
         # Under autocast the head's operands are narrow as any other layer's are, for the tensor cores. Sums stay fp32.
         operands = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         with torch.autocast(kind, enabled=False):
-            found = head.logprobs(rows, targets, operands)
+            logprobs = head.logprobs(rows, targets, operands)
         if places is not None:
-            found = found[places]
-        return found.new_zeros(response_mask.shape).masked_scatter(response_mask, found)
+            logprobs = logprobs[places]
+        return logprobs.new_zeros(response_mask.shape).masked_scatter(response_mask, logprobs)
 
     module.forward = MethodType(forward, module)
     try:
@@ -156,8 +156,8 @@ def row_logprobs(
         [len(response_ids)] fp32 a row, nats.
     """
     items = [Item((row,), row.label) for row in rows]
-    places = {id(item): place for place, item in enumerate(items)}
-    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
+    places = {id(item): index for index, item in enumerate(items)}
+    logprobs: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
     device = next(module.parameters()).device
     training = module.training
     module.eval()
@@ -173,12 +173,12 @@ def row_logprobs(
             values = module(**{name: batch[name].to(device) for name in FORWARD if name in batch})
         of_rows = [item for unit in chosen for item in unit.items] if pack else chosen
         for item, line, mask in zip(of_rows, values.float().cpu(), batch["response_mask"], strict=True):
-            found[places[id(item)]] = line[mask].numpy()
+            logprobs[places[id(item)]] = line[mask].numpy()
         tokens += sum(map(_tokens, chosen))
         if progress is not None:
             progress(tokens, whole)
     module.train(training)
-    return found
+    return logprobs
 
 
 def _tokens(unit: Pack | Item) -> int:
@@ -200,7 +200,7 @@ def check_packs(module: Any, made: Sequence[Pack]) -> None:
         raise ValueError(
             f"pack: attn_implementation={module.config._attn_implementation!r} takes no mask; it is sdpa or eager"
         )
-    pack, item = max(((pack, item) for pack in made for item in pack.items), key=lambda each: len(each[1].rows[0]))
+    pack, item = max(((pack, item) for pack in made for item in pack.items), key=lambda entry: len(entry[1].rows[0]))
     others = [other.rows[0] for other in pack.items if other is not item][:7]
     rows = [*others, item.rows[0]]  # the longest one last: away from its prompt
     whole = sum(map(len, rows))

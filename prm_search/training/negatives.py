@@ -41,14 +41,14 @@ def cross_prompt(
     own = {(row.prompt_ids, row.response_ids.tobytes()) for row in rows}
     order = list(rows)
     rng.shuffle(order)
-    found = []
-    for place in range(count):
-        prompt = order[place % len(order)].prompt_ids
+    negatives = []
+    for index in range(count):
+        prompt = order[index % len(order)].prompt_ids
         for _ in range(_DRAWS):
             other = rng.choice(rows)
             made = LabelledResponse(prompt, other.response_ids, False)
             fits = max_length is None or len(made) <= max_length
             if fits and (prompt, made.response_ids.tobytes()) not in own:
-                found.append(made)
+                negatives.append(made)
                 break
-    return found
+    return negatives

@@ -124,8 +124,8 @@ def ipvrm(token_rewards: Tensor, mask: Tensor, label: Tensor, *, margin: float =
     y = _labels(label, r[:, 0])[:, None]
     prefix = mask.cumsum(1).clamp(min=1)
     value = torch.where(mask, r, 0).cumsum(1) / prefix
-    each = y * softplus(margin - value) + (1 - y) * softplus(margin + value)
-    return torch.where(mask, each, 0).sum(1) / lengths
+    losses = y * softplus(margin - value) + (1 - y) * softplus(margin + value)
+    return torch.where(mask, losses, 0).sum(1) / lengths
 
 
 def balance(label: Tensor, group: Tensor | None = None) -> Tensor:
@@ -149,26 +149,26 @@ def balance(label: Tensor, group: Tensor | None = None) -> Tensor:
         raise TypeError(f"label and group must be tensors, got {type(label).__name__} and {type(group).__name__}")
     if label.ndim != 1 or label.dtype != torch.bool or (group is not None and group.shape != label.shape):
         raise ValueError(f"label is {label.dtype} {list(label.shape)}; bool [N] is needed, and group of the same shape")
-    place = torch.zeros_like(label, dtype=torch.long) if group is None else group.unique(return_inverse=True)[1]
-    groups = int(place.max()) + 1 if len(place) else 0
-    right = torch.zeros(groups, device=label.device).index_add_(0, place, label.float())
-    total = torch.bincount(place, minlength=groups).float()
+    group_index = torch.zeros_like(label, dtype=torch.long) if group is None else group.unique(return_inverse=True)[1]
+    groups = int(group_index.max()) + 1 if len(group_index) else 0
+    right = torch.zeros(groups, device=label.device).index_add_(0, group_index, label.float())
+    total = torch.bincount(group_index, minlength=groups).float()
     mixed = (right > 0) & (right < total)
     if not bool(mixed.any()):
         raise ValueError("label: right and wrong responses are both needed" + ("" if group is None else " in a group"))
-    own = torch.where(label, right[place], total[place] - right[place])
-    weight = torch.where(mixed[place], total[place] / (2 * own), 0.0)
+    own = torch.where(label, right[group_index], total[group_index] - right[group_index])
+    weight = torch.where(mixed[group_index], total[group_index] / (2 * own), 0.0)
     return weight * (len(label) / weight.sum())
 
 
-def _floating(name: str, given: Tensor, ndim: int | None = None) -> Tensor:
-    if not isinstance(given, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
-    if not given.is_floating_point():
-        raise ValueError(f"{name} is {given.dtype}; a floating-point tensor is needed")
-    if ndim is not None and given.ndim != ndim:
-        raise ValueError(f"{name} has shape {list(given.shape)}; {ndim} dimensions are needed")
-    return given.to(torch.promote_types(given.dtype, torch.float32))
+def _floating(name: str, tensor: Tensor, ndim: int | None = None) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype}; a floating-point tensor is needed")
+    if ndim is not None and tensor.ndim != ndim:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; {ndim} dimensions are needed")
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _pair(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:

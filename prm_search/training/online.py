@@ -92,17 +92,17 @@ class OnlineUpdater:
             raise ValueError("pair has no reference model: its rewards cannot be trained")
         if pair.reference is pair.prm:
             raise ValueError("pair: model and reference are the same weights, so training one would change the other")
-        for name, given in (("learning_rate", learning_rate), ("clip", clip)):
-            number(name, given, "a finite number > 0", lambda value: 0 < value < math.inf)
+        for name, value in (("learning_rate", learning_rate), ("clip", clip)):
+            number(name, value, "a finite number > 0", lambda x: 0 < x < math.inf)
         for name, count in (("every", every), ("micro_batch", micro_batch)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name}={count!r}: an integer >= 1 is needed")
-        number("discount", discount, "a number in (0, 1]", lambda value: 0 < value <= 1)
+        number("discount", discount, "a number in (0, 1]", lambda x: 0 < x <= 1)
         if band is not None:
             if not isinstance(band, Sequence) or len(band) != 2:
                 raise TypeError(f"band={shown(band)}: two shares, the first below the second, are needed, or None")
             for share in band:
-                number("band", share, "two shares in [0, 1], rising,", lambda value: 0 <= value <= 1)
+                number("band", share, "two shares in [0, 1], rising,", lambda x: 0 <= x <= 1)
             if not band[0] < band[1]:
                 raise ValueError(f"band={band!r}: two shares, the first below the second, are needed, or None")
         self.pair = pair
@@ -122,10 +122,12 @@ class OnlineUpdater:
                 from its model is under way, in which case the batch was not taken: give it again.
         """
         rows = []
-        for place, each in enumerate(outcomes):
-            if len(each.prompt_ids) == 0 or len(each.response_ids) == 0:
-                raise ValueError(f"outcomes[{place}]: prompt_ids and response_ids must not be empty")
-            rows.append(LabelledResponse(tuple(each.prompt_ids), np.asarray(each.response_ids), bool(each.label)))
+        for index, outcome in enumerate(outcomes):
+            if len(outcome.prompt_ids) == 0 or len(outcome.response_ids) == 0:
+                raise ValueError(f"outcomes[{index}]: prompt_ids and response_ids must not be empty")
+            rows.append(
+                LabelledResponse(tuple(outcome.prompt_ids), np.asarray(outcome.response_ids), bool(outcome.label))
+            )
         inside = {prompt for prompt, group in by_prompt(rows).items() if self._within(group)}
         kept = [row for row in rows if row.prompt_ids in inside]
         reference = self.pair.reference
@@ -138,22 +140,22 @@ class OnlineUpdater:
         for group in by_prompt(kept).values():
             if len(group) > 1:
                 labels = [row.label for row in group]
-                found = leave_one_out([rewards[id(row)] for row in group], labels, self.discount)
-                advantages.update(zip(map(id, group), found, strict=True))
+                group_advantages = leave_one_out([rewards[id(row)] for row in group], labels, self.discount)
+                advantages.update(zip(map(id, group), group_advantages, strict=True))
         due = self._batches + 1 >= self.every and bool(self._rows or kept)
         if due:
             self.pair.prm.forget()  # refuses while a search is under way: nothing has changed yet
         self._rows += kept
         self._batches += 1
-        given = tuple(advantages.get(id(row)) for row in rows)
+        row_advantages = tuple(advantages.get(id(row)) for row in rows)
         inclusion = tuple(row.prompt_ids in inside for row in rows)
         if not due:
-            return Update(inclusion, given, False)
+            return Update(inclusion, row_advantages, False)
         taught, self._rows, self._batches = self._rows, [], 0
         before = pair_accuracy(taught, self._sums(taught))
         loss = self._train(taught)
         self.pair.prm.forget()
-        return Update(inclusion, given, True, loss, before, pair_accuracy(taught, self._sums(taught)))
+        return Update(inclusion, row_advantages, True, loss, before, pair_accuracy(taught, self._sums(taught)))
 
     def _within(self, group: Sequence[LabelledResponse]) -> bool:
         share = sum(row.label for row in group) / len(group)
@@ -162,15 +164,15 @@ class OnlineUpdater:
     def _trainable(self) -> list[torch.nn.Parameter]:
         """The PRM's weights: those of its adapters, or all."""
         lm = self.pair.prm
-        found = []
+        weights = []
         for name, weight in lm.module.named_parameters():
             if lm.state is None or any(f".{adapter}." in f"{name}." for adapter in lm.state):
                 if weight.dtype not in (torch.float32, torch.float64):
                     raise ValueError(f"pair: {name} is {weight.dtype}; weights that are trained must be float32")
-                found.append(weight.requires_grad_(True))
+                weights.append(weight.requires_grad_(True))
             else:
                 weight.requires_grad_(False)
-        return found
+        return weights
 
     def _token_rewards(self, rows: Sequence[LabelledResponse]) -> list[np.ndarray]:
         lm = self.pair.prm
@@ -179,7 +181,7 @@ class OnlineUpdater:
         return [self.pair.beta * (value - np.asarray(row.reference)) for value, row in zip(values, rows, strict=True)]
 
     def _sums(self, rows: Sequence[LabelledResponse]) -> list[float]:
-        return [float(each.sum()) for each in self._token_rewards(rows)]
+        return [float(rewards.sum()) for rewards in self._token_rewards(rows)]
 
     def _train(self, rows: Sequence[LabelledResponse]) -> float:
         """One step on all rows. Returns their mean loss before it."""
@@ -225,7 +227,7 @@ def leave_one_out(
     means = np.array([np.mean(rewards, dtype=np.float64) for rewards in token_rewards])
     outcomes = np.array(labels, np.float64)
     others = len(means) - 1
-    found = []
+    advantages = []
     for i, rewards in enumerate(token_rewards):
         left = np.asarray(rewards, np.float64) - (means.sum() - means[i]) / others
         returns = np.empty(len(left))
@@ -233,5 +235,5 @@ def leave_one_out(
         for t in range(len(left) - 1, -1, -1):
             returns[t] = total = left[t] + discount * total
         outcome = outcomes[i] - (outcomes.sum() - outcomes[i]) / others
-        found.append((returns + outcome).astype(np.float32))
-    return found
+        advantages.append((returns + outcome).astype(np.float32))
+    return advantages

@@ -96,23 +96,23 @@ def collate_packs(batch: Sequence[Pack]) -> dict[str, torch.Tensor]:
     sources: list[int] = []
     targets: list[int] = []
     first: list[int] = []  # of each pack, what to add to a node to have its number among the response nodes
-    for place, pack in enumerate(batch):
+    for index, pack in enumerate(batch):
         depth: list[int] = []
         for node, parent in enumerate(pack.parents):
             depth.append(depth[parent] + 1 if parent >= 0 else 0)
             if parent >= 0:
-                seen[place, node] |= seen[place, parent]
+                seen[index, node] |= seen[index, parent]
         prompt = len(pack.prompt_ids)
-        ids[place, : len(pack)] = torch.tensor(pack.tokens)
-        positions[place, : len(pack)] = torch.tensor(depth)
+        ids[index, : len(pack)] = torch.tensor(pack.tokens)
+        positions[index, : len(pack)] = torch.tensor(depth)
         first.append(len(sources) - prompt)
-        sources += [place * width + parent for parent in pack.parents[prompt:]]
+        sources += [index * width + parent for parent in pack.parents[prompt:]]
         targets += pack.tokens[prompt:]
     parts = range(len(batch[0].items[0].rows))
     rows = [
-        (item.rows[part], path[part] + first[place])
+        (item.rows[part], path[part] + first[index])
         for part in parts
-        for place, pack in enumerate(batch)
+        for index, pack in enumerate(batch)
         for item, path in zip(pack.items, pack.paths, strict=True)
     ]
     mask = torch.zeros((len(rows), max(len(path) for _, path in rows)), dtype=torch.bool)

@@ -55,7 +55,7 @@ class Rollout:
             "finish": self.finish,
             "answer": self.answer,
             "label": int(self.label),
-            **({} if self.logprobs is None else {"logprobs": [round(each, 6) for each in self.logprobs]}),
+            **({} if self.logprobs is None else {"logprobs": [round(logprob, 6) for logprob in self.logprobs]}),
         }
 
 
@@ -89,9 +89,9 @@ def sample_rollouts(
             sampled.
         TypeError: policy is none.
     """
-    for name, given in (("n", n), ("batch", batch)):
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            raise ValueError(f"{name}={given!r}: an integer >= 1 is needed")
+    for name, count in (("n", n), ("batch", batch)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}={count!r}: an integer >= 1 is needed")
     require("policy", policy, Policy)
     if sampling.stop and not PolicyBase.of(policy).takes_stop:
         raise ValueError(f"stop={sampling.stop!r}: this policy takes no stop strings")
@@ -132,14 +132,14 @@ def _sample(
                 i, k = places.pop(request)
                 tree = request.node.tree
                 text, cut = node.path_text(), node.finish != "stop"
-                found, right = (None, False) if cut else label(text, problems[i].answer)
+                answer, right = (None, False) if cut else label(text, problems[i].answer)
                 ids = tuple(node.path_ids())
                 left[tree] -= 1
                 if not left[tree]:
                     del left[tree]
                     policy.release(tree)
                 logprobs = _logprobs(node)
-                yield Rollout(i, k, tree.prompt_ids, ids, text, str(node.finish), found, right, logprobs)
+                yield Rollout(i, k, tree.prompt_ids, ids, text, str(node.finish), answer, right, logprobs)
     finally:
         for tree in left:
             policy.release(tree)
@@ -150,7 +150,7 @@ def _logprobs(end: Node) -> tuple[float, ...] | None:
     parts = [node.logprobs for node in end.path()]
     if any(part is None for part in parts):
         return None
-    return tuple(each for part in parts if part is not None for each in part.tolist())
+    return tuple(logprob for part in parts if part is not None for logprob in part.tolist())
 
 
 def _within(sampling: Sampling, context: int | None, prompt: int) -> Sampling:

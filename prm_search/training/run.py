@@ -47,8 +47,8 @@ class Data:
     @property
     def made_up(self) -> list[LabelledResponse]:
         """Rows of items that are not in the file, each once."""
-        given = {id(row) for row in self.rows}
-        made = {id(row): row for item in self.items for row in item.rows if id(row) not in given}
+        known = {id(row) for row in self.rows}
+        made = {id(row): row for item in self.items for row in item.rows if id(row) not in known}
         return list(made.values())
 
 
@@ -206,7 +206,7 @@ def _run(
     from .packing import packs
     from .trainer import PRMTrainer
 
-    given = {
+    defaults = {
         "output_dir": str(folder / CHECKPOINTS),
         "per_device_train_batch_size": recipe.micro_batch,
         "num_train_epochs": recipe.epochs,
@@ -226,7 +226,7 @@ def _run(
     }
     _check_arguments(arguments, TrainingArguments)
     try:
-        args = TrainingArguments(**(given | dict(arguments)))
+        args = TrainingArguments(**(defaults | dict(arguments)))
     except (TypeError, ValueError) as error:  # of a name that it does not have, or of a value
         raise ValueError(f"arguments: {' '.join(str(error).split())}") from error
     whole = recipe.micro_batch * args.world_size
@@ -285,7 +285,7 @@ def _run(
     trainer.save_model(str(folder))
     (folder / "training_args.bin").unlink(missing_ok=True)  # the card has them
     if trainer.is_world_process_zero():
-        lines = (json.dumps(each) + "\n" for each in steps_logged(trainer.state.log_history))
+        lines = (json.dumps(entry) + "\n" for entry in steps_logged(trainer.state.log_history))
         (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
     metrics["process"] = args.process_index
     return metrics
@@ -293,7 +293,7 @@ def _run(
 
 def _check_arguments(arguments: Mapping[str, Any], kind: type[Any]) -> None:
     """Raises ValueError for an argument that transformers does not have, or a text where it has a number."""
-    defaults = {each.name: each.default for each in fields(kind)}
+    defaults = {option.name: option.default for option in fields(kind)}
     for name, value in arguments.items():
         if name not in defaults:
             raise ValueError(f"arguments: {kind.__name__} has no {name!r}")
@@ -325,7 +325,7 @@ def _add_reference(
 def steps_logged(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """A Trainer's log without its summary, whose mean loss and runtime are wrong after a resume: they leave out, or
     count as 0, what came before."""
-    return [each for each in history if "train_runtime" not in each]
+    return [entry for entry in history if "train_runtime" not in entry]
 
 
 def _adapted(lm: Any, rank: int, source: Checkpoint) -> Any:
@@ -342,7 +342,7 @@ def _adapted(lm: Any, rank: int, source: Checkpoint) -> Any:
 def count_pairs(rows: Sequence[LabelledResponse]) -> int:
     """Pairs of a right and a wrong response to one prompt."""
     labels = [[row.label for row in group] for group in by_prompt(rows).values()]
-    return sum(each.count(True) * each.count(False) for each in labels)
+    return sum(group_labels.count(True) * group_labels.count(False) for group_labels in labels)
 
 
 def pair_accuracy(rows: Sequence[LabelledResponse], rewards: Sequence[float]) -> float | None:
@@ -396,10 +396,10 @@ def _finish(
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in ("prm-search", "torch", "transformers", "accelerate", "peft"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

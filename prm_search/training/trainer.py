@@ -96,11 +96,11 @@ class PRMTrainer(Trainer):
         logprobs = model(**{name: inputs[name] for name in FORWARD if name in inputs})
         return self.beta * (logprobs - inputs["reference"])  # 0 - 0 outside the response
 
-    def log(self, logs: dict[str, float], *given: Any, **options: Any) -> None:
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Trainer's, with the means since the last line, those steps included that a resumed run did before."""
         if "loss" in logs:
             logs |= self._means.take()
-        super().log(logs, *given, **options)
+        super().log(logs, *arguments, **options)
 
 
 def _halves(inputs: dict[str, Tensor], items: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -182,5 +182,5 @@ class _Lines(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
         """Say it, in the main process."""
         if state.is_world_process_zero and logs and "loss" in logs:
-            words = " ".join(f"{name} {logs[name]:.4g}" for name in ("loss", "accuracy", "learning_rate"))
-            self._log(f"step {state.global_step} of {state.max_steps}: {words}")
+            figures = " ".join(f"{name} {logs[name]:.4g}" for name in ("loss", "accuracy", "learning_rate"))
+            self._log(f"step {state.global_step} of {state.max_steps}: {figures}")

@@ -61,9 +61,9 @@ def infer(tree: SearchTree, right: dict[Node, bool]) -> dict[Node, Inferred]:
             needed[node] = min(below)
         if node in right or any(child in known for child in node.children):
             known.add(node)
-    found: dict[Node, Inferred] = {}
+    inferred: dict[Node, Inferred] = {}
     if tree.root not in needed:  # no answer is right
-        return found
+        return inferred
     distance: dict[Node, int] = {tree.root: needed[tree.root]}
     for node in tree.nodes[1:]:
         parent = node.parent
@@ -71,10 +71,10 @@ def infer(tree: SearchTree, right: dict[Node, bool]) -> dict[Node, Inferred]:
             continue
         good = node in needed
         distance[node] = needed[node] if good else distance[parent]
-        before = found[parent].value if parent in found else 0.0
+        before = inferred[parent].value if parent in inferred else 0.0
         reward = (1 - before) / (distance[node] + 1) * (1 if good else -1)
-        found[node] = Inferred(max(0.0, before + reward), reward, distance[node], good)
-    return found
+        inferred[node] = Inferred(max(0.0, before + reward), reward, distance[node], good)
+    return inferred
 
 
 def tree_records(
@@ -134,8 +134,8 @@ def _record(
     if answer is None:
         return record
     if node in judged:
-        found, right = judged[node]
-        record |= {"answer": found, "reference_answer": answer, "label": int(right)}
+        extracted, right = judged[node]
+        record |= {"answer": extracted, "reference_answer": answer, "label": int(right)}
     steps = [inferred.get(step) for step in path]
     record["inferred_values"] = [None if step is None else step.value for step in steps]
     record["inferred_rewards"] = [None if step is None else step.reward for step in steps]
