@@ -96,12 +96,12 @@ def test_majority_needs_no_pair(folder):
     assert {c["strategy"] for r in lines("out/records.jsonl") for c in r.get("chosen", [])} == {"majority"}
 
 
-def test_the_engine_and_its_options_are_passed_on(folder, monkeypatch, models):
+def test_the_engine_and_its_options_are_passed_on(folder, monkeypatch, demo_models):
     """The run under vLLM itself is in test_vllm_search.py; here the HF engine stands in for it."""
     import prm_search.integrations.vllm.load as vllm_loading
 
     asked = []
-    monkeypatch.setattr(vllm_loading, "load_policy", lambda name, **given: asked.append(given) or models[0])
+    monkeypatch.setattr(vllm_loading, "load_policy", lambda name, **given: asked.append(given) or demo_models[0])
     args = [*COMMAND, "--strategies", "majority", "--limit", "1", "--out", "out"]
     engine = ["--engine", "vllm", "--dtype", "float32", "--engine-options", '{"max_num_seqs": 4}']
     assert main([*args, *engine]) == 0
