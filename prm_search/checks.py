@@ -40,7 +40,7 @@ def strength(name: str, value: object) -> None:
 
 
 def integer(name: str, value: object, least: int, needed: str, most: float = math.inf) -> None:
-    """Check an integer (numpy's too); a float is none, whole or not. Raises as `number`."""
+    """Check an integer (numpy's too); a float is refused, whole or not. Raises as `number`."""
     whole = isinstance(value, Real) and hasattr(value, "__index__")
     number(name, value, needed, lambda x: whole and least <= x <= most)
 
@@ -75,7 +75,7 @@ def flag(name: str, value: object) -> None:
 
 
 def is_one_of(value: object, names: Iterable[str]) -> bool:
-    """Return True if a value is one of these names; no value of another kind is, whatever it compares equal to."""
+    """Return True if a value is a string and one of these names."""
     return isinstance(value, str) and value in names
 
 

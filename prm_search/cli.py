@@ -61,8 +61,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the words after the program's name; None for this process's own.
 
     Returns:
-        0; 2 for bad input, said in one line on standard error; 130 for Ctrl-C, with what was finished kept; 1 where
-        nobody reads the output any more. Errors of the program itself leave as exceptions.
+        0 for success. 1 where nobody reads the output any more. 2 for bad input, after one line on standard error. 130
+        for Ctrl-C; finished results are kept. Errors of the program itself leave as exceptions.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments

@@ -52,9 +52,9 @@ class Segment:
 class Draw:
     """One child while it is drawn. It decides where its steps and its response end; engines bring the tokens.
 
-    The order of its decisions: an unsure token ends the step before it; a token of `stop_ids`, one that completes a
-    stop string, or a stop condition of the engine, ends the response; so does the child's cap; then the StepRule may
-    end the step. Make it with `of`; engines derive from it and add what they need (with defaults).
+    Decisions are taken in this order. An unsure token ends the step before it. A token of `stop_ids`, one that
+    completes a stop string, or a stop condition of the engine ends the response; so does the child's cap. Then the
+    StepRule may end the step. Make it with `of`; engines derive from it and add what they need (with defaults).
 
     Attributes:
         request, index: the child's place in what was asked for.

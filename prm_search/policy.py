@@ -19,8 +19,8 @@ class Policy(Protocol):
     The driver calls submit and advance until its requests are answered; expand is the same for people who
     drive a search by hand. A policy counts what it did on `node.tree.meter`.
 
-    This is the least that a policy needs. PolicyBase names all that a search may ask besides; a policy that does not
-    derive from it may have any of that too (`PolicyBase.of` looks, once a search).
+    This is the least that a policy needs. PolicyBase names all that a search may ask besides. A policy that does not
+    derive from PolicyBase may have any of these members too (`PolicyBase.of` looks, once a search).
     """
 
     @property
@@ -241,8 +241,8 @@ class BlockingPolicy(PolicyBase):
 class AsyncPolicy(Protocol):
     """Samples steps on an event loop (vLLM's AsyncLLM, an HTTP server): one task a request.
 
-    This is the least that it needs. AsyncPolicyBase names all that a search may ask besides; a policy that does not
-    derive from it may have any of that too, its `interrupt` a function or a coroutine.
+    This is the least that it needs. AsyncPolicyBase names all that a search may ask besides. A policy that does not
+    derive from AsyncPolicyBase may have any of these members too; `interrupt` may be a function or a coroutine.
     """
 
     @property
@@ -271,7 +271,8 @@ class AsyncPolicyBase(_PolicyFacts):
         """The last node of every child's chain (twins repeated)."""
 
     def interrupt(self, request: Request) -> bool | Awaitable[bool]:
-        """Ask a running request to end soon with what it has drawn (finish "budget"); one that has ended is no error.
+        """Ask a running request to end soon with what it has drawn (finish "budget"); a request that has ended is left
+        alone.
 
         Returns:
             False where that cannot be: its task is then cancelled, and what it has drawn is lost. It may be awaitable.

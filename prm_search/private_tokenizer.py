@@ -1,8 +1,8 @@
 """A tokenizer that nobody else sets to truncate or to pad.
 
-A fast tokenizer of transformers keeps truncation and padding as a state of its backend: a call with `truncation=True`
-in another thread, between the setting and the encoding of ours, would cut our prompt. So prompts are encoded by a
-backend of our own.
+A fast tokenizer of transformers keeps truncation and padding as a state of its backend. Another thread's call with
+`truncation=True`, between our setting and our encoding, would cut our prompt. So prompts are encoded by a backend of
+our own.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _backends: WeakKeyDictionary[Any, tuple[object, Any]] = WeakKeyDictionary()  # t
 def private_tokenizer(tokenizer: Any) -> Any:
     """The tokenizer over a backend of its own, for calls without truncation and padding.
 
-    The backend is copied once a tokenizer (.3 s for 49,000 tokens), and again where tokens were added to it or its
-    post-processor has changed; everything else is read from the tokenizer as it is now.
+    The backend is copied once a tokenizer (.3 s for 49,000 tokens), and again after tokens were added or the
+    post-processor changed. Everything else is read from the tokenizer as it is now.
 
     Args:
-        tokenizer: a transformers tokenizer. One without a backend keeps no such state and is returned itself; so is one
-            whose backend cannot be copied, for parts of it that are written in Python.
+        tokenizer: a transformers tokenizer. A tokenizer without a backend keeps no such state and is returned itself.
+            So is a tokenizer whose backend cannot be copied, because parts of the backend are written in Python.
     """
     backend = getattr(tokenizer, "_tokenizer", None)
     if backend is None or not hasattr(backend, "no_truncation"):

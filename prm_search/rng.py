@@ -1,8 +1,8 @@
 """Counter-based random numbers: a draw depends on what it is for, never on when it happens or beside what.
 
-A uniform number is a function of (seed, prompt stream, lineage, response position) through Philox 4x32-10
-(Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), so the make-up and the order of a batch
-change nothing, and a child that inherits its parent's lineage draws what an uninterrupted sample would have drawn.
+A uniform number is a function of (seed, prompt stream, lineage, response position) through Philox 4x32-10 (Salmon et
+al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). So the make-up and the order of a batch change nothing. A
+child that inherits its parent's lineage draws what an uninterrupted sample would have drawn.
 """
 
 from __future__ import annotations

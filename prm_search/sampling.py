@@ -27,7 +27,8 @@ class Sampling:
         seed: 64-bit seed of every draw.
         stop: strings that end a response (one may be given alone). The token that completes the first of them is the
             response's last, with finish "stop", whatever step it is in.
-        include_stop_str: keep the stop string in the text. What its last token has behind it is no text in any case.
+        include_stop_str: keep the stop string in the text. Text of the last token behind the stop string is dropped in
+            any case.
 
     Raises:
         ValueError: a number is out of range or not finite, or a stop string is empty.

@@ -53,8 +53,8 @@ def search(
 ) -> list[Result]:
     """Sample reasoning steps for each prompt, score every step, keep the good ones.
 
-    Every draw is a function of the seed, the prompt and its place in the search alone: how prompts are batched or
-    ordered changes no token.
+    Every draw is a function of the seed, the prompt and its place in the search alone. The batching and the order of
+    prompts change no token.
 
     Args:
         prompts: strings, lists of chat messages, lists of token ids, or Prompts. The n-th of equal prompts draws
@@ -66,8 +66,8 @@ def search(
         max_new_tokens: tokens of a response; the context of the policy, or of a pair, may leave fewer.
         temperature, top_p, top_k, min_p: see Sampling. 0.8 is the usual temperature of search with a PRM.
         seed: of every draw.
-        stop: strings of which the first to complete ends the response, over whatever tokens and steps it is spread.
-            Nothing is drawn behind it, and no text behind it is scored.
+        stop: strings; the first to complete ends the response, even if it spreads over several tokens or steps. Nothing
+            is drawn behind it, and no text behind it is scored.
         include_stop_str: keep it in the texts. Else they end before it; it is one of the tokens in any case.
         select: "best", "majority" or "weighted" (see answers.select). Responses that a length or a budget cut are
             chosen only where none is complete.
@@ -82,8 +82,8 @@ def search(
         One Result a prompt, in order.
 
     Raises:
-        ValueError: an argument is out of range, or a prompt is empty or too long (which one is said); nothing has
-            been sampled then.
+        ValueError: an argument is out of range, or a prompt is empty or too long (the message names the prompt). Raised
+            before anything is sampled.
         TypeError: an argument is of the wrong kind; also a single string instead of a list.
     """
     settings = SearchSettings.make(

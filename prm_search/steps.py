@@ -1,8 +1,8 @@
 """Ends of steps, from token ids.
 
 Tokens are never split: a step ends with the token that completes a delimiter. Delimiters are looked for in the text
-that the tokens spell, not in the tokens, so how a text was cut into tokens, or a path into nodes, changes
-nothing about where its delimiters complete.
+that the tokens spell, not in the tokens. So the cut of a text into tokens, or of a path into nodes, does not move its
+delimiters.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class StepRule:
     """The rule of a step's end: the first token at which any of these holds. End of sequence is the policy's business.
 
     Args:
-        delimiter: string, or strings any of which ends a step. The token that completes one ends the step whole.
-            Text that a completed delimiter used is not used again, and a delimiter before which nothing but
-            whitespace and delimiters came since the last one ends nothing: no step is empty. None for no delimiter.
+        delimiter: a string, or several strings; each of them ends a step. The token that completes one ends the step
+            whole. Text that a completed delimiter used is not used again. A delimiter ends nothing if only whitespace
+            and delimiters came since the last one: steps are never empty. None for no delimiter.
         max_tokens: tokens of a step at most. A step cut in the middle of a delimiter is followed by one that ends
             where the delimiter completes.
         regex: a further delimiter, as a pattern (`re` syntax; it says what separates steps, not what they contain).
@@ -45,8 +45,8 @@ class StepRule:
             (AdaptiveStep, arXiv 2502.13943, section 3); `confidence_quantile` calibrates it.
 
     Raises:
-        ValueError: a delimiter or the regex is or matches the empty string, the regex is not a pattern, max_tokens < 1,
-            or confidence is outside [0, 1].
+        ValueError: a delimiter is empty, the regex matches the empty string or is not a pattern, max_tokens < 1, or
+            confidence is outside [0, 1].
         TypeError: a delimiter or the regex is not a string, max_tokens not an integer, or confidence no number.
     """
 
@@ -226,8 +226,8 @@ class StepMatcher:
 def _completing_first(delimiters: Iterable[str]) -> list[str]:
     """Return the delimiters that can complete first: none of the others lies in them before their last character.
 
-    Takes time linear in their total length, by the automaton of Aho and Corasick (CACM 18(6), 1975): a trie in which
-    each state links to the longest proper suffix of its text that is in the trie too.
+    The time is linear in their total length, by the automaton of Aho and Corasick (CACM 18(6), 1975). In its trie, each
+    state links to the longest proper suffix of its text that is in the trie too.
     """
     children: list[dict[str, int]] = [{}]
     whole: dict[int, str] = {}  # state -> the delimiter that it spells
@@ -275,7 +275,7 @@ def confidence_quantile(probs: Sequence[float] | np.ndarray, quantile: float = 0
         The largest of these probabilities that at most that share of them lies below.
 
     Raises:
-        ValueError: there are none, one is no probability, or quantile is out of range.
+        ValueError: the list is empty, a value is not a probability, or quantile is out of range.
     """
     flat = np.sort(np.asarray(probs, dtype=np.float64), axis=None)
     if flat.size == 0:

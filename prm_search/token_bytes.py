@@ -1,8 +1,8 @@
 """The bytes that each token id adds to a text, read off a tokenizer once and cached.
 
-Decoding token by token is wrong: a character may be split over tokens, and decoders glue spaces on by position.
-Bytes have neither trouble. The pieces of a response, joined, are what the response adds to the text before it,
-for whatever run of tokens and wherever it is cut; that is what step rules match on and what `Node.text` shows.
+Decoding token by token is wrong: a character may be split over tokens, and decoders glue spaces on by position. Bytes
+have neither trouble. The joined pieces of a response are what the response adds to the text before it, wherever the run
+of tokens is cut. Step rules match on this text, and `Node.text` shows it.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class TokenText:
     Attributes:
         tokenizer: as given.
         special: ids that are control tokens: `piece` gives their content, `text` leaves them out.
-        piece: id -> the bytes it adds after other tokens (`piece(id)`), empty for an id that the vocabulary lacks (a
-            model's head is often padded beyond it).
+        piece: id -> the bytes that the token adds after other tokens (`piece(id)`). Empty for an id that the vocabulary
+            lacks: a model's head is often padded beyond the vocabulary.
 
-    Joined pieces equal `decode(..., clean_up_tokenization_spaces=False)` but at the edge of a text: decoders of the
-    sentencepiece and WordPiece kinds drop the space before a text's first word (and the "</w>" kind that after
-    its last), which a piece keeps, since a response goes on after its prompt. Special tokens that are decoded, not
+    Joined pieces equal `decode(..., clean_up_tokenization_spaces=False)` but at the edge of a text. Decoders of the
+    sentencepiece and WordPiece kinds drop the space before a text's first word; the "</w>" kind drops the space after
+    its last. A piece keeps that space, since a response goes on after its prompt. Special tokens that are decoded, not
     skipped, may get a space too in tokenizers that join words with one.
     """
 
@@ -74,7 +74,7 @@ class TokenText:
         self.piece = self._pieces.__getitem__
 
     def text(self, ids: Iterable[int]) -> str:
-        """The text that these ids add, without special tokens; bytes that are no UTF-8 become U+FFFD.
+        """The text that these ids add, without special tokens; bytes that are not UTF-8 become U+FFFD.
 
         A character whose tokens are split over two calls is lost in both: render a whole path in one call where that
         matters.

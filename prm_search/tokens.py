@@ -131,7 +131,7 @@ def encode_text(tokenizer: Any, text: str, token_text: TokenText | None = None) 
 
 
 def _encode(token_text: TokenText, text: str) -> list[int]:
-    """Token ids of a text by itself. A control token that is spelled in it is ordinary text, whatever spells it."""
+    """Token ids of a text by itself. A control token that is spelled in the text is encoded as ordinary text."""
     tokenizer = token_text.tokenizer
     ids = _ids(tokenizer, text, add_special_tokens=False) if text else []
     if token_text.special.isdisjoint(ids):

@@ -259,7 +259,7 @@ class SearchTree:
         Raises:
             ValueError: parent is of another tree or finished, token_ids is empty, logprobs has another length,
                 or finish is unknown.
-            TypeError: a token id is no integer.
+            TypeError: a token id is not an integer.
         """
         if parent.tree is not self:
             raise ValueError("parent belongs to another tree")

@@ -30,13 +30,13 @@ class Meter:
 class Usage:
     """The price of a result.
 
-    The token counts are the result's own, each a dict keyed "policy", "prm", "reference" (and "<pair>.prm",
-    "<pair>.reference" for further pairs); a model that plays two parts counts once, under the first of them.
+    The token counts are the result's own. Each is a dict keyed "policy", "prm", "reference" (and "<pair>.prm",
+    "<pair>.reference" for further pairs). A model that plays two parts counts once, under the first of them.
     forward_calls and seconds (by phase: "policy", "scorer") belong to the whole batch the result was made in.
 
-    rescored_tokens and rescored_cached_tokens are no cost of this search: the scorer's model would have encoded so many
-    by reading prompt and response anew for each distinct step that it scored, or the response alone, with the prompt
-    kept from step to step.
+    rescored_tokens and rescored_cached_tokens are not costs of this search but comparisons. rescored_tokens: what the
+    scorer's model would have encoded by reading prompt and response anew for each distinct step.
+    rescored_cached_tokens: the same with the prompt kept from step to step, so only the response is read anew.
     """
 
     sampled_tokens: dict[str, int] = field(default_factory=dict)

@@ -52,8 +52,8 @@ class Scored(Protocol):
 def q(node: Scored) -> float:
     """Sum of token rewards so far: q_t = sum_{i<=t} beta * log(pi_phi(y_i | y_<i) / pi_ref(y_i | y_<i)).
 
-    Source: arXiv 2412.01981, eq. 2: the soft expectation of the outcome reward when the reference goes on from
-    here, so prefixes of one prompt compare whatever their depth. At the end of a response it is the outcome reward.
+    Source: arXiv 2412.01981, eq. 2: the soft expectation of the outcome reward when the reference goes on from here. So
+    prefixes of one prompt compare at any depth. At the end of a response it is the outcome reward.
     """
     return node.q
 
@@ -128,7 +128,7 @@ class Advantage:
 
     Raises:
         ValueError: alpha is not finite; or, when called, the prover has not scored the node.
-        TypeError: prover is no name, value no value.
+        TypeError: prover is not a string, or value is neither a name nor a function.
     """
 
     alpha: float = 1.0

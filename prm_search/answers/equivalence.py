@@ -72,7 +72,7 @@ def normalize(answer: str) -> str:
 
 
 def _spelling(answer: str) -> str:
-    """The same of an answer that is no number as a whole."""
+    """The same for an answer that is not a number as a whole."""
     text = answer.strip()
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text).strip()
@@ -107,12 +107,12 @@ def _written(number: Number) -> str:
 def equivalent(a: str, b: str) -> bool:
     """Return True if two answers are the same.
 
-    Numbers are compared exactly, however they are written: 3.0e2, 3\\times10^{2} and 300 are one, 2 1/2 is 5/2. A
-    unit, a currency or a percent sign may be missing on one side; two different units are two answers, and 50 % is both
-    50 and 1/2. Other answers are the same where their spellings are (see `normalize`). The rest, where both look like
-    mathematics, is asked of math-verify, if it is installed (`pip install prm-search[answers]`), in a worker process,
-    from any thread; numbers that it takes for equal have to agree in five digits. What takes it longer than 5 seconds
-    counts as different. Replies are cached.
+    Numbers are compared exactly, however they are written: 3.0e2, 3\\times10^{2} and 300 are one, 2 1/2 is 5/2. A unit,
+    a currency or a percent sign may be missing on one side; two different units are two answers, and 50 % is both 50
+    and 1/2. Other answers are the same where their spellings are (see `normalize`). Where both look like mathematics,
+    math-verify decides the rest, if it is installed (`pip install prm-search[answers]`). It runs in a worker process
+    and may be asked from any thread. Numbers that math-verify takes for equal have to agree in five digits. A
+    comparison that takes longer than 5 seconds counts as different. Replies are cached.
     """
     return same(form(a), form(b))
 

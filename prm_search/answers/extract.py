@@ -18,7 +18,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?=[^\s{$]))")
 def boxed(text: str) -> str | None:
     """Contents of the last complete `\\boxed{...}` (or `\\fbox`), braces inside balanced; None without one.
 
-    `\\boxed 7` counts too, up to white space or "$". A box that the end of the text cuts off is no answer.
+    `\\boxed 7` counts too, up to white space or "$". A box that the end of the text cuts off does not count.
     """
     for match in reversed(list(_BOX.finditer(text))):
         if text[match.end() - 1] != "{":

@@ -1,8 +1,8 @@
 """Decides whether two expressions are equal, in a process of its own: `python -P math_worker.py`.
 
 Reads a JSON pair of expressions a line, writes true or false a line; the first line written is true once math-verify is
-imported, else the reason. A process, because sympy can take for ever on what a model wrote, a caller's only way to
-stop it is an alarm signal, and those work in main threads only and belong to the application.
+imported, else the reason. It is a process because sympy can take for ever on what a model wrote. Only an alarm signal
+could stop sympy in the caller's process; alarm signals work in main threads only and belong to the application.
 """
 
 import json

@@ -187,7 +187,7 @@ class AsyncSearch:
             raise
 
     async def _aside(self, act: Callable[..., T], *args: object) -> T:
-        """Return act(*args), done in a thread where the tree is large: whole responses in short steps are a million
+        """Return act(*args), done in a thread where the tree is large. Whole responses in short steps are a million
         nodes, which would keep every other search waiting."""
         return await asyncio.to_thread(act, *args) if len(self.tree.nodes) > MANY else act(*args)
 

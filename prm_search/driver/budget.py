@@ -11,7 +11,7 @@ from ..checks import number
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of one prompt's search; None is no limit. Where one bites, nodes end with finish "budget".
+    """Limits of one prompt's search; None means unlimited. Where one bites, nodes end with finish "budget".
 
     Args:
         tokens: sampled tokens, rollouts and pruned steps included. Never exceeded.
@@ -21,7 +21,7 @@ class Budget:
 
     Raises:
         ValueError: a limit is not positive, or not an integer (seconds: not finite).
-        TypeError: seconds is no number.
+        TypeError: seconds is not a number.
     """
 
     tokens: int | None = None

@@ -6,8 +6,8 @@
             driver.tell(request, children)
     driver.ended()
 
-Every request resolves by itself, so trees, and the parallel runs of one tree, progress independently; only the
-children of one Expand wait for each other. `loop.py` and `async_loop.py` are what puts models to it.
+Every request resolves by itself. So trees, and the parallel runs of one tree, progress independently; only the children
+of one Expand wait for each other. `loop.py` and `async_loop.py` are what puts models to it.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Driver:
     def cancel(self, tree: SearchTree) -> list[Request]:
         """End a search now; its finished nodes are its candidates. Returns the requests that were under way.
 
-        A tree that is not being searched (any more) is no error.
+        A tree that is not being searched (any more) is left alone.
         """
         if tree not in self._searches:
             return []
@@ -149,7 +149,7 @@ class Driver:
         return ended
 
     def committed(self, tree: SearchTree, eligible: Callable[[list[Node]], Sequence[Node]] = list) -> list[Node]:
-        """The steps that the answer of a running search will begin with, whatever comes: for streaming.
+        """The steps that the answer of a running search is certain to begin with: for streaming.
 
         Args:
             eligible: of the finished nodes so far, those that could still be chosen (default: all).

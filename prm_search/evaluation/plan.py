@@ -65,8 +65,8 @@ class Unit:
 class Plan:
     """The plan of an evaluation.
 
-    A budget N is the policy tokens of N whole samples: majority, best_of_n and weighted choose among the first N
-    samples of a problem; beam and lookahead may sample, on that problem and seed, as many tokens as those N took, or
+    A budget N is the policy tokens of N whole samples. majority, best_of_n and weighted choose among the first N
+    samples of a problem. beam and lookahead may sample, on that problem and seed, as many tokens as those N took, or
     without a cap what their shape takes.
 
     Args:
@@ -188,8 +188,8 @@ class Plan:
 def shape(n: int) -> tuple[int, int]:
     """(width, expansions) of a beam that draws n children a level: as square as n's divisors allow, 16 -> 4 x 4.
 
-    Of unequal ones the larger is the number of expansions. A beam whose answers are as long as samples are then draws
-    what n samples draw. A lookahead spends steps * rollouts further steps on each child, so Plan gives it the
+    Where they differ, the larger is the number of expansions. A beam whose answers are as long as samples are then
+    draws what n samples draw. A lookahead spends steps * rollouts further steps on each child, so Plan gives it the
     shape of n / (1 + steps * rollouts).
     """
     expansions = next(divisor for divisor in range(1, n + 1) if n % divisor == 0 and divisor * divisor >= n)

@@ -76,8 +76,8 @@ def evaluate_responses(
 
     Raises:
         ValueError: a problem has too few responses, or neither labels nor a judge and an answer; the plan has a
-            strategy that samples; scorers are missing or of one name; a response does not suit a pair (the problem is
-            said).
+            strategy that samples; scorers are missing or of one name; or a response does not suit a pair (the message
+            names the problem).
     """
     pairs = list(scorers) if isinstance(scorers, Sequence) else [scorers]
     names = [pair.name for pair in pairs]

@@ -43,10 +43,11 @@ def evaluate(
 ) -> Iterator[Record]:
     """Answer problems by each strategy of a plan; a record is given out as soon as it is finished.
 
-    The samples of a problem under a seed are drawn once, at the largest budget, scored once by each scorer, and chosen
-    among by every strategy that votes, at every budget; sample k is what `search` with BestOfN draws as its k-th. Each
-    search of beam or lookahead draws its own steps, within the tokens of the samples it is compared with. Every draw is
-    a function of seed, prompt and place alone, so what `done` and `batch` say changes no record but its seconds.
+    The samples of a problem under a seed are drawn once, at the largest budget, and scored once by each scorer. Every
+    strategy that votes chooses among them, at every budget. Sample k is what `search` with BestOfN draws as its k-th.
+    Each search of beam or lookahead draws its own steps, within the tokens of the samples it is compared with. Every
+    draw is a function of seed, prompt and place alone, so what `done` and `batch` say changes no record but its
+    seconds.
 
     Args:
         problems: prompts and their right answers.
@@ -59,17 +60,17 @@ def evaluate(
             of "####", box and number that it has.
         done: records of an earlier run with the same arguments, by their index.
         batch: problems searched together.
-        on_result: is called with each search that ends, samples included, before its record is given out: for what a
-            record does not keep, such as the tree.
+        on_result: is called with each search that ends, samples included, before its record is given out. Use it for
+            what a record does not keep, such as the tree.
 
     Yields:
         Records, plain values: "index" is the place in `plan.units(len(problems), names)`, "kind", "problem" and "seed"
         are that unit's. Seconds are wall time, of forwards that searches share in equal parts. `summarise` reads them.
 
     Raises:
-        ValueError: a prompt is empty or too long (which one is said), scorers are missing or of one name; before
-            anything is sampled.
-        TypeError: policy or a scorer is none.
+        ValueError: a prompt is empty or too long (the message names it), or scorers are missing or of one name. Raised
+            before anything is sampled.
+        TypeError: policy is not a Policy, or a scorer is not a Scorer.
     """
     pairs = [scorers] if isinstance(scorers, Scorer) else list(scorers)
     require("policy", policy, Policy)

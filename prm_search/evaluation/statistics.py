@@ -1,8 +1,8 @@
 """The statistics of an evaluation: intervals, paired tests, pass@k, F1 and AUC. Only numpy, no torch.
 
 Outcomes come in clusters: one problem answered under several seeds. Its answers resemble each other, so the problem is
-the unit of every interval and test here, and further seeds make a problem's share of right answers more exact without
-counting as further problems.
+the unit of every interval and test here. Further seeds make a problem's share of right answers more exact; they do not
+count as further problems.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def paired_bootstrap(
 
     Problems are drawn with replacement, each with both of its figures. The interval is the percentile interval of the
     resampled differences; the bootstrap's p inverts it: 2 (1 + min(#{d* <= 0}, #{d* >= 0})) / (resamples + 1), at most
-    1. With few problems that is far too small (of one problem every resample is the same), so p is the larger of it and
-    the exact sign test's over the problems whose figures differ.
+    1. With few problems the bootstrap's p is far too small (of one problem every resample is the same). So p is the
+    larger of the bootstrap's and the exact sign test's over the problems whose figures differ.
 
     Args:
         a, b: [P] figures of the same problems, in the same order: of a problem with several seeds, the mean.
@@ -156,8 +156,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     Raises:
         ValueError: the numbers do not fit.
     """
-    for name, given in (("n", n), ("right", right), ("k", k)):
-        integer(name, given, 0, "an integer >= 0")
+    for name, value in (("n", n), ("right", right), ("k", k)):
+        integer(name, value, 0, "an integer >= 0")
     if not 1 <= k <= n or not 0 <= right <= n:
         raise ValueError(f"pass_at_k(n={n}, right={right}, k={k}): 1 <= k <= n and 0 <= right <= n are needed")
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)

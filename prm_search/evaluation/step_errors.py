@@ -2,8 +2,8 @@
 
 Source of task and F1: Zheng et al. 2024 (ProcessBench, arXiv 2412.06559): the first step whose score is below a
 threshold is said to be wrong, none (-1) where no score is; F1 is the harmonic mean of the accuracies on solutions with
-an error and on correct ones. Its authors choose a PRM's threshold on one part of the data and report it on others; so
-does this: no threshold comes from what it is reported on.
+an error and on correct ones. Its authors choose a PRM's threshold on one part of the data and report it on others. So
+does this module: a threshold never comes from the data that it is reported on.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def first_below(scores: Sequence[float], threshold: float) -> int:
 def fit_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> float:
     """The threshold with the best F1 on these solutions: every one that tells them apart differently is tried.
 
-    Of equally good ones the middle one (by place among those tried) is taken. A solution with its first error at l is
-    met by thresholds in (s_l, min of the scores before l], a correct one by those up to its lowest score.
+    Among equally good thresholds the middle one (by place among those tried) is taken. A solution with its first error
+    at l is met by thresholds in (s_l, min of the scores before l], a correct one by those up to its lowest score.
 
     Args:
         scores: for each solution its steps' scores.

@@ -75,8 +75,8 @@ def score_steps(
         value one number a step.
 
     Raises:
-        ValueError: an argument is out of range; or, of a solution (which is said), a step shares its last token with
-            the next one, or the pair cannot score it.
+        ValueError: an argument is out of range; a step shares its last token with the next one; or the pair cannot
+            score a solution. The message names the solution.
     """
     unknown = [value for value in values if value not in VALUES]
     if unknown or not values:

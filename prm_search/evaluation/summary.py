@@ -24,7 +24,7 @@ class Outcome:
         prm_tokens, reference_tokens: encoded for scoring.
         seconds: wall time of sampling and scoring.
         cut: the search's budget cut something.
-        full: the answer that it chose ended at the length limit, so that it is no answer.
+        full: the chosen response ended at the length limit, so it has no answer.
         shared: its seconds are a share of those that more samples took together: drawn alone, they take longer.
     """
 
@@ -114,7 +114,8 @@ class Summary:
     full_samples: int = 0
 
     def row(self, strategy: str, n: int, **which: str | None) -> SummaryRow:
-        """The one row of this strategy and budget, and of what else is said of its cell (pair, value, weight).
+        """The one row of this strategy and budget, and of the other fields of its cell that are given (pair, value,
+        weight).
 
         Raises:
             KeyError: there is none, or there are several.
@@ -287,7 +288,7 @@ def _chances(samples: Sequence[Mapping[str, Any]], k: int) -> dict[int, list[flo
 
 
 def _oracles(samples: Sequence[Mapping[str, Any]], n: int) -> dict[int, list[float]]:
-    """Of each problem, 1 for each seed that has a right one among its first n samples, else 0."""
+    """For each problem and seed, 1 if one of the first n samples is right, else 0."""
     by_problem: dict[int, list[float]] = defaultdict(list)
     for record in samples:
         labels = [sample["right"] for sample in record["samples"]]

@@ -24,8 +24,8 @@ from ..tree import Node, Prompt, SearchTree
 class HFPolicy(HoldsModels, PolicyBase):
     """A transformers causal LM that samples steps.
 
-    The model's KV is kept in a tree: children of one node share it, each token is encoded once, and rows are decoded
-    continuously, so a row that ends its step makes room for a waiting one.
+    The model's KV is kept in a tree: children of one node share their prefix, and each token is encoded once. Rows are
+    decoded continuously, so a row that ends its step makes room for a waiting one.
 
     Args:
         model: a causal LM in eval mode, also wrapped by PEFT or torch.compile, or a LanguageModel.

@@ -1,8 +1,8 @@
 """Steering: the log-ratio of a pair for many requests that grow a token at a time in somebody else's decode loop.
 
-`Steered` is for a loop of our own. Here another engine (vLLM) samples; each request is a `Stream`, whose tokens are
-handed over as they come, and every call of `steer` runs one packed forward a model for whatever mixture of new,
-continuing and returning requests it is given.
+`Steered` is for a loop of our own. Here another engine (vLLM) samples. Each request is a `Stream`, whose tokens are
+handed over as they come. Every call of `steer` runs one packed forward a model for any mixture of new, continuing and
+returning requests.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Steering:
     encoded again on need.
 
     A request that cannot be steered (a path beyond a model's context, an unknown token, NaN) goes on unguided, with one
-    warning; whatever goes wrong with one leaves the others as they are.
+    warning. Its failure leaves the other requests as they are.
 
     Args:
         prm, reference: the models; None for the policy itself, whose logits then stand for that half.

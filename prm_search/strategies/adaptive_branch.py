@@ -23,16 +23,16 @@ class AdaptiveBranch:
     """Draw each new child where Thompson sampling says: beside a node's children, or below one of them.
 
     Every node has two arms, GEN (a new child) and CONT (below a child), and each child an arm of its own. A walk from
-    the root samples what each arm may give from its posterior and takes the larger, until it takes GEN; the score of
-    what was drawn there is an observation of that node's GEN, and of CONT and of the child on the way at each ancestor.
+    the root samples what each arm may give from its posterior and takes the larger, until it takes GEN. The score of
+    the new child is an observation of that node's GEN. At each ancestor it is an observation of CONT and of the child
+    on the way.
     Source: Y. Inoue et al., "Wider or Deeper? Scaling LLM Inference-Time Compute with Adaptive Branching Tree Search"
     (AB-MCTS-A, arXiv 2503.04412), and its released code (treequest), whose priors these are: normal-inverse-chi-square
     with m = 0, kappa = 1, nu = 1, tau^2 = .1, or Beta(1/2, 1/2).
 
     Values enter on a scale of [0, 1] between the lowest and the highest seen in the tree so far. There a node was a
-    whole answer; here it is a step, and what is drawn goes on to the end of a response (until="end"), so that scores
-    compare whole answers and a walk chooses the step from which the next one branches off; until="step" draws single
-    steps.
+    whole answer; here it is a step. With until="end" each draw goes on to the end of a response. Scores then compare
+    whole answers, and a walk chooses the step from which the next answer branches off. until="step" draws single steps.
 
     Args:
         draws: children drawn in all.

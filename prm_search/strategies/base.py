@@ -18,14 +18,14 @@ from ..tree import Node, SearchTree
 class Expand:
     """Draw children for each of these slots; the driver sends back the flat list of scored children, slot by slot.
 
-    Lists of nodes are lists of draws: a node that was drawn twice (merged duplicates) stands in them twice, and each
-    place it is given here continues one of its lineages, in their order. So a strategy that just sorts and cuts such
-    lists does the same whether duplicates are merged or not; a cut that keeps some of a node's places continues that
-    many of its lineages.
+    Lists of nodes are lists of draws: a node that was drawn twice (merged duplicates) stands in them twice. Each place
+    that such a node is given here continues one of its lineages, in their order. So a strategy that just sorts and cuts
+    such lists does the same whether duplicates are merged or not. A cut that keeps some of a node's places continues
+    that many of its lineages.
 
-    A node that the budget or the length lets have no child is finished by the driver and sent back in its own
-    place, so a strategy meets budgets only as finished nodes. One that has children already, and the root, send back
-    nothing instead.
+    Where the budget or the length leaves a node without a child, the driver finishes that node and sends it back in its
+    own place. So a strategy meets budgets only as finished nodes. One that has children already, and the root, send
+    back nothing instead.
 
     Args:
         nodes: unfinished nodes of one tree, none more often than its count.
@@ -50,9 +50,9 @@ class Expand:
 class Parallel:
     """Independent sub-searches of one tree; the driver sends back the list of their results, in order.
 
-    What is left of a token or node budget is split evenly between them (remainders to the first), so that none
-    depends on how fast another runs; what a run leaves over goes back when all have ended. For the same reason runs
-    may share only nodes that each of them expands in its first request.
+    The rest of a token or node budget is split evenly between the runs (remainders to the first), so that runs do not
+    depend on each other's speed. Tokens and nodes that a run leaves over go back when all have ended. For the same
+    reason runs may share only nodes that each of them expands in its first request.
     """
 
     runs: Sequence[Run]
@@ -71,8 +71,8 @@ class Strategy(Protocol):
 
     def run(self, root: Node) -> Run:
         """Search below root. Yields Expand (gets list[Node]) or Parallel (gets list[list[Node]]) and returns the
-        candidates, in an order that depends on the draws alone: every finished node it was sent, or at least all
-        that could be chosen."""
+        candidates, in an order that depends on the draws alone. Candidates are all finished nodes that were sent, or at
+        least all that could be chosen."""
         ...
 
 

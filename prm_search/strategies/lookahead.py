@@ -17,10 +17,10 @@ from .beam import Slots, value_of
 class Lookahead:
     """Beam whose steps are ranked by the values at the ends of short rollouts beyond them (arXiv 2408.03314, sec. 5).
 
-    Each unfinished child gets `rollouts` continuations of `steps` steps; the mean or the maximum of the values
-    at their ends becomes its value (its q stays what it is). Rollouts are drawn once: when a child is kept, the first
-    steps of all its rollouts are its first children and join the next selection, further steps serve the rollouts of
-    those, and only the children that are still missing are drawn. An answer that a rollout completes is a candidate.
+    Each unfinished child gets `rollouts` continuations of `steps` steps; the mean or the maximum of the values at their
+    ends becomes its value (its q stays what it is). Rollouts are drawn once. When a child is kept, the first steps of
+    all its rollouts are its first children and join the next selection. Further steps serve the rollouts of those
+    children, and only the children still missing are drawn. An answer that a rollout completes is a candidate.
 
     Duplicates share a node and pool their rollouts.
 

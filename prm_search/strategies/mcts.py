@@ -21,11 +21,11 @@ Rule = Literal["puct", "uct", "rest"]
 class MCTS:
     """Walk from the root to a leaf by value and curiosity, expand the leaf, and tell its ancestors what was found.
 
-    A simulation draws `expansions` children of one leaf; each child counts as visited once, with its own value. What a
-    simulation found is the best new child's value, or the value at the end of a rollout from it; ancestors back it up
-    by their mean or their maximum. Finished children are never walked to again, nor are subtrees in which all is
-    finished, so that no simulation is spent on what is known. The answer is chosen among all finished nodes; where no
-    simulation reached one, the best leaf is sampled to the end.
+    A simulation draws `expansions` children of one leaf; each child counts as visited once, with its own value. The
+    result of a simulation is the best new child's value, or the value at the end of a rollout from that child.
+    Ancestors back the result up by their mean or their maximum. Finished children are never walked to again, nor are
+    subtrees in which all is finished, so that no simulation is spent on what is known. The answer is chosen among all
+    finished nodes; where no simulation reached one, the best leaf is sampled to the end.
 
     Values enter the rules on a scale of [0, 1]: Q = (v - low) / (high - low) between the lowest and the highest value
     seen in the tree so far (J. Schrittwieser et al., "MuZero", arXiv 1911.08265, eq. 5), whatever the scorer. Prefixes

@@ -31,8 +31,8 @@ class ParticleFilter:
 
     whatever the value and whenever it resamples (P. Del Moral, A. Doucet, A. Jasra, "Sequential Monte Carlo samplers",
     JRSS B 2006). `Result.log_z` estimates log Z (Z itself without bias), and the final weights weigh
-    `select="weighted"` votes. For an implicit pair with v = q and temperature = beta the target is the distribution of
-    answers that the trained model stands for, relative to its reference: policy * pi_phi / pi_ref.
+    `select="weighted"` votes. For an implicit pair with v = q and temperature = beta the target is policy * pi_phi /
+    pi_ref: the trained model's distribution of answers, relative to its reference.
 
     With weights="last" a particle's weight is its last value's odds, v / (1 - v), for step scores in [0, 1], as in
     its_hub's particle filter ("A Probabilistic Inference Approach to Inference-Time Scaling of LLMs using

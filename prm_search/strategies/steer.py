@@ -25,7 +25,7 @@ class Steer:
 
     Raises:
         ValueError: alpha is not in [-1e6, 1e6], or n < 1.
-        TypeError: alpha is no number.
+        TypeError: alpha is not a number.
     """
 
     alpha: float = 1.0

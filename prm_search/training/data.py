@@ -65,8 +65,8 @@ def read_rollouts(path: str | PathLike[str]) -> list[LabelledResponse]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it holds none, a record stands in it twice, or lacks prompt_ids, response_ids or label (0 or 1); the
-            line is said.
+        ValueError: the file holds no rollouts, a record stands in it twice, or a record lacks prompt_ids, response_ids
+            or label (0 or 1). The message names the line.
     """
     indexed = []
     once = Distinct()
@@ -138,7 +138,7 @@ def singles(rows: Sequence[LabelledResponse], balanced: str = "none") -> list[It
             objectives.balance).
 
     Raises:
-        ValueError: balanced is none of these, or there are not both labels.
+        ValueError: balanced is not one of these, or rows of one label are missing.
     """
     if balanced == "none":
         return [Item((row,), row.label) for row in rows]

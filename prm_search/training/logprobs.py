@@ -32,14 +32,14 @@ def response_forward(module: Any) -> Iterator[None]:
 
     A batch of `packing.collate_packs` gives the same of its rows, [R, S].
 
-    It is the module's own forward that changes, so that wrappers (PEFT, DDP, autocast) do what they do to any forward.
-    The head runs on the response's rows alone, through `linear_logprob`, outside autocast.
+    The module's own forward changes, so that wrappers (PEFT, DDP, autocast) do what they do to any forward. The head
+    runs on the response's rows alone, through `linear_logprob`, outside autocast.
 
     Args:
         module: a transformers causal LM, not wrapped.
 
     Raises:
-        ValueError: its head is not one that we know how to apply (see check_head), or there is none.
+        ValueError: the module has no head, or one that we do not know how to apply (see check_head).
     """
     head = Head(module)
     check_head(module, head)

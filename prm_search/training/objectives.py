@@ -2,10 +2,10 @@
 
 Rewards are `r(y) = beta * sum_t [log pi_phi(y_t) - log pi_ref(y_t)]`, beta included, and token rewards its summands
 (arXiv 2412.01981, Proposition 3.1: any of these objectives makes the log-ratio a process reward as well). `label` is 1
-or True for a right response; a number between 0 and 1 is the probability of that. What is computed is fp32, or fp64
+or True for a right response; a number between 0 and 1 is the probability of that. Computation is in fp32, or in fp64
 for fp64 rewards.
 
-All raise TypeError where an argument is no tensor, ValueError where shapes differ or a label is out of range.
+All raise TypeError where an argument is not a tensor, ValueError where shapes differ or a label is out of range.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ def ipvrm(token_rewards: Tensor, mask: Tensor, label: Tensor, *, margin: float =
 def balance(label: Tensor, group: Tensor | None = None) -> Tensor:
     """Weights under which right and wrong responses count the same in all, for `ce`; their mean is 1.
 
-    Without groups (dataset-balanced) an item of label y weighs N / (2 N_y). With groups (instance-balanced) that
-    holds within each prompt that has both labels, n / (2 n_y), and a prompt with one label weighs 0: it says nothing of
-    what makes a response to it right. arXiv 2412.01981 reports both forms, by leaving data out; weights lose none.
+    Without groups (dataset-balanced) an item of label y weighs N / (2 N_y). With groups (instance-balanced) that holds
+    within each prompt that has both labels, n / (2 n_y). A prompt with one label weighs 0: it does not tell what makes
+    a response to it right. arXiv 2412.01981 reports both forms, by leaving data out; weights lose none.
 
     Args:
         label: [N] bool.

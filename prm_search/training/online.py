@@ -40,8 +40,8 @@ class Update:
         advantages: for each outcome [T] fp32 (see leave_one_out), or None where it was not kept or is alone.
         updated: whether the PRM was trained after this batch.
         loss: mean cross entropy of the outcomes that it was trained on, before; None where it was not trained.
-        accuracy_before, accuracy_after: of their pairs of a right and a wrong response to one prompt, the share in
-            which the right one has more reward: drift shows here. None without pairs, or where it was not trained.
+        accuracy_before, accuracy_after: the share of their pairs of a right and a wrong response to one prompt in which
+            the right one has more reward. Drift shows here. None without pairs, or where it was not trained.
     """
 
     kept: tuple[bool, ...]
@@ -55,9 +55,9 @@ class Update:
 class OnlineUpdater:
     """Trains a pair's PRM on outcomes as they come in, by cross entropy, and turns its rewards into advantages.
 
-    The reference stays what it is. A PRM that is an adapter is trained in the adapter alone. What the PRM's model
-    has computed for searches is forgotten after every update (LanguageModel.forget), so call it between searches: one
-    that the pair is scoring would go on with rewards of the new weights beside those of the old.
+    The reference stays what it is. A PRM that is an adapter is trained in the adapter alone. Every update forgets what
+    the PRM's model has computed for searches (LanguageModel.forget), so call it between searches. A search that the
+    pair is scoring would mix rewards of the new weights with rewards of the old.
 
     Args:
         pair: its PRM and reference are models here, and not the same weights.
@@ -70,7 +70,7 @@ class OnlineUpdater:
         clip: norm of the gradient at most.
 
     Raises:
-        TypeError: pair is no ImplicitPRM.
+        TypeError: pair is not an ImplicitPRM.
         ValueError: the pair has no reference model, its PRM's weights are of less than 32 bits (small updates would be
             lost in rounding), or a number is out of range.
     """
@@ -118,8 +118,8 @@ class OnlineUpdater:
         Advantages are those of the PRM as it was before.
 
         Raises:
-            ValueError: an outcome has no prompt or no response; or the PRM is to be trained and a search that samples
-                from its model is under way, in which case the batch was not taken: give it again.
+            ValueError: an outcome has no prompt or no response; or the PRM is to be trained while a search that samples
+                from its model is under way. In the second case the batch was not taken: give it again.
         """
         rows = []
         for index, outcome in enumerate(outcomes):

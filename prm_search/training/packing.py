@@ -1,8 +1,8 @@
 """Packing: items of one prompt as one tree of tokens, so that what their rows begin with is computed once.
 
-The prompt is the tree's trunk; responses branch off where they first differ. Under an attention mask by which a token
-sees its ancestors and itself, and with a token's depth as its position, a causal LM gives each token the hidden state
-that it has in its own row. Loss and gradients are those of separate rows, up to rounding.
+The prompt is the tree's trunk; responses branch off where they first differ. The attention mask lets a token see its
+ancestors and itself, and a token's depth is its position. So a causal LM gives each token the hidden state that it has
+in its own row. Loss and gradients are those of separate rows, up to rounding.
 """
 
 from __future__ import annotations

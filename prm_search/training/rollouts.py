@@ -85,9 +85,9 @@ def sample_rollouts(
         batch: problems sampled together; changes no response.
 
     Raises:
-        ValueError: n or batch is below 1, or a prompt is empty or too long (which one is said); before anything is
-            sampled.
-        TypeError: policy is none.
+        ValueError: n or batch is below 1, or a prompt is empty or too long (the message names the prompt). Raised
+            before anything is sampled.
+        TypeError: policy is not a Policy.
     """
     for name, count in (("n", n), ("batch", batch)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:

@@ -346,7 +346,7 @@ def count_pairs(rows: Sequence[LabelledResponse]) -> int:
 
 
 def pair_accuracy(rows: Sequence[LabelledResponse], rewards: Sequence[float]) -> float | None:
-    """Of all pairs of a right and a wrong response to one prompt, the share in which the right one has more reward.
+    """The share of all pairs of a right and a wrong response to one prompt in which the right one has more reward.
 
     Equal rewards count half. None where there is no pair.
     """

@@ -26,7 +26,7 @@ class PRMTrainer(Trainer):
         objective: one of recipe.OBJECTIVES.
         beta: scale of the log-ratios.
         margin: of ipvrm.
-        log: called with a line at every logging step; None: nothing is said.
+        log: called with a line at every logging step; None for silence.
         progress: called with the step that is done and their number, from the one that training begins with.
     """
 
