@@ -88,7 +88,7 @@ def plain_characters(text: str) -> str:
 
 
 def parse_number(text: str) -> Number | None:
-    """The number that a whole answer spells; None for any other text, and for a number with more about it than a unit."""
+    """The number that a whole answer spells; None for other text, and for a number with more about it than a unit."""
     if len(text) > LONGEST:
         return None
     match = _ANSWER.fullmatch(plain_characters(text).strip())

@@ -18,7 +18,7 @@ def bounded_alpha(policy_logits: Tensor, log_ratio: Tensor, alpha: Tensor, max_k
         KL(p_a || p) = a * E_{p_a}[r] - log E_p[exp(a * r)],
 
     whose derivative in a is a * Var_{p_a}(r): it grows with |a|, so there is one largest |a| <= |alpha| within the
-    bound. Regula falsi on sqrt(KL), which is nearly linear in a, finds that a for all rows at once and without waiting for
+    bound. Regula falsi on sqrt(KL), which is nearly linear in a, finds that a for all rows at once, without waiting for
     the device. The result keeps the bound up to fp32 rounding. Distributions are at temperature 1.
 
     Args:
