@@ -145,6 +145,23 @@ def test_all_responses_in_a_record(folder):
     assert labels == [[True, False], [False, True]]
 
 
+def test_the_problem_that_limits_the_budgets_is_named(folder, capsys):
+    responses = ["a*7=5;b+3=8", "a*7=5;b+3=9", "a*7=5;b+3=8", "a*7=5;b+3=7"]
+    write(
+        "given.jsonl",
+        [
+            {"question": "=5a*7b+3?", "responses": responses, "labels": [1, 0, 1, 0]},
+            {"question": "=1a+1?", "responses": responses[:2], "labels": [0, 1]},
+        ],
+    )
+    args = ["eval", "--responses", "given.jsonl", "--strategies", "majority", "--pair", "demo", *JUDGED]
+    assert main([*args, "--out", "out"]) == 0
+    message = capsys.readouterr().err
+    assert "budgets go to 2, since given.jsonl, line 2 has 2 responses and others have up to 4" in message
+    assert main([*args, "--out", "one", "--limit", "1"]) == 0
+    assert "budgets go to" not in capsys.readouterr().err
+
+
 def test_records_of_one_response_are_put_together(tmp_path):
     rows = [
         {"problem": 1, "sample": 1, "prompt_ids": [3, 4], "response": "b", "response_ids": [7, 1], "label": 0},

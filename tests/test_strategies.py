@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from fakes import RULE, FakePolicy, FakeScorer, ToyLM, fraction
+from fakes import RULE, FakePolicy, FakeScorer, ToyLM, fraction, ids
 from hypothesis import given, strategies as st
 from search_cases import ALL, BEAMS, DVTSS, LETTERS, SEEDS, drawn_paths, merging, nodes_by_text, play, texts
 
@@ -178,6 +178,43 @@ def test_lookahead_cached_children_all_join() -> None:
     assert not found["d;a;"].rollout
     assert not found["d;b;"].rollout
     assert result.text == "d;b;d"
+
+
+def test_greedy_rollouts_give_the_value_alone() -> None:
+    """As in search-and-learn: one rollout a child, of temperature 0, and children that are drawn anew."""
+    asks: list[Expand] = []
+    drawn: dict[Node, bool] = {}
+
+    class Noted(Lookahead):
+        def run(self, root: Node) -> Run:
+            inner = super().run(root)
+            answer = None
+            try:
+                while True:
+                    ask = inner.send(answer)
+                    asks.append(ask)
+                    answer = yield ask
+                    drawn.update({child: ask.greedy for child in answer})
+            except StopIteration as end:
+                return end.value
+
+    policy = FakePolicy()
+    settings = {"scorer": FakeScorer(), "steps": RULE, "max_new_tokens": 12, "temperature": 1.0}
+    (result,) = search([ids("x")], policy=policy, strategy=Noted(width=1, expansions=3, greedy=True), **settings)
+    assert {(ask.rollout, ask.greedy) for ask in asks} == {(True, True), (False, False)}
+    assert all(ask.n == 3 or set(ask.n) == {3} for ask in asks[1:] if not ask.rollout)
+    greedy = [child for child, most_probable in drawn.items() if most_probable]
+    assert len({child.parent for child in greedy}) == len(greedy) > 1
+    for rollout in greedy:
+        parent = rollout.parent
+        assert parent is not None
+        (best,) = search(
+            [[*result.tree.prompt_ids, *parent.path_ids()]], policy=FakePolicy(), strategy=BestOfN(1), steps=RULE,
+            max_new_tokens=12 - parent.end, temperature=0.0,
+        )  # fmt: skip
+        assert rollout.token_ids == best.tree.nodes[1].token_ids
+    with pytest.raises(ValueError, match="rollouts=2: greedy"):
+        Lookahead(rollouts=2, greedy=True)
 
 
 def test_a_rollout_that_completes_an_answer_makes_a_candidate() -> None:

@@ -22,7 +22,7 @@ from prm_search.training.data import (
 )
 from prm_search.training.negatives import cross_prompt
 from prm_search.training.recipe import OBJECTIVES, Recipe
-from prm_search.training.run import load_data, pair_accuracy
+from prm_search.training.run import count_pairs, load_data, pair_accuracy
 
 
 def row(prompt: int, label: bool, *response: int) -> LabelledResponse:
@@ -46,10 +46,23 @@ def test_order_is_that_of_the_problems_not_of_finishing(tmp_path: Path):
     assert rows[0].prompt_ids is rows[2].prompt_ids
 
 
+def test_a_response_is_learnt_from_as_often_as_it_was_drawn(tmp_path: Path):
+    """`export-tree` writes `count`."""
+    path = tmp_path / "r.jsonl"
+    path.write_text(record(0, count=3) + record(1, label=0) + record(2, prompt_ids=[5]))
+    assert [row.count for row in read_rollouts(path)] == [3, 1, 1]
+    data = load_data(path, Recipe(holdout=0.0))
+    assert [item.rows[0].response_ids.tolist() for item in data.items] == [[0, 9]] * 3 + [[1, 9], [2, 9]]
+    assert (data.counts["responses"], data.counts["items"], len(data.rows)) == (3, 5, 3)
+    chosen = load_data(path, Recipe(objective="dpo", holdout=0.0)).items
+    assert len(chosen) == 3
+
+
 @pytest.mark.parametrize(
     "line",
     ["{", "[]", '{"prompt_ids": [1]}', record(0, label=2), record(0, prompt_ids=[]), record(0, response_ids=[]),
-     record(0, response_ids="ab"), record(0, response_ids=[[1]]), record(0, label=None)],
+     record(0, response_ids="ab"), record(0, response_ids=[[1]]), record(0, label=None), record(0, count=0),
+     record(0, count=1.5), record(0, count=True)],
 )  # fmt: skip
 def test_a_bad_record_is_named(tmp_path: Path, line: str):
     path = tmp_path / "r.jsonl"
@@ -130,6 +143,13 @@ def test_collate_marks_what_predicts_the_response():
 def test_collate_puts_first_rows_before_second_ones():
     items = pairs([row(1, True, 7), row(1, False, 8), row(2, True, 9), row(2, False, 10)])
     assert collate(items)["input_ids"][:, 2].tolist() == [7, 9, 8, 10]
+
+
+def test_pairs_are_counted():
+    assert count_pairs(many(3)) == sum(
+        sum(r.label for r in group) * sum(not r.label for r in group) for group in by_prompt(many(3)).values()
+    )
+    assert count_pairs([]) == 0
 
 
 def test_pair_accuracy_by_hand():

@@ -16,6 +16,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ..protocols import Request, Sampling
 from ..strategies.base import Expand, Parallel, Run, Strategy, distinct
@@ -252,6 +253,7 @@ class Driver:
         counts: dict[Node, list[int]] = {}
         slots: dict[Node, list[int]] = {}
         node_caps: dict[Node, list[int | None]] = {}
+        sampling = replace(search.sampling, temperature=0.0) if ask.greedy else search.sampling
         taken = 0
         for slot, (node, n) in enumerate(zip(ask.nodes, wanted, strict=True)):
             share = caps[taken : taken + n]
@@ -264,7 +266,7 @@ class Driver:
                 room = search.sampling.max_new_tokens - node.end
                 limits = [room if cap is None else cap for cap in shares]
                 request = Request.draw(
-                    node, counts[node], search.sampling,
+                    node, counts[node], sampling,
                     until=ask.until, caps=limits, cap_reason="budget", rollout=ask.rollout, merge=ask.merge,
                 )  # fmt: skip
                 # what a cap beyond the room had set aside is of no use to the child

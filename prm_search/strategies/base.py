@@ -34,6 +34,7 @@ class Expand:
             back the last node of each chain.
         rollout: mark the children as rollouts (see Node.rollout).
         merge: count equal children of a node on one node.
+        greedy: take the most probable token each time, whatever the search's temperature.
         alive: the nodes that any unfinished candidate of this run will descend from; what they share is settled and
             can be streamed. None says nothing, and nothing is streamed before the end.
     """
@@ -44,6 +45,7 @@ class Expand:
     rollout: bool = False
     merge: bool = True
     alive: Sequence[Node] | None = None
+    greedy: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ class Lookahead:
     all its rollouts are its first children and join the next selection. Further steps serve the rollouts of those
     children, and only the children still missing are drawn. An answer that a rollout completes is a candidate.
 
+    With `greedy`, as in search-and-learn (`lookahead` there), the one rollout takes the most probable tokens, and since
+    it is no draw of the policy it only gives the value: children are drawn anew.
+
     Duplicates share a node and pool their rollouts.
 
     Args:
@@ -29,9 +32,11 @@ class Lookahead:
         steps: how far a rollout goes, in steps.
         rollouts: rollouts of each child.
         reduce: "mean" or "max" of the values at their ends.
+        greedy: rollouts of the most probable tokens, one a child.
 
     Raises:
-        ValueError: a number is below 1, reduce is unknown, or no value has this name.
+        ValueError: a number is below 1, reduce is unknown, greedy comes with several rollouts, or no value has this
+            name.
     """
 
     width: int = 4
@@ -42,15 +47,19 @@ class Lookahead:
     per_parent: int | None = None
     merge: bool = True
     value: Value | str | None = None
+    greedy: bool = False
 
     def __post_init__(self) -> None:
         flag("merge", self.merge)
+        flag("greedy", self.greedy)
         for name in ("width", "expansions", "steps", "rollouts"):
             at_least(name, getattr(self, name))
         if self.per_parent is not None:
             at_least("per_parent", self.per_parent)
         if not is_one_of(self.reduce, ("mean", "max")):
             raise ValueError(f"reduce={self.reduce!r}: it is 'mean' or 'max'")
+        if self.greedy and self.rollouts > 1:
+            raise ValueError(f"rollouts={self.rollouts!r}: greedy rollouts are all the same, so 1 is needed")
         if self.value is not None:
             resolve_value(self.value)
 
@@ -62,10 +71,10 @@ class Lookahead:
             live = slots.select(drawn)
             if not live:
                 return distinct(slots.finished)
-            cached = [child for node in distinct(live) for child in node.children]
+            cached = [] if self.greedy else [child for node in distinct(live) for child in node.children]
             for child in cached:
                 child.rollout = False
-            missing = [max(0, self.expansions - node.drawn) for node in live]
+            missing = [self.expansions if self.greedy else max(0, self.expansions - node.drawn) for node in live]
             fresh = yield Expand(live, missing, merge=self.merge, alive=live)
             drawn = [*places(cached), *fresh]
 
@@ -77,7 +86,7 @@ class Lookahead:
             wanted = self.rollouts if depth == 0 else 1
             need = places([tip for tip in tips if not tip.finished])
             missing = [wanted - tip.drawn for tip in need]
-            yield Expand(need, missing, rollout=True, merge=self.merge, alive=nodes)
+            yield Expand(need, missing, rollout=True, merge=self.merge, alive=nodes, greedy=self.greedy)
             tips = [child for tip in tips for child in tip.children]
         completed: list[Node] = []
         for node in nodes:

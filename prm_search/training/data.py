@@ -30,6 +30,7 @@ class LabelledResponse:
         label: whether the response is right.
         reference: [T] fp32, nats, log p of the response's tokens under the reference; None before it is known.
         logprobs: [T] fp32, nats, the same under the policy that sampled them; None where that is not known.
+        count: how often it was drawn; it is trained on so often.
     """
 
     prompt_ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class LabelledResponse:
     label: bool
     reference: np.ndarray | None = field(default=None, repr=False)
     logprobs: np.ndarray | None = field(default=None, repr=False)
+    count: int = 1
 
     def __post_init__(self) -> None:
         self.response_ids = np.asarray(self.response_ids, np.int32)
@@ -94,12 +96,15 @@ def _row(line: bytes, where: str, number: int, once: Distinct) -> tuple[int, Lab
         logprobs = None if record.get("logprobs") is None else np.array(record["logprobs"], np.float32)
         if logprobs is not None and (logprobs.shape != ids[1].shape or not np.isfinite(logprobs).all()):
             raise ValueError
-        row = LabelledResponse(tuple(ids[0].tolist()), ids[1], bool(label), logprobs=logprobs)
+        count = record.get("count", 1)  # of export-tree
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 1 << 31:
+            raise ValueError
+        row = LabelledResponse(tuple(ids[0].tolist()), ids[1], bool(label), logprobs=logprobs, count=count)
         index = int(record.get("index", number))
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(
             f"{where}: no rollout: prompt_ids and response_ids, lists of at least one id, and label, 0 or 1, are "
-            "needed; logprobs, where there are any, are a finite number a response id"
+            "needed; logprobs, where there are any, are a finite number a response id, and count is an integer >= 1"
         ) from error
     once.add(where, record)
     return index, row

@@ -98,7 +98,8 @@ def ipvrm(token_rewards: Tensor, mask: Tensor, label: Tensor, *, margin: float =
         v_t = (1 / t) * sum_{i <= t} r_i
         loss = mean_t [-y log sigmoid(v_t - margin) - (1 - y) log sigmoid(-v_t - margin)]
 
-    arXiv 2604.13197, eq. 9 and its released code, which trains with beta 10.
+    arXiv 2604.13197, eq. 9, with the margin of its released code, which trains with beta 10. That code averages over
+    all tokens of a batch at once, so that long responses weigh more; here every response weighs the same.
 
     Args:
         token_rewards: [B, T].

@@ -64,8 +64,8 @@ class OnlineUpdater:
         learning_rate: of AdamW. PRIME trains models of 7 billion parameters with 1e-6.
         every: batches from one update to the next; it is taught by all of them.
         micro_batch: responses of one forward.
-        band: prompts whose share of right responses is not strictly between these numbers are left out, as PRIME does;
-            None keeps all.
+        band: prompts whose share of right responses is not strictly between these numbers are left out; None keeps all.
+            PRIME filters by 0.2 and 0.8 as well, where shares of exactly 0.2 or 0.8 stay in.
         discount: of later rewards in the advantages, in (0, 1].
         clip: norm of the gradient at most.
 

@@ -62,7 +62,7 @@ def load_data(rollouts: str | PathLike[str], recipe: Recipe, context: int | None
     if not kept:
         raise ValueError(f"{os.fspath(rollouts)}: no rollouts to train on are left (longer than {limit}: {len(read)})")
     negatives = cross_prompt(kept, recipe.negatives, recipe.seed, limit)
-    learnt = [*kept, *negatives]
+    learnt = [row for row in [*kept, *negatives] for _ in range(row.count)]  # as often as it was drawn
     if recipe.objective in ("dpo", "nca"):
         items = pairs(learnt, recipe.seed)
     elif recipe.objective == "kto":
