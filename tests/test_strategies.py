@@ -194,25 +194,27 @@ def test_greedy_rollouts_give_the_value_alone() -> None:
                     ask = inner.send(answer)
                     asks.append(ask)
                     answer = yield ask
-                    drawn.update({child: ask.greedy for child in answer})
+                    drawn.update(dict.fromkeys(answer, ask.greedy))
             except StopIteration as end:
                 return end.value
 
     policy = FakePolicy()
     settings = {"scorer": FakeScorer(), "steps": RULE, "max_new_tokens": 12, "temperature": 1.0}
-    (result,) = search([ids("x")], policy=policy, strategy=Noted(width=1, expansions=3, greedy=True), **settings)
+    prompts = [ids(text) for text in ("x", "y", "z", "xy")]
+    search(prompts, policy=policy, strategy=Noted(width=2, expansions=3, greedy=True), **settings)
     assert {(ask.rollout, ask.greedy) for ask in asks} == {(True, True), (False, False)}
-    assert all(ask.n == 3 or set(ask.n) == {3} for ask in asks[1:] if not ask.rollout)
+    grown = [ask.n for ask in asks if not ask.rollout and ask.nodes and ask.nodes[0].parent is not None]
+    assert all(set(counts) == {3} for counts in grown)
     greedy = [child for child, most_probable in drawn.items() if most_probable]
     assert len({child.parent for child in greedy}) == len(greedy) > 1
     for rollout in greedy:
         parent = rollout.parent
         assert parent is not None
         (best,) = search(
-            [[*result.tree.prompt_ids, *parent.path_ids()]], policy=FakePolicy(), strategy=BestOfN(1), steps=RULE,
+            [[*rollout.tree.prompt_ids, *parent.path_ids()]], policy=FakePolicy(), strategy=BestOfN(1), steps=RULE,
             max_new_tokens=12 - parent.end, temperature=0.0,
         )  # fmt: skip
-        assert rollout.token_ids == best.tree.nodes[1].token_ids
+        assert list(rollout.token_ids) == best.token_ids[: len(rollout.token_ids)]
     with pytest.raises(ValueError, match="rollouts=2: greedy"):
         Lookahead(rollouts=2, greedy=True)
 
