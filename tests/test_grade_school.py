@@ -146,6 +146,15 @@ def test_the_gate_goes_up_where_problems_are_too_easy_and_down_where_too_hard(tm
         run.gate(tmp_path / "none", run.Settings())
 
 
+def test_pairs_of_right_and_wrong_responses_to_one_problem():
+    records = [
+        {"samples": [{"right": right, "values": {"prm": {"q": q}}} for right, q in samples]}
+        for samples in ([(True, 1.0), (False, 0.0), (False, 1.0)], [(True, -1.0), (False, 0.0)], [(True, 9.0)])
+    ]
+    assert run.pair_accuracy(records) == pytest.approx(1.5 / 3)
+    assert run.pair_accuracy(records[2:]) is None
+
+
 def test_the_whole_recipe_goes_on_where_it_stopped_and_makes_its_page(tmp_path, monkeypatch, capsys):
     """A tiny random model is never right, so its PRM does not pass; what comes after that gate is then let through."""
     hf_models.llama(0).save_pretrained(tmp_path / "model")
@@ -159,14 +168,13 @@ def test_the_whole_recipe_goes_on_where_it_stopped_and_makes_its_page(tmp_path, 
         "--rollouts", "2", "--samples", "2", "--test", "2", "--freeze-layers", "1",
     ]  # fmt: skip
     assert run.main(command) == 1
-    assert "held-out pair accuracy is None, and 0.65 is needed" in capsys.readouterr().err
+    assert "pair accuracy is None, and 0.65 is needed" in capsys.readouterr().err
     assert run.main([*command[:-1], "0"]) == 1
     assert "other settings" in capsys.readouterr().err
-    card = json.loads((out / "prm" / "pair.json").read_text())
-    assert card["recipe"]["pack"]
-    card["metrics"]["held_out_pair_accuracy"] = 0.9
-    (out / "prm" / "pair.json").write_text(json.dumps(card))
+    assert json.loads((out / "prm" / "pair.json").read_text())["recipe"]["pack"]
     kept = (out / "prm-3-rollouts.jsonl").read_text()
+    monkeypatch.setattr(run, "pair_accuracy", lambda records: 0.9)
+    monkeypatch.setattr(run, "first_wrong", lambda text, steps: len(text) % 2 - 1)  # some with, some without
     assert run.main(command) == 0
     assert (out / "prm-3-rollouts.jsonl").read_text() == kept
     kinds = [record["kind"] for record in run.lines(out / "eval" / "records.jsonl")]
