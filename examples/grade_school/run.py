@@ -234,8 +234,8 @@ def evaluate(out: Path, steps: int, temperature: float, settings: Settings) -> N
         events.write(asked, events.problems(settings.test, split="test", steps=steps), "test", worked=False)
     command(
         "eval", "--policy", out / "policy", "--pair", out / "prm", "--data", asked, "--budgets", settings.samples,
-        "--strategies", settings.strategies, "--seeds", settings.seed, "--batch", 16, "--weight-temperature", temperature, "--uncapped", "--title",
-        f"Word problems of {steps} steps", "--out", out / "eval", *ASKED,
+        "--strategies", settings.strategies, "--seeds", settings.seed, "--weight-temperature", temperature,
+        "--uncapped", "--batch", 16, "--title", f"Word problems of {steps} steps", "--out", out / "eval", *ASKED,
     )  # fmt: skip
 
 
