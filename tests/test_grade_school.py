@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -13,10 +14,11 @@ import hf_models
 import page
 import pytest
 import run
+import score
 import typer
 from events import LARGEST, SPLITS, problems, split_of
 
-from prm_search.cli import app
+from prm_search.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -155,6 +157,25 @@ def test_pairs_of_right_and_wrong_responses_to_one_problem():
     assert run.pair_accuracy(records[2:]) is None
 
 
+def scored_alike(pair: Path, rollouts: Path, folder: Path) -> None:
+    """Packed scores are those of `prm-search eval`, and the same answers are chosen by them."""
+    given = ["--pair", str(pair), "--rollouts", str(rollouts), "--out", str(folder / "scored")]
+    assert score.main(given) == score.main(given) == 0  # the second time from its scores
+    status = main(["eval", "--responses", str(rollouts), "--pair", str(pair), "--label", "exact", "--answer", "number",
+                   "--budgets", "2", "--out", str(folder / "official")])  # fmt: skip
+    assert status == 0
+    both = (run.lines(folder / name / "records.jsonl") for name in ("scored", "official"))
+    for ours, theirs in zip(*both, strict=True):
+        for sample, other in zip(ours["samples"], theirs["samples"], strict=True):
+            assert (sample["text"], sample["answer"], sample["right"]) == (
+                other["text"],
+                other["answer"],
+                other["right"],
+            )
+            assert sample["values"]["prm"]["q"] == pytest.approx(other["values"][str(pair)]["q"], abs=1e-4)
+        assert [each["answer"] for each in ours["chosen"]] == [each["answer"] for each in theirs["chosen"]]
+
+
 def test_the_whole_recipe_goes_on_where_it_stopped_and_makes_its_page(tmp_path, monkeypatch, capsys):
     """A tiny random model is never right, so its PRM does not pass; what comes after that gate is then let through."""
     hf_models.llama(0).save_pretrained(tmp_path / "model")
@@ -169,12 +190,16 @@ def test_the_whole_recipe_goes_on_where_it_stopped_and_makes_its_page(tmp_path, 
     ]  # fmt: skip
     assert run.main(command) == 1
     assert "pair accuracy is None, and 0.65 is needed" in capsys.readouterr().err
+    in_order = sorted(run.lines(out / "gate-3-rollouts.jsonl"), key=lambda record: record["index"])
+    (tmp_path / "gate.jsonl").write_text("".join(json.dumps(record) + "\n" for record in in_order))
+    scored_alike(out / "prm", tmp_path / "gate.jsonl", tmp_path)
     assert run.main([*command[:-1], "0"]) == 1
     assert "other settings" in capsys.readouterr().err
     assert json.loads((out / "prm" / "pair.json").read_text())["recipe"]["pack"]
     kept = (out / "prm-3-rollouts.jsonl").read_text()
-    monkeypatch.setattr(run, "pair_accuracy", lambda records: 0.9)
-    monkeypatch.setattr(run, "first_wrong", lambda text, steps: len(text) % 2 - 1)  # some with, some without
+    monkeypatch.setattr(run, "pair_accuracy", lambda scored: 0.9)
+    turns = itertools.cycle((-1, 0))  # some with an error, some without
+    monkeypatch.setattr(run, "first_wrong", lambda text, steps: next(turns))
     assert run.main(command) == 0
     assert (out / "prm-3-rollouts.jsonl").read_text() == kept
     kinds = [record["kind"] for record in run.lines(out / "eval" / "records.jsonl")]

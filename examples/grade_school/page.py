@@ -134,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "report.md").write_text(text, encoding="utf-8")
     del figures["about"]  # folders of this machine
-    (chosen.out / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    plain = json.dumps(figures, indent=2).replace(str(chosen.run / "prm"), "prm")
+    (chosen.out / "report.json").write_text(plain + "\n", encoding="utf-8")
     return 0
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import events
 import sft
+from score import complete, groups, lines, records, score
 
 from prm_search.cli import main as prm_search
 
@@ -77,11 +78,6 @@ def command(*arguments: object) -> None:
         raise SystemExit(status)
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON Lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def save(path: Path, value: object) -> None:
     """Write JSON, whole or not at all."""
     part = path.with_name(path.name + ".part")
@@ -127,14 +123,6 @@ def rollouts(out: Path, split: str, steps: int, n: int, settings: Settings) -> P
     return file
 
 
-def groups(records: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return the responses of each problem, in the order of draws."""
-    by_problem: dict[int, list[dict[str, Any]]] = {}
-    for record in sorted(records, key=lambda each: each["index"]):
-        by_problem.setdefault(record["problem"], []).append(record)
-    return list(by_problem.values())
-
-
 def vote(answers: Sequence[str | None], weights: Sequence[float]) -> str | None:
     """Return the answer with most weight; the first drawn of equal ones."""
     total: Counter[str] = Counter()
@@ -144,9 +132,9 @@ def vote(answers: Sequence[str | None], weights: Sequence[float]) -> str | None:
     return max(total, key=total.__getitem__, default=None)
 
 
-def measure(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+def measure(labelled: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return pass@1, majority@n and pass@n of labelled responses."""
-    of_problems = groups(records)
+    of_problems = groups(labelled)
     majority = [
         vote([each["answer"] for each in group], [1.0] * len(group)) == group[0]["reference_answer"]
         for group in of_problems
@@ -188,10 +176,10 @@ def train(out: Path, file: Path, settings: Settings) -> None:
         )  # fmt: skip
 
 
-def pair_accuracy(records: Iterable[dict[str, Any]]) -> float | None:
+def pair_accuracy(scored: Iterable[dict[str, Any]]) -> float | None:
     """Return the share of pairs of a right and a wrong response to one problem that the reward ranks so."""
     won = pairs = 0.0
-    for record in records:
+    for record in scored:
         rewards: dict[bool, list[float]] = {True: [], False: []}
         for sample in record["samples"]:
             rewards[sample["right"]].append(next(iter(sample["values"].values()))["q"])
@@ -206,24 +194,22 @@ def choose_temperature(out: Path, file: Path, settings: Settings) -> float:
     Raises Stopped where the PRM does not tell their right responses from wrong ones.
     """
     if not (out / "vote.json").exists():
-        command(
-            "eval", "--responses", file, "--pair", out / "prm", "--label", "exact", "--answer", "number",
-            "--budgets", settings.samples, "--out", out / "vote", "--resume",
-        )  # fmt: skip
-        records = lines(out / "vote" / "records.jsonl")
-        accuracy = pair_accuracy(records)
+        of_problems = complete(file)
+        (out / "vote").mkdir(exist_ok=True)
+        score(out / "prm", of_problems, out / "vote" / "scores.jsonl")
+        scored = records(of_problems, out / "vote" / "scores.jsonl")
+        accuracy = pair_accuracy(scored)
         if accuracy is None or accuracy < PAIR_ACCURACY:
             raise Stopped(f"pair accuracy is {accuracy}, and {PAIR_ACCURACY} is needed: see prm/log.jsonl")
         right = dict.fromkeys(TEMPERATURES, 0)
-        reference = [group[0]["reference_answer"] for group in groups(lines(file))]
-        for record in records:
+        for record, group in zip(scored, of_problems, strict=True):
             answers = [sample["answer"] for sample in record["samples"]]
             rewards = [next(iter(sample["values"].values()))["q"] for sample in record["samples"]]
             for temperature in TEMPERATURES:
                 weights = [math.exp((reward - max(rewards)) / temperature) for reward in rewards]
-                right[temperature] += vote(answers, weights) == reference[record["problem"]]
+                right[temperature] += vote(answers, weights) == group[0]["reference_answer"]
         best = max(TEMPERATURES, key=lambda each: (right[each], -abs(math.log(each))))  # ties: the nearest to 1
-        save(out / "vote.json", {"temperature": best, "right": right, "problems": len(reference), "pairs": accuracy})
+        save(out / "vote.json", {"temperature": best, "right": right, "problems": len(scored), "pairs": accuracy})
     return float(json.loads((out / "vote.json").read_text())["temperature"])
 
 
