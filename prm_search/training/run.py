@@ -265,11 +265,11 @@ def _run(
             _add_reference(lm, data, recipe, identity, cache, log, told("reference"))
         trained = lm if recipe.lora is None else _adapted(lm, recipe.lora, source)
         freeze(lm, recipe.freeze_layers)
+        use_cache = getattr(lm.config, "use_cache", True)
         trainer = PRMTrainer(
             trained, args, made, objective=recipe.objective, beta=recipe.scale, margin=recipe.margin, log=log,
             progress=told("training"),
         )  # fmt: skip
-        use_cache = getattr(lm.config, "use_cache", True)
         trainer.train(resume_from_checkpoint=last)
         lm.config.use_cache = use_cache  # the Trainer switches it off, which the saved config would repeat
         trained.eval()
