@@ -53,8 +53,8 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
     Raises:
         BadInput: the model's packages are missing, or the data cannot be read.
     """
-    asked = list(QUESTIONS) if data is None else read_questions(data)
-    asked = asked[:count]
+    questions = list(QUESTIONS) if data is None else read_questions(data)
+    questions = questions[:count]
     os.environ["TQDM_DISABLE"] = "1"  # before transformers is imported
     checkpoint = checkpoint_file()
     screen.print(Text(NOTICE))
@@ -66,11 +66,32 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
         Text(f"Loaded in {loading:.1f} s. Beam {WIDTH} x {EXPANSIONS}, steps end with a sentence.", style="dim")
     )
 
-    bar = Bar("questions", len(asked))
     began = time.perf_counter()
+    results = _searched(questions, policy, pair, seed)
+    seconds = time.perf_counter() - began
+    _show(questions, results, seconds, screen)
+    return {
+        "model": "SmolLM2-135M-Instruct (Q4_1)",
+        "notice": NOTICE,
+        "seed": seed,
+        "beam": {"width": WIDTH, "expansions": EXPANSIONS},
+        "questions": [
+            {"question": question, "right": right, "text": result.text, "found": result.answer, "q": result.value}
+            for (question, right), result in zip(questions, results, strict=True)
+        ],
+        "policy_tokens": sum(map(_sampled, results)),
+        "beam_scoring": _saved(results),
+        "seconds": {"loading": round(loading, 1), "search": round(seconds, 1)},
+        "version": __version__,
+    }
+
+
+def _searched(questions: Sequence[tuple[str, str]], policy: Any, pair: Any, seed: int) -> list[Result]:
+    """Results of a beam search of each question, with a bar while it goes on."""
+    bar = Bar("questions", len(questions))
     with bar:
-        results = search(
-            [Prompt(messages=({"role": "user", "content": question},)) for question, _ in asked],
+        return search(
+            [Prompt(messages=({"role": "user", "content": question},)) for question, _ in questions],
             policy=policy,
             scorer=pair,
             strategy=Beam(WIDTH, EXPANSIONS),
@@ -81,8 +102,11 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
             answer=last_number,
             on_event=lambda event: bar.tick() if event.kind == "done" else None,
         )
-    seconds = time.perf_counter() - began
-    for (question, right), result in zip(asked, results, strict=True):
+
+
+def _show(questions: Sequence[tuple[str, str]], results: Sequence[Result], seconds: float, screen: Console) -> None:
+    """Show each response beside its right answer, the first tree, and what the searches of `seconds` cost."""
+    for (question, right), result in zip(questions, results, strict=True):
         screen.print()
         screen.print(Text(question, style="bold"))
         screen.print(render.visible(result.text, lines=True).strip(), soft_wrap=True)
@@ -91,24 +115,9 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
     screen.print(Text("The first search:"))
     screen.print(render.tree_view(results[0].tree, results[0].node))
     screen.print(Text(render.LEGEND, style="dim"))
-    saved = _saved(results)
     screen.print()
     sampled = f"{sum(map(_sampled, results)):,} tokens sampled in {seconds:.1f} s. "
-    screen.print(Text(sampled).append(render.savings(saved)))
-    return {
-        "model": "SmolLM2-135M-Instruct (Q4_1)",
-        "notice": NOTICE,
-        "seed": seed,
-        "beam": {"width": WIDTH, "expansions": EXPANSIONS},
-        "questions": [
-            {"question": question, "right": right, "text": result.text, "found": result.answer, "q": result.value}
-            for (question, right), result in zip(asked, results, strict=True)
-        ],
-        "policy_tokens": sum(map(_sampled, results)),
-        "beam_scoring": saved,
-        "seconds": {"loading": round(loading, 1), "search": round(seconds, 1)},
-        "version": __version__,
-    }
+    screen.print(Text(sampled).append(render.savings(_saved(results))))
 
 
 def _sampled(result: Result) -> int:
@@ -128,15 +137,15 @@ def _saved(results: Sequence[Result]) -> dict[str, int]:
 
 def read_questions(path: str) -> list[tuple[str, str]]:
     """Questions and their final answers, of a file in GSM8K's form. Raises BadInput where it is not."""
-    found = []
+    questions = []
     for where, record in json_lines(path):
         question, answer = record.get("question"), record.get("answer")
         if not isinstance(question, str) or not question.strip() or not isinstance(answer, str):
             raise BadInput(f'{where}: "question" and "answer" are needed, both texts')
-        found.append((question.strip(), hashes(answer) or answer.strip()))
-    if not found:
+        questions.append((question.strip(), hashes(answer) or answer.strip()))
+    if not questions:
         raise BadInput(f"{path} holds no questions")
-    return found
+    return questions
 
 
 def checkpoint_file() -> Path:
