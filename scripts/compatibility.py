@@ -147,23 +147,23 @@ def error(model: Any, seed: int) -> float:
     draw = random.Random(seed)
     lm = LanguageModel(model, None, capacity=CAPACITY)
     longest = min(LONGEST, lm.context or LONGEST)
-    said: dict[Branch, list[float]] = {}
+    log_probs: dict[Branch, list[float]] = {}
 
     def append(branches: list[Branch], counts: list[int]) -> None:
         ids = [[draw.randrange(miniature.FIRST_WORD, lm.head.vocab) for _ in range(count)] for count in counts]
         for branch, values in zip(branches, lm.extend(branches, ids) or (), strict=True):
-            said.setdefault(branch, []).extend(values.tolist())
+            log_probs.setdefault(branch, []).extend(values.tolist())
 
     roots = [lm.tree.root() for _ in range(2)]
     append(roots, [draw.randint(20, 50), draw.randint(1, 9)])
     for _ in range(14):
-        above = draw.sample(list(said), min(4, len(said)))
+        above = draw.sample(list(log_probs), min(4, len(log_probs)))
         forks = [lm.tree.fork(b, at=draw.randint(1, b.length) if draw.random() < 0.3 else None) for b in above]
         counts = [min(draw.randint(1, 30), longest - fork.length) for fork in forks]
         kept = [(fork, count) for fork, count in zip(forks, counts, strict=True) if count > 0]
         append([fork for fork, _ in kept], [count for _, count in kept])
     worst = 0.0
-    for branch, values in said.items():
+    for branch, values in log_probs.items():
         ids = branch.path_ids()
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]

@@ -58,14 +58,14 @@ def reduced(known: dict[str, set[str]]) -> dict[str, set[str]]:
     """The arrows that do not follow from others."""
 
     def reach(start: str) -> set[str]:
-        found: set[str] = set()
+        reached: set[str] = set()
         todo = list(known.get(start, ()))
         while todo:
             name = todo.pop()
-            if name not in found:
-                found.add(name)
+            if name not in reached:
+                reached.add(name)
                 todo += known.get(name, ())
-        return found
+        return reached
 
     return {
         name: {there for there in direct if not any(there in reach(other) for other in direct - {there})}

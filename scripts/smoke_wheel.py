@@ -37,12 +37,14 @@ def wheel_files(wheel: Path) -> dict[str, bytes]:
 
 def checkout_files() -> dict[str, bytes]:
     """Every file of the package folders, by the path at which the wheel must have it."""
-    found = {}
+    contents = {}
     for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items():
         for file in (ROOT / folder).rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts:
-                found[f"{package.replace('.', '/')}/{file.relative_to(ROOT / folder).as_posix()}"] = file.read_bytes()
-    return found
+                contents[f"{package.replace('.', '/')}/{file.relative_to(ROOT / folder).as_posix()}"] = (
+                    file.read_bytes()
+                )
+    return contents
 
 
 def require_equal(what: str, left: dict[str, bytes], right: dict[str, bytes]) -> None:

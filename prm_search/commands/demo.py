@@ -100,9 +100,11 @@ def make_pair(out: Path, seed: int) -> dict[str, Any]:
 
 def run(count: int, seed: int, screen: Console, folder: str | None = None) -> dict[str, Any]:
     """The demo on the pair in a folder, or the shipped one. Returns the figures, as `--json` has them."""
-    asked = problems(count, split="test", seed=seed, length=LENGTH)
+    test_problems = problems(count, split="test", seed=seed, length=LENGTH)
     screen.print(Text(CONSTRUCTED))
-    screen.print(Text(f"A problem: {asked[0].prompt}   its right answer: {''.join(asked[0].steps)}", style="dim"))
+    screen.print(
+        Text(f"A problem: {test_problems[0].prompt}   its right answer: {''.join(test_problems[0].steps)}", style="dim")
+    )
     policy, pair = _load(screen, folder)
 
     beams: dict[int, Result] = {}
@@ -111,16 +113,16 @@ def run(count: int, seed: int, screen: Console, folder: str | None = None) -> di
         if unit.kind == "search":
             beams[unit.problem] = result
 
-    board = Board(len(asked), screen)
+    board = Board(len(test_problems), screen)
     with board.shown():
-        for record in compare(asked, policy, pair, seed, on_result=keep):
+        for record in compare(test_problems, policy, pair, seed, on_result=keep):
             board.add(record)
-    _show_tree(asked, beams, board, screen)
+    _show_tree(test_problems, beams, board, screen)
     saved = savings([record for record in board.records if record["kind"] == "search"])
     screen.print(Text("Beam, all problems: ").append(render.savings(saved)))
     return {
         "task": CONSTRUCTED,
-        "problems": len(asked),
+        "problems": len(test_problems),
         "seed": seed,
         "length": LENGTH,
         "samples": SAMPLES,
@@ -225,16 +227,16 @@ def _load(screen: Console, folder: str | None) -> tuple[Any, Any]:
     return policy, pair
 
 
-def _show_tree(asked: Sequence[Problem], beams: Mapping[int, Result], board: Board, screen: Console) -> None:
+def _show_tree(test_problems: Sequence[Problem], beams: Mapping[int, Result], board: Board, screen: Console) -> None:
     """One problem's beam search: the first that beam solves and the votes do not, if there is one."""
 
     def wins(place: int) -> int:
-        right, chosen = asked[place].answer, board.answers(place)
+        right, chosen = test_problems[place].answer, board.answers(place)
         beam = chosen.pop("beam")
         return sum(answer != right for answer in chosen.values()) if beam == right else -1
 
-    place = max(range(len(asked)), key=lambda i: (wins(i), -i))
-    problem, result, chosen = asked[place], beams[place], board.answers(place)
+    place = max(range(len(test_problems)), key=lambda i: (wins(i), -i))
+    problem, result, chosen = test_problems[place], beams[place], board.answers(place)
 
     def note(node: Node) -> Text | None:
         marks = wrong_steps(problem, node.path_text())
@@ -244,7 +246,7 @@ def _show_tree(asked: Sequence[Problem], beams: Mapping[int, Result], board: Boa
     known = f"solves, as do {', '.join(solved)}" if solved else "alone solves"
     outcome = known if chosen["beam"] == problem.answer else "does not solve"
     screen.print()
-    which = f"The search of problem {place + 1} of {len(asked)}, which beam {outcome}"
+    which = f"The search of problem {place + 1} of {len(test_problems)}, which beam {outcome}"
     screen.print(Text(f"{which} (it ranks a prefix by its lowest step reward):"))
     screen.print(render.tree_view(result.tree, result.node, note=note))
     screen.print(

@@ -55,22 +55,22 @@ class NamedModels:
 
     def card(self) -> dict[str, Any]:
         """Return which models, as reports say it."""
-        found = {"policy": self.policy, "pairs": self.names, "reference": self.reference, "beta": self.beta}
+        models = {"policy": self.policy, "pairs": self.names, "reference": self.reference, "beta": self.beta}
         if self.engine.engine == "hf":
-            return found
-        return {**found, "engine": self.engine.engine, "engine options": self.engine.arguments()}
+            return models
+        return {**models, "engine": self.engine.engine, "engine options": self.engine.arguments()}
 
     def about(self) -> dict[str, Any]:
         """The same with the reference and beta that the pairs' cards name, where no option does: for a reader."""
         from ..scorers.base import BETA
 
-        found = self.card()
+        models = self.card()
         cards = {name: options.pair_card(name) or {} for name in self.names}
         for field, default in (("reference", None), ("beta", BETA)):
-            if found[field] is None and cards:
-                each = {name: card.get(field, default) for name, card in cards.items()}
-                found[field] = each if len(set(each.values())) > 1 else next(iter(each.values()))
-        return found
+            if models[field] is None and cards:
+                by_pair = {name: card.get(field, default) for name, card in cards.items()}
+                models[field] = by_pair if len(set(by_pair.values())) > 1 else next(iter(by_pair.values()))
+        return models
 
     def load(self) -> tuple[Any, list[Any]]:
         """The policy, or None without one, and the pairs."""
@@ -137,11 +137,11 @@ class EvalRun:
                 extra = self.items[record["problem"]].extra
                 yield {**record, **({"id": extra["id"]} if "id" in extra else {})}
         except ValueError as error:
-            said = reason(error)
-            found = re.match(r"(?:problems|prompts)\[(\d+)\]:? ", said)
-            if found is None:
+            message = reason(error)
+            match = re.match(r"(?:problems|prompts)\[(\d+)\]:? ", message)
+            if match is None:
                 raise
-            raise BadInput(f"{self.items[int(found[1])].where}: {said[found.end() :]}") from error
+            raise BadInput(f"{self.items[int(match[1])].where}: {message[match.end() :]}") from error
 
 
 def describe(folder: Path, about: Mapping[str, Any]) -> None:

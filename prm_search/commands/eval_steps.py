@@ -97,8 +97,8 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         options.at_least("--folds", self.folds, 2)
-        for each in self.scores:
-            options.one_of("--values", each, tuple(VALUES))
+        for score in self.scores:
+            options.one_of("--values", score, tuple(VALUES))
         if self.threshold is not None and (self.fit is not None or len(self.scores) > 1):
             raise BadInput("--threshold is of one score: name it in --values, and leave out --fit")
 
@@ -148,8 +148,8 @@ def eval_steps(
     }  # fmt: skip
     model = cache(lambda: _load(pair, place))
     how = {"delimiter": between, "values": thresholds.scores, "append_eos": not solutions.cut, "batch": output.batch}
-    for name, given in sets.items():
-        _score_set(folder / name, given, settings, model, how, resume=output.resume)
+    for name, set_solutions in sets.items():
+        _score_set(folder / name, set_solutions, settings, model, how, resume=output.resume)
     (folder / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     rebuild(folder)
 
@@ -223,17 +223,17 @@ def read_solutions(
     system: str | None,
 ) -> list[tuple[Item, Solution]]:
     """Solutions of a file or data set. Raises BadInput where it cannot be read, holds none, or lacks a field."""
-    found = []
+    solutions = []
     for where, record in read_rows(data, config=config, split=split, limit=limit):
         fields = [name for name in PROMPTS if record.get(name) is not None]
         if len(fields) != 1:
             raise BadInput(f"{where}: one of {', '.join(PROMPTS)} is needed, got {fields or list(record)}")
-        asked = record[fields[0]]
+        problem = record[fields[0]]
         if template is not None:
-            if not isinstance(asked, str) or template.count("{}") != 1:
+            if not isinstance(problem, str) or template.count("{}") != 1:
                 raise BadInput(f"{where}: --template needs {{}} once, where the problem goes, which must be a text")
-            asked = template.replace("{}", asked)
-        prompt = prompt_of(asked, where, chat, system)
+            problem = template.replace("{}", problem)
+        prompt = prompt_of(problem, where, chat, system)
         steps, label = record.get("steps"), record.get("label")
         if not isinstance(steps, list):
             raise BadInput(f'{where}: "steps" must be a list of texts')
@@ -242,10 +242,10 @@ def read_solutions(
         except ValueError as error:
             raise BadInput(f"{where}: {reason(error)}") from error
         extra = {"id": record["id"]} if "id" in record else {}
-        found.append((Item(where, prompt, json.dumps([steps, label]), extra), solution))
-    if not found:
+        solutions.append((Item(where, prompt, json.dumps([steps, label]), extra), solution))
+    if not solutions:
         raise BadInput(f"{data} holds no solutions")
-    return found
+    return solutions
 
 
 def _named(flow: Iterator[dict[str, Any]], items: list[Item]) -> Iterator[dict[str, Any]]:
@@ -253,8 +253,8 @@ def _named(flow: Iterator[dict[str, Any]], items: list[Item]) -> Iterator[dict[s
     try:
         yield from flow
     except ValueError as error:
-        said = reason(error)
-        found = re.match(r"solutions\[(\d+)\]: ", said)
-        if found is None:
+        message = reason(error)
+        match = re.match(r"solutions\[(\d+)\]: ", message)
+        if match is None:
             raise
-        raise BadInput(f"{items[int(found[1])].where}: {said[found.end() :]}") from error
+        raise BadInput(f"{items[int(match[1])].where}: {message[match.end() :]}") from error

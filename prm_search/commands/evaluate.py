@@ -114,7 +114,7 @@ class Compared:
         strategies: Sequence[str] = [name for name in STRATEGIES if name != "lookahead"]
         budgets: Sequence[int] = (1, 4, 16)
         if answered:
-            strategies, budgets = VOTES, _powers(min(len(each.responses) for each in answered))
+            strategies, budgets = VOTES, _powers(min(len(problem.responses) for problem in answered))
         return Plan(
             strategies=strategies if self.strategies is None else listed(self.strategies),
             budgets=numbers("--budgets", self.budgets) if self.budgets else budgets,
@@ -193,7 +193,7 @@ def _check_source(policy: groups.MaybePolicy, problems: Problems, compared: Comp
         "data-config": problems.data_config, "template": problems.template, "seeds": compared.seeds,
         "search-values": compared.search_values, "shape": compared.shape,
     }  # fmt: skip
-    named = next((name for name, given in of_data.items() if given), None)
+    named = next((name for name, value in of_data.items() if value), None)
     if existing and named is not None:
         raise BadInput(f"--{named} is for --data; --responses are taken as they are, and nothing is sampled")
 
@@ -204,7 +204,7 @@ def _extractor(answer: str | None) -> Any:
 
 def _say_what_limits(items: Sequence[Item], answered: Sequence[Answered], plan: Plan) -> None:
     """Say which problem has so few responses that budgets others could have are left out."""
-    counts = [len(each.responses) for each in answered]
+    counts = [len(problem.responses) for problem in answered]
     fewest = counts.index(min(counts))
     if _powers(max(counts)) != _powers(counts[fewest]):
         print(
@@ -218,20 +218,20 @@ def _powers(most: int) -> list[int]:
     return [1 << i for i in range(most.bit_length())]
 
 
-def _shapes(given: Sequence[str]) -> dict[int, tuple[int, int]]:
-    found = {}
-    for each in given:
-        match = re.fullmatch(r"(\d{1,9})=(\d{1,9})x(\d{1,9})", each.replace(" ", ""))
+def _shapes(texts: Sequence[str]) -> dict[int, tuple[int, int]]:
+    shapes = {}
+    for text in texts:
+        match = re.fullmatch(r"(\d{1,9})=(\d{1,9})x(\d{1,9})", text.replace(" ", ""))
         if match is None:
-            raise BadInput(f"--shape {each!r:.80}: N=WIDTHxEXPANSIONS is needed, such as 16=2x8")
+            raise BadInput(f"--shape {text!r:.80}: N=WIDTHxEXPANSIONS is needed, such as 16=2x8")
         n, width, expansions = map(int, match.groups())
-        found[n] = (width, expansions)
-    return found
+        shapes[n] = (width, expansions)
+    return shapes
 
 
 def _card_delimiter(pairs: Sequence[str], delimiter: object, regex: object) -> str | None:
     """Return what ends a step by the pairs' cards. Raises BadInput where they disagree and no option decides."""
-    found = {options.card_delimiter(pair) for pair in pairs} - {None}
-    if len(found) > 1 and delimiter is None and regex is None:
-        raise BadInput(f"--pair: the cards end steps by {sorted(map(repr, found))}; --delimiter has to say which")
-    return next(iter(found)) if len(found) == 1 else None
+    delimiters = {options.card_delimiter(pair) for pair in pairs} - {None}
+    if len(delimiters) > 1 and delimiter is None and regex is None:
+        raise BadInput(f"--pair: the cards end steps by {sorted(map(repr, delimiters))}; --delimiter has to say which")
+    return next(iter(delimiters)) if len(delimiters) == 1 else None

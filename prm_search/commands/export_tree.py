@@ -64,19 +64,25 @@ def export_tree(
     out, data, nodes = exported.out, problems.data, exported.nodes
     judge = None if data is None else labels.judge()
     answers = {} if data is None else {_asked(item.prompt): item for item in problems.problems(data)}
-    found: list[dict[str, Any]] = []
+    labelled: list[dict[str, Any]] = []
     try:
         with one_writer(out):
-            count = _write(Path(out), trees, data, answers, judge, nodes, found)
+            count = _write(Path(out), trees, data, answers, judge, nodes, labelled)
     except OSError as error:
         raise BadInput(f"--out {out} cannot be written: {reason(error)}") from error
-    print(summary(found) if data is not None else f"{count} records, without labels", file=sys.stderr)
+    print(summary(labelled) if data is not None else f"{count} records, without labels", file=sys.stderr)
 
 
 def _write(
-    out: Path, trees: list[str], data: str | None, answers: Mapping[str, Item], judge: Any, nodes: str, found: list[Any]
+    out: Path,
+    trees: list[str],
+    data: str | None,
+    answers: Mapping[str, Item],
+    judge: Any,
+    nodes: str,
+    labelled: list[Any],
 ) -> int:
-    """Write the records of all trees, the file whole or not at all. Returns their number; labels go to `found`."""
+    """Write the records of all trees, the file whole or not at all. Returns their number; labels go to `labelled`."""
     if out.exists():
         raise BadInput(f"{out} exists: name another file")
     part, count = Path(f"{out}.part"), 0
@@ -92,7 +98,7 @@ def _write(
                     file.write(dumps(head | record) + "\n")
                     count += 1
                     if "label" in record:
-                        found.append({"problem": problem, "label": record["label"], "finish": record["finish"]})
+                        labelled.append({"problem": problem, "label": record["label"], "finish": record["finish"]})
         if not count:
             raise BadInput(f"{', '.join(trees)}: no tree has a whole response")
         os.replace(part, out)
@@ -118,10 +124,10 @@ def _trees(paths: list[str]) -> Iterator[tuple[str, SearchTree, dict[str, Any]]]
             if not isinstance(tree, dict) or "nodes" not in tree:
                 raise BadInput(f'{where}: there is no "tree": was it generated with --tree?')
             try:
-                found = SearchTree.from_json(json.dumps(tree))
+                search_tree = SearchTree.from_json(json.dumps(tree))
             except ValueError as error:
                 raise BadInput(f"{where}: {reason(error)}") from error
-            yield where, found, {"id": record["id"]} if "id" in record else {}
+            yield where, search_tree, {"id": record["id"]} if "id" in record else {}
 
 
 def _whole(path: str) -> Mapping[str, Any] | None:
@@ -129,10 +135,10 @@ def _whole(path: str) -> Mapping[str, Any] | None:
     if path == "-" or path.endswith(".jsonl"):
         return None
     try:
-        found = parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
+        record = parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
     except (OSError, ValueError):
         return None  # the lines say what is wrong
-    return found if isinstance(found, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 def _asked(prompt: Prompt) -> str:

@@ -47,15 +47,15 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
     options.sort(key=lambda option: _panel(option.annotation) == ADVANCED)
 
     @wraps(function)
-    def command(**given: Any) -> None:
-        for name, value in given.items():
+    def command(**arguments: Any) -> None:
+        for name, value in arguments.items():
             if name not in NAMES:
                 _check_text(name, value)
         made = {
-            name: kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
+            name: kind(**{field.name: arguments.pop(field.name) for field in dataclasses.fields(kind)})
             for name, kind in groups.items()
         }
-        function(**made, **given)
+        function(**made, **arguments)
 
     command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     command.__annotations__ = {option.name: option.annotation for option in options}

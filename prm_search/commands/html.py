@@ -88,12 +88,12 @@ def _article(item: Item, record: Mapping[str, Any], scale: float, low: float, hi
 
 
 def _prompt(item: Item) -> str:
-    given = asked(item)
-    if isinstance(given, str):
-        return given
+    prompt = asked(item)
+    if isinstance(prompt, str):
+        return prompt
     if item.prompt.messages is not None:
         return "\n".join(f"{message['role']}: {message['content']}" for message in item.prompt.messages)
-    return f"token ids {given}"
+    return f"token ids {prompt}"
 
 
 def _count(number: int, noun: str) -> str:

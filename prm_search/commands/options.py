@@ -39,57 +39,57 @@ def check_models(pair: str | None, prm: str | None, reference: str | None, *, ne
         raise BadInput("a pair is needed: --pair, or --prm and --reference")
 
 
-def one_of(option: str, given: str, allowed: Sequence[str]) -> Any:
+def one_of(option: str, word: str, allowed: Sequence[str]) -> Any:
     """The word, if it is allowed. Raises BadInput naming the option otherwise."""
-    if given not in allowed:
-        raise BadInput(f"{option} {given!r} is unknown; it is one of {', '.join(allowed)}")
-    return given
+    if word not in allowed:
+        raise BadInput(f"{option} {word!r} is unknown; it is one of {', '.join(allowed)}")
+    return word
 
 
-def at_least(option: str, given: int, least: int = 1, most: int = (1 << 31) - 1) -> int:
+def at_least(option: str, value: int, least: int = 1, most: int = (1 << 31) - 1) -> int:
     """The number, if it is from `least` to `most`. Raises BadInput naming the option otherwise."""
-    if given < least:
-        raise BadInput(f"{option} {given}: at least {least} is needed")
-    if given > most:
-        raise BadInput(f"{option} {given}: at most {most:,} is allowed")
-    return given
+    if value < least:
+        raise BadInput(f"{option} {value}: at least {least} is needed")
+    if value > most:
+        raise BadInput(f"{option} {value}: at most {most:,} is allowed")
+    return value
 
 
-def listed(given: str) -> list[str]:
+def listed(text: str) -> list[str]:
     """The words of "a,b,c"."""
-    return [word.strip() for word in given.split(",")]
+    return [word.strip() for word in text.split(",")]
 
 
-def numbers(option: str, given: str) -> list[int]:
+def numbers(option: str, text: str) -> list[int]:
     """The integers of "1,4,16". Raises BadInput naming the option where there are others."""
     try:
-        return [int(word) for word in listed(given)]
+        return [int(word) for word in listed(text)]
     except ValueError as error:
-        raise BadInput(f"{option} {given!r:.80}: integers with commas between them are needed") from error
+        raise BadInput(f"{option} {text!r:.80}: integers with commas between them are needed") from error
 
 
-def engine_options(engine: str, given: str | None) -> dict[str, Any]:
+def engine_options(engine: str, text: str | None) -> dict[str, Any]:
     """Arguments for the engine of the policy. Raises BadInput for an unknown engine, or for what is no JSON object."""
     one_of("--engine", engine, ("hf", "vllm"))
-    if given is None:
+    if text is None:
         return {}
     if engine != "vllm":
         raise BadInput("--engine-options needs --engine vllm")
     try:
-        found = parse_json(given, "--engine-options")
+        arguments = parse_json(text, "--engine-options")
     except ValueError as error:
-        raise BadInput(f"--engine-options {given!r:.80} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BadInput(f'--engine-options {given!r}: a JSON object is needed, as {{"gpu_memory_utilization": 0.5}}')
-    return found
+        raise BadInput(f"--engine-options {text!r:.80} is no JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise BadInput(f'--engine-options {text!r}: a JSON object is needed, as {{"gpu_memory_utilization": 0.5}}')
+    return arguments
 
 
-def make_strategy(name: str, given: Mapping[str, Any]) -> Strategy:
+def make_strategy(name: str, values: Mapping[str, Any]) -> Strategy:
     """The named strategy, configured by those options that were given (not None).
 
     Args:
         name: with "-" or "_"; or a JSON object with "name" and any fields of the strategy, as in a file of --config.
-        given: option -> value.
+        values: option -> value.
 
     Raises:
         BadInput: an option that this strategy does not have, or one that stands in both.
@@ -98,11 +98,11 @@ def make_strategy(name: str, given: Mapping[str, Any]) -> Strategy:
     fields = parse_json(name, "--strategy") if name.lstrip().startswith("{") else {"name": name}
     key = str(fields.pop("name", None)).replace("-", "_")
     resolve_strategy(key)
-    own = [each.name for each in dataclasses.fields(STRATEGIES[key])]  # type: ignore[arg-type]
-    chosen = {option: value for option, value in given.items() if value is not None}
+    own = [declared.name for declared in dataclasses.fields(STRATEGIES[key])]  # type: ignore[arg-type]
+    chosen = {option: value for option, value in values.items() if value is not None}
     for option in chosen:
         if option not in own:
-            takes = ", ".join(_flag(each) for each in own if each in given)
+            takes = ", ".join(_flag(field_name) for field_name in own if field_name in values)
             raise BadInput(f"{_flag(option)} is not an option of --strategy {key}; it takes {takes}")
     for field in fields:
         if field not in own or field in chosen:
@@ -128,13 +128,13 @@ def make_steps(
         ValueError: see StepRule.
     """
     rule = StepRule()
-    found: str | Sequence[str] | None = rule.delimiter if default is None else default
+    ends: str | Sequence[str] | None = rule.delimiter if default is None else default
     if delimiter:
-        found = [unescape(each) for each in delimiter]
+        ends = [unescape(text) for text in delimiter]
     elif regex is not None:
-        found = None
+        ends = None
     tokens = rule.max_tokens if max_tokens is None else None if max_tokens == 0 else max_tokens
-    return StepRule(delimiter=found, max_tokens=tokens, regex=regex, confidence=confidence)
+    return StepRule(delimiter=ends, max_tokens=tokens, regex=regex, confidence=confidence)
 
 
 def make_budget(tokens: int | None, nodes: int | None, depth: int | None, seconds: float | None) -> Budget:
@@ -165,14 +165,14 @@ def pair_card(pair: str) -> dict[str, Any] | None:
 
 def unescape(text: str) -> str:
     r"""Backslash escapes (\n, \t, \r, \\) as a shell passes them."""
-    found, rest = [], iter(text)
+    characters, rest = [], iter(text)
     for char in rest:
         if char != "\\":
-            found.append(char)
+            characters.append(char)
             continue
         after = next(rest, "")
-        found.append({"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}.get(after, "\\" + after))
-    return "".join(found)
+        characters.append({"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}.get(after, "\\" + after))
+    return "".join(characters)
 
 
 def _flag(option: str) -> str:

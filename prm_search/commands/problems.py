@@ -76,21 +76,21 @@ def encoded(item: Item, policy: Any) -> Problem:
 def _problem(
     where: str, record: Mapping[str, Any], template: str | None, chat: bool, system: str | None, worked: bool
 ) -> Item:
-    given = [name for name in PROMPTS if record.get(name) is not None]
-    if len(given) != 1:
-        raise BadInput(f"{where}: one of {', '.join(PROMPTS)} is needed, got {given or list(record)}")
-    asked = record[given[0]]
+    present = [name for name in PROMPTS if record.get(name) is not None]
+    if len(present) != 1:
+        raise BadInput(f"{where}: one of {', '.join(PROMPTS)} is needed, got {present or list(record)}")
+    question = record[present[0]]
     if template is not None:
-        if not isinstance(asked, str):
+        if not isinstance(question, str):
             raise BadInput(f"{where}: --template needs a prompt that is a text")
-        asked = template.replace("{}", asked)
+        question = template.replace("{}", question)
     stated = next((record[name] for name in ANSWERS if record.get(name) is not None), None)
     if isinstance(stated, int | float) and not isinstance(stated, bool):
         stated = str(stated)
     if not isinstance(stated, str) or not stated.strip():
         raise BadInput(f'{where}: an "answer" or a "solution" is needed, a text or a number')
     extra = {"id": record["id"]} if "id" in record else {}
-    return Item(where, prompt_of(asked, where, chat, system), stated if worked else stated_answer(stated), extra)
+    return Item(where, prompt_of(question, where, chat, system), stated if worked else stated_answer(stated), extra)
 
 
 def _rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -122,14 +122,14 @@ def make_judge(label: str, answer: str | None) -> Judge:
     )
 
 
-def function_of(option: str, given: str) -> Callable[..., Any]:
+def function_of(option: str, source: str) -> Callable[..., Any]:
     """The function that "module:name" or "file.py:name" stands for. Raises BadInput where there is none."""
-    module, _, name = given.rpartition(":")
+    module, _, name = source.rpartition(":")
     try:
         if module.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(module).stem, module)
             if spec is None or spec.loader is None:
-                raise BadInput(f"{option} {given}: {module} is no Python file")
+                raise BadInput(f"{option} {source}: {module} is no Python file")
             loaded = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(loaded)
         else:
@@ -139,9 +139,9 @@ def function_of(option: str, given: str) -> Callable[..., Any]:
             finally:
                 sys.path.remove(os.getcwd())
     except (ImportError, OSError, ValueError) as error:
-        raise BadInput(f"{option} {given}: {module or 'a module'} cannot be imported: {reason(error)}") from error
-    found = getattr(loaded, name, None)
-    if not callable(found):
-        raise BadInput(f"{option} {given}: {module} has no function {name}")
-    result: Callable[..., Any] = found
+        raise BadInput(f"{option} {source}: {module or 'a module'} cannot be imported: {reason(error)}") from error
+    function = getattr(loaded, name, None)
+    if not callable(function):
+        raise BadInput(f"{option} {source}: {module} has no function {name}")
+    result: Callable[..., Any] = function
     return result

@@ -39,8 +39,8 @@ class Item:
     def digest(self, *settings: object) -> str:
         """A short name for this input under these settings, which are plain values: equal ones have equal names."""
         messages = None if self.prompt.messages is None else [dict(message) for message in self.prompt.messages]
-        words = [self.prompt.text, messages, self.prompt.token_ids, self.response, *settings]
-        return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
+        values = [self.prompt.text, messages, self.prompt.token_ids, self.response, *settings]
+        return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
 
 
 def digests(items: Sequence[Item], *settings: object) -> list[str]:
@@ -102,10 +102,10 @@ def read_items(path: str, *, chat: bool = False, system: str | None = None, resp
 
 
 def _item(where: str, record: dict[str, Any], chat: bool, system: str | None, responses: bool) -> Item:
-    given = [name for name in ("prompt", "messages", "question") if name in record]
-    if len(given) != 1:
-        raise BadInput(f'{where}: one of "prompt", "messages" and "question" is needed, got {given or list(record)}')
-    prompt = prompt_of(record[given[0]], where, chat, system)
+    present = [name for name in ("prompt", "messages", "question") if name in record]
+    if len(present) != 1:
+        raise BadInput(f'{where}: one of "prompt", "messages" and "question" is needed, got {present or list(record)}')
+    prompt = prompt_of(record[present[0]], where, chat, system)
     response = None
     if responses:
         if "response" not in record:
@@ -113,38 +113,38 @@ def _item(where: str, record: dict[str, Any], chat: bool, system: str | None, re
         response = record["response"]
         if not (isinstance(response, str) or _is_ids(response)) or not response:
             raise BadInput(f'{where}: "response" must be a text or a list of token ids, and not empty')
-    return Item(where, prompt, response, {k: v for k, v in record.items() if k not in (*given, "response")})
+    return Item(where, prompt, response, {k: v for k, v in record.items() if k not in (*present, "response")})
 
 
-def prompt_of(given: object, where: str, chat: bool = False, system: str | None = None) -> Prompt:
+def prompt_of(value: object, where: str, chat: bool = False, system: str | None = None) -> Prompt:
     """A Prompt from a text, token ids or chat messages. Raises BadInput where it is none of them, or empty.
 
     Args:
-        given: what the user wrote.
+        value: what the user wrote.
         where: what to call it.
         chat: a text becomes a user's message, for the model's chat template.
         system: with chat: the system's message before it.
     """
-    if isinstance(given, str) and given.strip():
+    if isinstance(value, str) and value.strip():
         if not chat:
-            return Prompt(text=given)
+            return Prompt(text=value)
         before = [] if system is None else [{"role": "system", "content": system}]
-        return Prompt(messages=(*before, {"role": "user", "content": given}))
-    if _is_ids(given) and given:
-        return Prompt(token_ids=tuple(given))  # type: ignore[arg-type]
-    if isinstance(given, list) and given and all(_is_message(item) for item in given):
-        return Prompt(messages=tuple(given))
-    if not given or isinstance(given, str):
+        return Prompt(messages=(*before, {"role": "user", "content": value}))
+    if _is_ids(value) and value:
+        return Prompt(token_ids=tuple(value))  # type: ignore[arg-type]
+    if isinstance(value, list) and value and all(_is_message(item) for item in value):
+        return Prompt(messages=tuple(value))
+    if not value or isinstance(value, str):
         raise BadInput(f"{where}: the prompt is empty")
     raise BadInput(f'{where}: a prompt is a text, a list of token ids, or messages with "role" and "content"')
 
 
-def _is_ids(given: object) -> bool:
-    return isinstance(given, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given)
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)
 
 
-def _is_message(given: object) -> bool:
-    return isinstance(given, dict) and isinstance(given.get("role"), str) and "content" in given
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
 
 
 class RecordFile:
@@ -266,14 +266,14 @@ def dumps(record: Mapping[str, Any]) -> str:
     return line
 
 
-def _finite(given: Any) -> Any:
-    if isinstance(given, float):
-        return given if abs(given) < float("inf") else None
-    if isinstance(given, Mapping):
-        return {name: _finite(value) for name, value in given.items()}
-    if isinstance(given, list | tuple):
-        return [_finite(value) for value in given]
-    return given
+def _finite(nested: Any) -> Any:
+    if isinstance(nested, float):
+        return nested if abs(nested) < float("inf") else None
+    if isinstance(nested, Mapping):
+        return {name: _finite(value) for name, value in nested.items()}
+    if isinstance(nested, list | tuple):
+        return [_finite(value) for value in nested]
+    return nested
 
 
 def asked(item: Item) -> Any:
@@ -321,5 +321,5 @@ def rounded(values: Iterable[float]) -> list[float]:
 
 def reason(error: BaseException) -> str:
     """Return what an error says, on one line."""
-    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return " ".join(said.split("\n\n")[0].split())
+    message = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return " ".join(message.split("\n\n")[0].split())

@@ -101,9 +101,9 @@ def tree_view(tree: SearchTree, chosen: Node | None, *, note: Callable[[Node], T
             label.append(f"  x{node.count}", style="dim")
         if node.finish in ("length", "budget"):
             label.append(f"  cut: {node.finish}", style="dim")
-        said = None if note is None else note(node)
-        if said is not None:
-            label.append("  ").append_text(said)
+        note_text = None if note is None else note(node)
+        if note_text is not None:
+            label.append("  ").append_text(note_text)
         branches[node] = branches[node.parent or tree.root].add(label)
     return view
 

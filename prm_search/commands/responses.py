@@ -54,18 +54,20 @@ def read_responses(path: str, *, chat: bool = False, system: str | None = None) 
         group = groups.setdefault(key, _Group(where, prompt, _answer(record)))
         if group.prompt != prompt:
             raise BadInput(f"{where}: problem {number} has another prompt than in {group.where}")
-        found = _many(where, record) if "responses" in record else [_one(where, record)]
+        new_responses = _many(where, record) if "responses" in record else [_one(where, record)]
         place = record.get("sample", len(group.responses))
         if isinstance(place, bool) or not isinstance(place, int):
             raise BadInput(f'{where}: "sample" is {place!r:.80}: the place of the response is needed')
-        group.responses += [(place + i, each) for i, each in enumerate(found)]
+        group.responses += [(place + i, response) for i, response in enumerate(new_responses)]
     if not groups:
         raise BadInput(f"{path} holds no responses")
     items, problems = [], []
     for group in groups.values():
-        responses = [each for _, each in sorted(group.responses, key=lambda pair: pair[0])]
+        responses = [response for _, response in sorted(group.responses, key=lambda pair: pair[0])]
         problems.append(Answered(group.prompt, responses, group.answer))
-        extra = {"responses": [[each.text, each.token_ids, each.right, each.cut] for each in responses]}
+        extra = {
+            "responses": [[response.text, response.token_ids, response.right, response.cut] for response in responses]
+        }
         items.append(Item(group.where, group.prompt, repr(extra), {}))
     return items, problems
 

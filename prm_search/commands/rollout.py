@@ -63,13 +63,13 @@ def rollout(
                 done={divmod(place, n) for place in done},
             )  # fmt: skip
             with bar:
-                for each in drawn:
-                    item, index = items[each.problem], each.problem * n + each.sample
-                    record = {"index": index, "key": keys[index], **item.extra, **each.record()}
+                for sample in drawn:
+                    item, index = items[sample.problem], sample.problem * n + sample.sample
+                    record = {"index": index, "key": keys[index], **item.extra, **sample.record()}
                     record["reference_answer"] = item.response
                     file.write(record)
                     done[index] = record
-                    bar.tick(len(each.response_ids))
+                    bar.tick(len(sample.response_ids))
         finally:
             report(file, len(done), len(keys))
     print(summary(done.values()), file=sys.stderr)

@@ -119,10 +119,10 @@ def score_items(
     chosen = [items[place] for place in places]
 
     def scores_of(some: Sequence[Item]) -> Sequence[Scores]:
-        found: Sequence[Scores] = pair.score(
+        scores: Sequence[Scores] = pair.score(
             [item.prompt for item in some], [item.response for item in some], steps=steps, append_eos=not cut
         )
-        return found
+        return scores
 
     try:
         return scores_of(chosen)

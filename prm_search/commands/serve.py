@@ -144,11 +144,11 @@ def _become_vllm(server: Server, config: ServeConfig, extra: Sequence[str]) -> N
 
     claimed = claim(server.host, server.port)  # noqa: F841  # held by the program that replaces this one
     model = str(shipped() / "policy") if server.policy == DEMO else server.policy
-    words, environment = vllm_command(
+    command, environment = vllm_command(
         model, config, host=server.host, port=server.port, name=server.served_model_name or server.policy,
         api_key=server.api_key, extra=extra,
     )  # fmt: skip
-    os.execve(words[0], words, environment)
+    os.execve(command[0], command, environment)
 
 
 def _app(server: Server, pair: groups.Pair, place: groups.Place, config: ServeConfig) -> Any:

@@ -173,14 +173,14 @@ def _kept(out: Path, every: int) -> str:
     return f"{out}: --resume goes on from step {max(steps)}"
 
 
-def _arguments(given: str) -> dict[str, Any]:
+def _arguments(source: str) -> dict[str, Any]:
     """TrainingArguments of a JSON file, or of the JSON object itself. Raises BadInput for anything else."""
-    where = "--arguments" if given.lstrip().startswith("{") else f"--arguments {given}"
+    where = "--arguments" if source.lstrip().startswith("{") else f"--arguments {source}"
     try:
-        text = given if where == "--arguments" else Path(given).read_text(encoding="utf-8")
+        text = source if where == "--arguments" else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{where} cannot be read: {reason(error)}") from error
-    found = parse_json(text, where)
-    if not isinstance(found, dict):
-        raise BadInput(f"{where}: a JSON object is needed, got {type(found).__name__}")
-    return found
+    arguments = parse_json(text, where)
+    if not isinstance(arguments, dict):
+        raise BadInput(f"{where}: a JSON object is needed, got {type(arguments).__name__}")
+    return arguments

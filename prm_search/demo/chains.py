@@ -181,16 +181,16 @@ def problems(n: int, *, split: str = "test", seed: int = 0, length: int = 8) -> 
     """
     if n < 0:
         raise ValueError(f"n must be at least 0, got {n!r}")
-    found: dict[str, Problem] = {}
+    unique: dict[str, Problem] = {}
     draws = stream(split, seed, length)
     misses = 0
-    while len(found) < n:
+    while len(unique) < n:
         problem = next(draws)
-        misses = misses + 1 if problem.prompt in found else 0
-        found.setdefault(problem.prompt, problem)
-        if misses > 20 * (len(found) + 10):  # every problem of the split has been seen (about 1 - exp(-20) sure)
-            raise ValueError(f"n must be at most {len(found)} for split {split!r} at length {length}, got {n}")
-    return list(found.values())
+        misses = misses + 1 if problem.prompt in unique else 0
+        unique.setdefault(problem.prompt, problem)
+        if misses > 20 * (len(unique) + 10):  # every problem of the split has been seen (about 1 - exp(-20) sure)
+            raise ValueError(f"n must be at most {len(unique)} for split {split!r} at length {length}, got {n}")
+    return list(unique.values())
 
 
 def demonstrate(problem: Problem, rng: random.Random) -> tuple[str, float]:
@@ -215,8 +215,8 @@ def demonstrate(problem: Problem, rng: random.Random) -> tuple[str, float]:
 
 def answer(text: str) -> str | None:
     """The final answer of a response: the digit that it ends with, None if it does not end with a result."""
-    found = _ANSWER.search(text)
-    return found.group(1) if found else None
+    match = _ANSWER.search(text)
+    return match.group(1) if match else None
 
 
 def check(problem: Problem, response_text: str) -> Check:

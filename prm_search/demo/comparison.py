@@ -28,8 +28,8 @@ TITLES = {
 
 def judge(text: str, reference: str) -> tuple[str | None, bool]:
     """The final answer of a response, and whether it is the reference answer: a label (see problems.Judge)."""
-    found = chains.answer(text)
-    return found, found == reference
+    answer = chains.answer(text)
+    return answer, answer == reference
 
 
 def plan(seed: int) -> Plan:
@@ -45,13 +45,13 @@ def plan(seed: int) -> Plan:
     )
 
 
-def as_problems(asked: Sequence[chains.Problem]) -> list[Problem]:
+def as_problems(problems: Sequence[chains.Problem]) -> list[Problem]:
     """Chains as evaluation and rollouts take them."""
-    return [Problem(Prompt(text=each.prompt), each.answer) for each in asked]
+    return [Problem(Prompt(text=problem.prompt), problem.answer) for problem in problems]
 
 
 def compare(
-    asked: Sequence[chains.Problem],
+    problems: Sequence[chains.Problem],
     policy: Policy,
     pair: Scorer,
     seed: int,
@@ -60,7 +60,7 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """Records of `evaluation.evaluate`, as they are finished."""
     return evaluate(
-        as_problems(asked), policy=policy, scorers=pair, plan=plan(seed), judge=judge, answer=chains.answer,
+        as_problems(problems), policy=policy, scorers=pair, plan=plan(seed), judge=judge, answer=chains.answer,
         on_result=on_result,
     )  # fmt: skip
 
@@ -91,7 +91,7 @@ def card(summary: Summary) -> dict[str, Any]:
     lines = {row.cell.strategy: figures(row) for row in summary.rows}
     for line in lines.values():
         del line["seconds"]
-    chance = next(each for each in summary.pass_at if each.k == SAMPLES)
+    chance = next(estimate for estimate in summary.pass_at if estimate.k == SAMPLES)
     return {
         "problems": summary.problems, "seeds": summary.seeds, f"pass@{chance.k}": round(chance.mean, 4),
         "strategies": lines, "tests": tests,

@@ -136,19 +136,21 @@ def _rollouts(seed: int, out: Path, say: Log) -> None:
     path, part = out / ROLLOUTS, out / f"{ROLLOUTS}.part"
     if path.is_file():
         return
-    asked = [each for length, n in LENGTHS for each in chains.problems(n, split="prm", seed=seed, length=length)]
+    problems = [
+        problem for length, n in LENGTHS for problem in chains.problems(n, split="prm", seed=seed, length=length)
+    ]
     policy = HFPolicy.from_pretrained(out / "policy")
     sampling = Sampling(StepRule(chains.DELIMITER), max_new_tokens=48, seed=seed)
     right = 0
     with part.open("w", encoding="utf-8", newline="\n") as file:
         for rollout in sample_rollouts(
-            comparison.as_problems(asked), policy=policy, n=RESPONSES, sampling=sampling, label=comparison.judge
+            comparison.as_problems(problems), policy=policy, n=RESPONSES, sampling=sampling, label=comparison.judge
         ):
             index = rollout.problem * RESPONSES + rollout.sample
             file.write(json.dumps({"index": index, **rollout.record()}) + "\n")
             right += rollout.label
     os.replace(part, path)
-    say(f"{RESPONSES * len(asked)} rollouts, {right} with a right answer")
+    say(f"{RESPONSES * len(problems)} rollouts, {right} with a right answer")
 
 
 def _prm(seed: int, out: Path, say: Log) -> dict[str, Any]:
@@ -171,8 +173,8 @@ def measure(folder: Path, count: int = TESTED) -> dict[str, Any]:
     """Return the figures of `prm-search demo --problems COUNT` for the pair in a folder, as a card has them."""
     policy = HFPolicy.from_pretrained(folder / "policy")
     pair = ImplicitPRM.from_pretrained(folder)
-    asked = chains.problems(count, split="test", length=comparison.LENGTH)
-    return comparison.card(summarise(comparison.compare(asked, policy, pair, seed=0)))
+    problems = chains.problems(count, split="test", length=comparison.LENGTH)
+    return comparison.card(summarise(comparison.compare(problems, policy, pair, seed=0)))
 
 
 def ship(runs: Sequence[Path], out: Path, count: int = TESTED) -> dict[str, Any]:
@@ -194,8 +196,8 @@ def ship(runs: Sequence[Path], out: Path, count: int = TESTED) -> dict[str, Any]
     card: dict[str, Any] = cards[chosen] | {
         "selection": SELECTION.format(seeds=list(SEEDS)),
         "all_seeds": [
-            {"seed": each["seed"], "policy": each["policy"], "metrics": measure(run, count)}
-            for each, run in zip(cards, runs, strict=True)
+            {"seed": seed_card["seed"], "policy": seed_card["policy"], "metrics": measure(run, count)}
+            for seed_card, run in zip(cards, runs, strict=True)
         ],
     }
     _write(out / CARD, card)

@@ -102,12 +102,12 @@ READS: tuple[tuple[str, Callable[..., Any], dict[int | str, dict[str, Any]]], ..
 
 
 async def _no_such_route(request: Request, error: Any) -> Response:
-    said = f"{request.method} {request.url.path} is no route of this server"
+    message = f"{request.method} {request.url.path} is no route of this server"
     headers = {}
     if error.status_code == 405:  # each route knows its own methods only
         routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
         headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
-    return refused(RequestError(error.status_code, said, code="unknown_route", headers=headers))
+    return refused(RequestError(error.status_code, message, code="unknown_route", headers=headers))
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:

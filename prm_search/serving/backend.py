@@ -32,19 +32,19 @@ class Backend(ABC):
 
     Args:
         policy: what samples; its context and tokenizer are read, where it has them.
-        words: bytes of the policy's tokens.
+        token_text: bytes of the policy's tokens.
 
     Attributes:
-        words: as given.
+        token_text: as given.
         context: tokens that prompt and response may have together, where the policy says so.
         prompt_length: refuses prompts that cannot fit.
         encoders: threads in which prompts are tokenised.
     """
 
-    def __init__(self, policy: PolicyBase | AsyncPolicyBase, words: TokenText) -> None:
-        self.words = words
+    def __init__(self, policy: PolicyBase | AsyncPolicyBase, token_text: TokenText) -> None:
+        self.token_text = token_text
         self.context = policy.context
-        self.prompt_length = PromptLength(policy.tokenizer, words, self.context)
+        self.prompt_length = PromptLength(policy.tokenizer, token_text, self.context)
         self.encoders = ThreadPoolExecutor(ENCODERS, "prm-search prompts")
         self._followers: WeakKeyDictionary[SearchTree, Follower] = WeakKeyDictionary()
 
@@ -85,14 +85,14 @@ class ThreadEngine(Backend):
     Args:
         policy: samples steps.
         scorer: rewards them.
-        words: bytes of the policy's tokens.
+        token_text: bytes of the policy's tokens.
         clock: seconds, rising; for budgets.
     """
 
     def __init__(
-        self, policy: Policy, scorer: Scorer, words: TokenText, *, clock: Callable[[], float] = time.monotonic
+        self, policy: Policy, scorer: Scorer, token_text: TokenText, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        super().__init__(PolicyBase.of(policy), words)
+        super().__init__(PolicyBase.of(policy), token_text)
         self._thread = ModelThread()
         self._policy = ThreadPolicy(self._thread, policy)
         self._scorer = ThreadScorer(self._thread, scorer, policy)
@@ -110,8 +110,8 @@ class ThreadEngine(Backend):
         """See Engine.loop. Steered searches of one strength are decoded together."""
         if alpha is None:
             return self._guided if guided else self._plain
-        found = self._steered.get((guided, alpha))  # lives as long as a search in it
-        if found is None:
+        search_loop = self._steered.get((guided, alpha))  # lives as long as a search in it
+        if search_loop is None:
             try:
                 steered = Steer(alpha).wrap(self._policy.base, self._scorer.base)
             except (ValueError, TypeError) as error:
@@ -120,9 +120,9 @@ class ThreadEngine(Backend):
                 ) from error
             scorer = self._scorer if guided else None
             policy = ThreadPolicy(self._thread, steered)
-            found = AsyncSearchLoop(policy, scorer, on_event=self._tell, clock=self._clock)
-            self._steered[guided, alpha] = found
-        return found
+            search_loop = AsyncSearchLoop(policy, scorer, on_event=self._tell, clock=self._clock)
+            self._steered[guided, alpha] = search_loop
+        return search_loop
 
     def costs(self) -> tuple[Mapping[str, float], Mapping[str, int]]:
         """See Engine.costs."""
@@ -145,7 +145,7 @@ class AsyncEngine(Backend):
     Args:
         policy: samples steps.
         scorer: rewards them; in a thread, unless it has ascore_nodes.
-        words: bytes of the policy's tokens.
+        token_text: bytes of the policy's tokens.
         steered: makes the same policy steered with a strength; None where that cannot be.
     """
 
@@ -153,10 +153,10 @@ class AsyncEngine(Backend):
         self,
         policy: AsyncPolicy,
         scorer: Scorer,
-        words: TokenText,
+        token_text: TokenText,
         steered: Callable[[float], AsyncPolicy] | None = None,
     ) -> None:
-        super().__init__(AsyncPolicyBase.of(policy), words)
+        super().__init__(AsyncPolicyBase.of(policy), token_text)
         self._loop = AsyncSearchLoop(policy, scorer, on_event=self._tell)
         self._steered = steered
         self._loops: WeakValueDictionary[float, AsyncSearchLoop] = WeakValueDictionary()
@@ -169,12 +169,12 @@ class AsyncEngine(Backend):
             return self._loop
         if self._steered is None:
             param = "prm_guidance.alpha"
-            said = f"{param}: this server cannot steer: it runs without the logits processor"
-            raise RequestError(400, said, param=param, code="unsupported_parameter")
-        found = self._loops.get(alpha)  # lives as long as a search in it
-        if found is None:
-            found = self._loops[alpha] = self._loop.beside(self._steered(alpha))
-        return found
+            message = f"{param}: this server cannot steer: it runs without the logits processor"
+            raise RequestError(400, message, param=param, code="unsupported_parameter")
+        search_loop = self._loops.get(alpha)  # lives as long as a search in it
+        if search_loop is None:
+            search_loop = self._loops[alpha] = self._loop.beside(self._steered(alpha))
+        return search_loop
 
     def costs(self) -> tuple[Mapping[str, float], Mapping[str, int]]:
         """See Engine.costs."""

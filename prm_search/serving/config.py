@@ -52,15 +52,15 @@ class ServeConfig:
             beta("beta", self.beta)
 
     @classmethod
-    def of(cls, given: Any) -> ServeConfig:
+    def of(cls, settings: Any) -> ServeConfig:
         """From plain values, as JSON has them.
 
         Raises:
             ValueError: a key is unknown, or a value makes no sense; which is said.
         """
         try:
-            made: ServeConfig = _make(cls, given, "", steps=StepRule, limits=Limits)
-            return made if {"delimiter", "regex"} & set(given.get("steps", ())) else made._with_card()
+            made: ServeConfig = _make(cls, settings, "", steps=StepRule, limits=Limits)
+            return made if {"delimiter", "regex"} & set(settings.get("steps", ())) else made._with_card()
         except TypeError as error:
             raise ValueError(str(error)) from error
 
@@ -97,13 +97,13 @@ class ServeConfig:
         return json.dumps(plain)
 
 
-def _make(kind: type[Any], given: Any, where: str, **parts: type[Any]) -> Any:
+def _make(kind: type[Any], mapping: Any, where: str, **parts: type[Any]) -> Any:
     """A dataclass from a mapping of its fields, of which `parts` are dataclasses themselves."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{where or 'the configuration'} must be an object, got {given!r:.80}")
-    known = [each.name for each in fields(kind) if each.init]
-    for key in given:
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"{where or 'the configuration'} must be an object, got {mapping!r:.80}")
+    known = [option.name for option in fields(kind) if option.init]
+    for key in mapping:
         if key not in known:
             raise ValueError(f"{where}{key} is unknown; known are {', '.join(known)}")
-    values = {key: _make(parts[key], value, f"{key}.") if key in parts else value for key, value in given.items()}
+    values = {key: _make(parts[key], value, f"{key}.") if key in parts else value for key, value in mapping.items()}
     return kind(**values)

@@ -46,5 +46,5 @@ def invalid(param: str | None, message: str) -> RequestError:
 
 def too_large(param: str | None, message: str) -> RequestError:
     """A request that is larger than this server takes on."""
-    said = message if param is None else f"{param}: {message}"
-    return RequestError(413, said, param=param, code="request_too_large")
+    full_message = message if param is None else f"{param}: {message}"
+    return RequestError(413, full_message, param=param, code="request_too_large")

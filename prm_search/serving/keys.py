@@ -51,5 +51,5 @@ class BearerKeys:
     def _allowed(self, request: Request) -> bool:
         header = request.headers.get("authorization", "").encode("latin-1")  # the bytes that came
         scheme, _, key = header.partition(b" ")
-        matches = [hmac.compare_digest(key, each) for each in self._keys]  # all of them: in constant time
+        matches = [hmac.compare_digest(key, known) for known in self._keys]  # all of them: in constant time
         return scheme.lower() == b"bearer" and any(matches)

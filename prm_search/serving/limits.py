@@ -34,5 +34,5 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("searches", "body_bytes", "max_tokens", "children", "sampled_tokens"):
             integer(name, getattr(self, name), 1, "an integer >= 1")
-        number("seconds", self.seconds, "a finite number > 0", lambda given: 0 < given < math.inf)
+        number("seconds", self.seconds, "a finite number > 0", lambda seconds: 0 < seconds < math.inf)
         flag("patterns", self.patterns)

@@ -19,12 +19,12 @@ class TokenLogprobs:
     behind a stop string are left out, as the string is.
 
     Args:
-        words: bytes of token ids.
+        token_text: bytes of token ids.
         kind: "chat" or "text": the shape.
     """
 
-    def __init__(self, words: TokenText, kind: Literal["chat", "text"]) -> None:
-        self._words, self._kind = words, kind
+    def __init__(self, token_text: TokenText, kind: Literal["chat", "text"]) -> None:
+        self._token_text, self._kind = token_text, kind
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._written = 0  # characters that the tokens so far spell
         self._waiting: deque[tuple[int, bytes, float | None]] = deque()  # first character, bytes, log-probability
@@ -34,11 +34,11 @@ class TokenLogprobs:
         for node in steps:
             logprobs: Sequence[float | None] = [None] * len(node.token_ids)
             if node.logprobs is not None:
-                logprobs = [float(each) if math.isfinite(each) else None for each in node.logprobs]
+                logprobs = [float(value) if math.isfinite(value) else None for value in node.logprobs]
             for token, logprob in zip(node.token_ids, logprobs, strict=True):
-                piece = self._words.piece(token)
+                piece = self._token_text.piece(token)
                 self._waiting.append((self._written, piece, logprob))
-                if token not in self._words.special:
+                if token not in self._token_text.special:
                     self._written += len(self._decoder.decode(piece))
 
     def told(self, characters: int | None) -> dict[str, Any] | None:

@@ -59,13 +59,13 @@ class _Costs(Collector):
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        for name, said, values in zip(
+        for name, documentation, values in zip(
             ("prm_search_phase_seconds", "prm_search_forward_calls"),
             ("Seconds spent, by phase.", "Forwards run, by phase."),
             self._engine.costs(),
             strict=True,
         ):
-            family = CounterMetricFamily(name, said, labels=["phase"])
+            family = CounterMetricFamily(name, documentation, labels=["phase"])
             for phase in ("policy", "scorer"):
                 family.add_metric([phase], values.get(phase, 0))
             yield family

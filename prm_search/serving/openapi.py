@@ -55,4 +55,4 @@ def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
         if "$ref" in schema:
             return _inlined(parts[schema["$ref"].rsplit("/", 1)[1]], parts)
         return {name: _inlined(value, parts) for name, value in schema.items()}
-    return [_inlined(each, parts) for each in schema] if isinstance(schema, list) else schema
+    return [_inlined(item, parts) for item in schema] if isinstance(schema, list) else schema

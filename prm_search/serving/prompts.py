@@ -22,19 +22,19 @@ class PromptLength:
 
     Args:
         tokenizer: of the policy; None for a policy that has none.
-        words: bytes of its tokens.
+        token_text: bytes of its tokens.
         context: tokens that prompt and response may have together; None where the policy does not say.
 
     Attributes:
         most: UTF-8 bytes that a prompt may have; None where nothing can be said, as of a tokenizer that drops spaces.
     """
 
-    def __init__(self, tokenizer: Any, words: TokenText, context: int | None) -> None:
+    def __init__(self, tokenizer: Any, token_text: TokenText, context: int | None) -> None:
         self.most: int | None = None
         if tokenizer is not None and context is not None and hasattr(tokenizer, "__len__"):
-            kept, composed = (_bytes_kept(tokenizer, words, text) for text in (_KEPT, _COMPOSED))
+            kept, composed = (_bytes_kept(tokenizer, token_text, text) for text in (_KEPT, _COMPOSED))
             if kept >= len(_KEPT.encode()) and composed:
-                longest = max(len(words.piece(token)) for token in range(len(tokenizer)))
+                longest = max(len(token_text.piece(token)) for token in range(len(tokenizer)))
                 self.most = context * longest * -(-len(_COMPOSED.encode()) // composed)
 
     def check(self, prompt: Prompt, param: str) -> None:
@@ -50,10 +50,10 @@ class PromptLength:
             raise invalid(param, f"{len(text)} characters: the model's context cannot hold so many")
 
 
-def _bytes_kept(tokenizer: Any, words: TokenText, text: str) -> int:
+def _bytes_kept(tokenizer: Any, token_text: TokenText, text: str) -> int:
     """The bytes that the tokens of a text spell."""
     ids = private_tokenizer(tokenizer)(text, add_special_tokens=False)["input_ids"]
-    return sum(len(words.piece(token)) for token in ids)
+    return sum(len(token_text.piece(token)) for token in ids)
 
 
 def encode(encode_one: Callable[[Prompt], Prompt], prompts: Sequence[Prompt], names: Sequence[str],

@@ -139,14 +139,14 @@ def _prompts(body: Body, limits: Limits) -> tuple[Prompt, ...]:
     if isinstance(body, ChatBody):
         return (Prompt(messages=tuple(message.plain() for message in body.messages)),)
     assert isinstance(body, CompletionBody)
-    given: Any = body.prompt
-    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-    prompts = given if several else [given]
+    prompt_value: Any = body.prompt
+    several = isinstance(prompt_value, list) and bool(prompt_value) and not isinstance(prompt_value[0], int)
+    prompts = prompt_value if several else [prompt_value]
     if len(prompts) > limits.searches:
         raise too_large("prompt", f"{len(prompts)} prompts: at most {limits.searches} here")
     return tuple(
-        _within(f"prompt[{place}]" if several else "prompt", lambda each=each: Prompt.of(each))  # type: ignore[misc]
-        for place, each in enumerate(prompts)
+        _within(f"prompt[{place}]" if several else "prompt", lambda prompt=prompt: Prompt.of(prompt))  # type: ignore[misc]
+        for place, prompt in enumerate(prompts)
     )
 
 
@@ -156,23 +156,28 @@ def _strategy(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | No
     if name not in STRATEGIES:
         raise invalid("prm_guidance.strategy", f"{name!r} is unknown; it is one of {', '.join(STRATEGIES)}")
     made = STRATEGIES[name]
-    fields = {each.name: each for each in dataclasses.fields(made)}  # type: ignore[arg-type]
-    own = [each for each in fields if each != "value" and (made is not Steer or each != "alpha")]
-    names = {f"{name}_{each}" if each in GuidanceBody.model_fields else each: each for each in own}  # lookahead_steps
+    fields = {field.name: field for field in dataclasses.fields(made)}  # type: ignore[arg-type]
+    own = [
+        field_name for field_name in fields if field_name != "value" and (made is not Steer or field_name != "alpha")
+    ]
+    names = {
+        f"{name}_{field_name}" if field_name in GuidanceBody.model_fields else field_name: field_name
+        for field_name in own
+    }  # lookahead_steps
     options = {}
-    for option, given in (guide.model_extra or {}).items():
+    for option, value in (guide.model_extra or {}).items():
         param = f"prm_guidance.{option}"
         if option not in names:
-            said = f"strategy {name!r} has no such option; it takes {', '.join(names)}"
-            raise RequestError(400, f"{param}: {said}", param=param, code="unknown_parameter")
-        if isinstance(given, list | dict):
-            raise invalid(param, f"a {type(given).__name__} is not taken here")
-        if isinstance(fields[names[option]].default, bool) and not isinstance(given, bool):
-            raise invalid(param, f"true or false is needed, got {given!r:.80}")
-        if isinstance(given, int) and given > limits.children:
-            raise too_large(param, f"{given}: at most {limits.children} here")
-        if given is not None:
-            options[names[option]] = given
+            message = f"strategy {name!r} has no such option; it takes {', '.join(names)}"
+            raise RequestError(400, f"{param}: {message}", param=param, code="unknown_parameter")
+        if isinstance(value, list | dict):
+            raise invalid(param, f"a {type(value).__name__} is not taken here")
+        if isinstance(fields[names[option]].default, bool) and not isinstance(value, bool):
+            raise invalid(param, f"true or false is needed, got {value!r:.80}")
+        if isinstance(value, int) and value > limits.children:
+            raise too_large(param, f"{value}: at most {limits.children} here")
+        if value is not None:
+            options[names[option]] = value
     strategy = _within("prm_guidance", lambda: made(**options), {own: option for option, own in names.items()})
     children = _children(strategy)
     if children > limits.children:
@@ -202,22 +207,22 @@ def _first(run: Run) -> int:
     return len(ask.nodes) * ask.n if isinstance(ask.n, int) else sum(ask.n)
 
 
-def _rule(given: StepsBody | str | list[str] | None, default: StepRule, limits: Limits) -> StepRule:
-    if given is None:
+def _rule(steps: StepsBody | str | list[str] | None, default: StepRule, limits: Limits) -> StepRule:
+    if steps is None:
         return default
-    if not isinstance(given, StepsBody):
-        given = StepsBody(delimiter=given)
-    said = {name: getattr(given, name) for name in given.model_fields_set}
-    delimiters = [given.delimiter] if isinstance(given.delimiter, str) else given.delimiter or ()
+    if not isinstance(steps, StepsBody):
+        steps = StepsBody(delimiter=steps)
+    fields_set = {name: getattr(steps, name) for name in steps.model_fields_set}
+    delimiters = [steps.delimiter] if isinstance(steps.delimiter, str) else steps.delimiter or ()
     _bounded("prm_guidance.steps.delimiter", delimiters, DELIMITERS)
-    if given.regex is not None and not limits.patterns:
+    if steps.regex is not None and not limits.patterns:
         param = "prm_guidance.steps.regex"
         raise RequestError(400, f"{param}: this server takes no patterns", param=param, code="unsupported_parameter")
-    if given.regex is not None and len(given.regex) > LONGEST_PATTERN:
-        raise invalid("prm_guidance.steps.regex", f"{len(given.regex)} characters: at most {LONGEST_PATTERN} here")
-    if given.regex is not None and "delimiter" not in said:
-        said["delimiter"] = None
-    return _within("prm_guidance.steps", lambda: replace(default, **said))
+    if steps.regex is not None and len(steps.regex) > LONGEST_PATTERN:
+        raise invalid("prm_guidance.steps.regex", f"{len(steps.regex)} characters: at most {LONGEST_PATTERN} here")
+    if steps.regex is not None and "delimiter" not in fields_set:
+        fields_set["delimiter"] = None
+    return _within("prm_guidance.steps", lambda: replace(default, **fields_set))
 
 
 def _choice(guide: GuidanceBody) -> dict[str, Any]:
@@ -227,9 +232,9 @@ def _choice(guide: GuidanceBody) -> dict[str, Any]:
     return {name: getattr(made, name) for name in names}
 
 
-def _budget(given: BudgetBody | int | None, limits: Limits) -> Budget:
-    asked = BudgetBody(tokens=given) if isinstance(given, int) else given or BudgetBody()
-    budget = _within("prm_guidance.budget", lambda: Budget(**asked.model_dump()))
+def _budget(value: BudgetBody | int | None, limits: Limits) -> Budget:
+    body = BudgetBody(tokens=value) if isinstance(value, int) else value or BudgetBody()
+    budget = _within("prm_guidance.budget", lambda: Budget(**body.model_dump()))
     return replace(
         budget,
         tokens=min(budget.tokens or limits.sampled_tokens, limits.sampled_tokens),
@@ -237,8 +242,8 @@ def _budget(given: BudgetBody | int | None, limits: Limits) -> Budget:
     )
 
 
-def _stop(given: str | list[str] | None) -> tuple[str, ...]:
-    stop = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+def _stop(value: str | list[str] | None) -> tuple[str, ...]:
+    stop = () if value is None else (value,) if isinstance(value, str) else tuple(value)
     _bounded("stop", stop, STOPS)
     if not all(stop):
         raise invalid("stop", "an empty string stops nothing")
@@ -251,10 +256,10 @@ def _logprobs(body: Body) -> bool:
     name = "top_logprobs" if chat else "logprobs"
     most = 0 if chat else 1  # the API's 1 is "the one that was drawn, and the likeliest"
     if (getattr(body, name) or 0) > most:
-        said = f"{name}: at most {most} here: a search keeps the log-probabilities of the tokens that it draws"
-        raise RequestError(400, said, param=name, code="unsupported_parameter")
-    given: bool | int | None = body.logprobs  # type: ignore[attr-defined]
-    return given is not None and given is not False
+        message = f"{name}: at most {most} here: a search keeps the log-probabilities of the tokens that it draws"
+        raise RequestError(400, message, param=name, code="unsupported_parameter")
+    logprobs: bool | int | None = body.logprobs  # type: ignore[attr-defined]
+    return logprobs is not None and logprobs is not False
 
 
 def _bounded(param: str, strings: Sequence[str], most: int) -> None:
@@ -277,10 +282,10 @@ def _within(param: str | None, make: Callable[[], T], names: dict[str, str] | No
     try:
         return make()
     except (ValueError, TypeError) as error:
-        said = str(error)
-        found = re.match(r"(?:budget: )?([a-z_]+)=", said)
-        own = None if found is None else (names or {}).get(found[1], found[1])
+        message = str(error)
+        match = re.match(r"(?:budget: )?([a-z_]+)=", message)
+        own = None if match is None else (names or {}).get(match[1], match[1])
         path = ".".join(part for part in (param, own) if part) or None
-        said = said if found is None else f"{path}={said[found.end() :]}"
-        said = f"{path}: {said}" if path is not None and found is None else said
-        raise RequestError(400, said, param=path, code="invalid_value") from error
+        message = message if match is None else f"{path}={message[match.end() :]}"
+        message = f"{path}: {message}" if path is not None and match is None else message
+        raise RequestError(400, message, param=path, code="invalid_value") from error

@@ -30,9 +30,9 @@ def whole(job: Job, results: Sequence[Result]) -> dict[str, Any]:
     for number, result in enumerate(results):
         for place, node in enumerate(chosen(ask, result)):
             text, logprobs = _told(job, node)
-            said = {"message": {"role": "assistant", "content": text}} if ask.kind == "chat" else {"text": text}
+            content = {"message": {"role": "assistant", "content": text}} if ask.kind == "chat" else {"text": text}
             choices.append(
-                {"index": number * ask.n + place, **said, "logprobs": logprobs, "finish_reason": finish_reason(node)}
+                {"index": number * ask.n + place, **content, "logprobs": logprobs, "finish_reason": finish_reason(node)}
             )
     answer = _head(job, "chat.completion" if ask.kind == "chat" else "text_completion")
     answer |= {"choices": choices, "usage": usage(job, results)}
@@ -41,12 +41,12 @@ def whole(job: Job, results: Sequence[Result]) -> dict[str, Any]:
 
 def _told(job: Job, node: Node) -> tuple[str, dict[str, Any] | None]:
     """A choice's text, and its log-probabilities where they are asked for."""
-    ask, words = job.ask, job.service.engine.words
-    stream = TextStream(words, ask.stop)
+    ask, token_text = job.ask, job.service.engine.token_text
+    stream = TextStream(token_text, ask.stop)
     text = stream.feed(node.path_ids()) + stream.end()
     if not ask.logprobs:
         return text, None
-    logprobs = TokenLogprobs(words, ask.kind)
+    logprobs = TokenLogprobs(token_text, ask.kind)
     logprobs.feed(node.path())
     return text, logprobs.told(len(text) if stream.stopped else None)
 
@@ -111,10 +111,10 @@ def finite(number: float | None) -> float | None:
 
 
 def _candidate(job: Job, node: Node) -> dict[str, Any]:
-    words, ask = TextStream(job.service.engine.words, job.ask.stop), job.ask
+    stream, ask = TextStream(job.service.engine.token_text, job.ask.stop), job.ask
     path = node.path()
-    texts = [words.feed(step.token_ids) for step in path]
-    texts[-1] += words.end()
+    texts = [stream.feed(step.token_ids) for step in path]
+    texts[-1] += stream.end()
     rewards = step_rewards(node)
     return {
         "text": "".join(texts),
@@ -169,9 +169,9 @@ class _Chunks:
 
     def __init__(self, job: Job) -> None:
         self.job, self.ask = job, job.ask
-        words = job.service.engine.words
-        self.texts = [TextStream(words, self.ask.stop) for _ in job.ask.prompts]
-        self.logprobs = [TokenLogprobs(words, job.ask.kind) for _ in job.ask.prompts]
+        token_text = job.service.engine.token_text
+        self.texts = [TextStream(token_text, self.ask.stop) for _ in job.ask.prompts]
+        self.logprobs = [TokenLogprobs(token_text, job.ask.kind) for _ in job.ask.prompts]
         self.characters = [0] * len(job.ask.prompts)  # told
         self.steps = [0] * len(job.ask.prompts)  # whose tokens have their log-probabilities
         self.told: list[list[int]] = [[] for _ in job.ask.prompts]
@@ -191,9 +191,9 @@ class _Chunks:
                 if ask.progress:
                     yield await asyncio.to_thread(self._progress, number, event)
                 if ask.in_steps:
-                    said = self._tell(number, job.searches[number].committed())
-                    if said:
-                        yield _event(self._chunk(number, self._delta(said), logprobs=self._logprobs(number)))
+                    new_text = self._tell(number, job.searches[number].committed())
+                    if new_text:
+                        yield _event(self._chunk(number, self._delta(new_text), logprobs=self._logprobs(number)))
             else:
                 self.results[number] = result = answered(event.result)
                 for chunk in await asyncio.to_thread(self._end, number, result):
@@ -212,9 +212,9 @@ class _Chunks:
         told += fresh
         self.logprobs[number].feed(steps[self.steps[number] :])
         self.steps[number] = len(steps)
-        said = self.texts[number].feed(fresh)
-        self.characters[number] += len(said)
-        return said
+        new_text = self.texts[number].feed(fresh)
+        self.characters[number] += len(new_text)
+        return new_text
 
     def _logprobs(self, number: int, *, last: bool = False) -> dict[str, Any] | None:
         """Return what comes with the text that has been told; at the end, with the rest."""
@@ -230,15 +230,15 @@ class _Chunks:
         for place, node in enumerate(chosen(ask, result)):
             index = number * ask.n + place
             if ask.in_steps:
-                said, rest = self._tell(number, node.path()), self.texts[number].end()
+                new_text, rest = self._tell(number, node.path()), self.texts[number].end()
                 self.characters[number] += len(rest)
-                said, logprobs = said + rest, self._logprobs(number, last=True)
+                new_text, logprobs = new_text + rest, self._logprobs(number, last=True)
             else:
-                said, logprobs = _told(job, node)
+                new_text, logprobs = _told(job, node)
                 if ask.kind == "chat":
                     chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
-            if said or logprobs:
-                chunks.append(self._chunk(index, self._delta(said), logprobs=logprobs))
+            if new_text or logprobs:
+                chunks.append(self._chunk(index, self._delta(new_text), logprobs=logprobs))
             chunks.append(self._chunk(index, {} if ask.kind == "chat" else {"text": ""}, finish_reason(node)))
         if chunks and ask.guided:
             chunks[-1]["prm_search"] = [search_facts(job, result)]
@@ -265,8 +265,8 @@ class _Chunks:
         """A chunk with one choice, or with none."""
         chat = self.ask.kind == "chat"
         chunk = _head(self.job, "chat.completion.chunk" if chat else "text_completion")
-        said = {"delta": delta} if chat else delta or {}
-        choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": finish}
+        content = {"delta": delta} if chat else delta or {}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
         return chunk | {"choices": [] if index is None else [choice]}
 
 
@@ -277,9 +277,9 @@ def _head(job: Job, kind: str) -> dict[str, Any]:
 def dumps(value: Any, depth: int = 5) -> str:
     """JSON, made in pieces: one call for a whole answer would keep every other thread waiting, the event loop's too."""
     if depth and value and isinstance(value, dict):
-        return f"{{{', '.join(f'{json.dumps(key)}: {dumps(each, depth - 1)}' for key, each in value.items())}}}"
+        return f"{{{', '.join(f'{json.dumps(key)}: {dumps(item, depth - 1)}' for key, item in value.items())}}}"
     if depth and value and isinstance(value, list):
-        return f"[{', '.join(dumps(each, depth - 1) for each in value)}]"
+        return f"[{', '.join(dumps(item, depth - 1) for item in value)}]"
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 

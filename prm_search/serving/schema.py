@@ -162,12 +162,12 @@ def parse(kind: Literal["chat", "text"], body_json: bytes) -> Body:
         raise _named(error) from error
     refused = {**UNSERVED, "add_special_tokens": (kind == "text",)}  # as each route does without being asked
     for name, value in (body.model_extra or {}).items():
-        if value is not None and name in refused and not any(_same(value, each) for each in refused[name]):
+        if value is not None and name in refused and not any(_same(value, allowed) for allowed in refused[name]):
             raise RequestError(400, f"{name} is not served here", param=name, code="unsupported_parameter")
     guide = body.prm_guidance
-    for part, given in () if guide is None else (("steps", guide.steps), ("budget", guide.budget)):
-        if isinstance(given, Closed) and given.model_extra:
-            param = f"prm_guidance.{part}.{next(iter(given.model_extra)):.80}"
+    for part, part_body in () if guide is None else (("steps", guide.steps), ("budget", guide.budget)):
+        if isinstance(part_body, Closed) and part_body.model_extra:
+            param = f"prm_guidance.{part}.{next(iter(part_body.model_extra)):.80}"
             raise RequestError(400, f"{param} is unknown", param=param, code="unknown_parameter")
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "only with stream: true")
@@ -191,7 +191,7 @@ def _named(error: ValidationError) -> RequestError:
             param += f"[{part}]"
         elif part not in kinds and not part.startswith("list["):
             param += f".{part}" if param else part
-    said = first["msg"][:1].lower() + first["msg"][1:]
+    message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "missing":
         return RequestError(400, f"{param} is needed", param=param, code="missing_required_parameter")
-    return invalid(param, f"{said}, got {reprlib.repr(first['input'])}")
+    return invalid(param, f"{message}, got {reprlib.repr(first['input'])}")

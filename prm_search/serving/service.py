@@ -66,8 +66,8 @@ class Service:
 
     def unknown(self, name: str) -> RequestError:
         """Return what to say to somebody who asks for another model."""
-        said = f"the model {name!r} is not served here; it is {self.models[0]!r}"
-        return RequestError(404, said, param="model", code="model_not_found")
+        message = f"the model {name!r} is not served here; it is {self.models[0]!r}"
+        return RequestError(404, message, param="model", code="model_not_found")
 
     @property
     def in_flight(self) -> int:
@@ -109,8 +109,8 @@ class Job:
         engine = service.engine
         self._loop = engine.loop(guided=ask.guided, alpha=ask.alpha)
         if ask.stop and not self._loop.models.policy.takes_stop:
-            said = "stop: this engine takes no stop strings for a search"
-            raise RequestError(400, said, param="stop", code="unsupported_parameter")
+            message = "stop: this engine takes no stop strings for a search"
+            raise RequestError(400, message, param="stop", code="unsupported_parameter")
         for prompt, name in zip(ask.prompts, ask.names, strict=True):
             engine.prompt_length.check(prompt, name)
         self._encoding = engine.encoders.submit(

@@ -15,12 +15,12 @@ class TextStream:
     beginning of a stop string is held back. What `feed` and `end` return, joined, depends on the ids alone.
 
     Args:
-        words: bytes of token ids; special tokens have no text.
+        token_text: bytes of token ids; special tokens have no text.
         stop: strings of which the first to be completed ends the text before it.
     """
 
-    def __init__(self, words: TokenText, stop: Sequence[str] = ()) -> None:
-        self._words = words
+    def __init__(self, token_text: TokenText, stop: Sequence[str] = ()) -> None:
+        self._token_text = token_text
         self._stop = stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
@@ -40,24 +40,24 @@ class TextStream:
         return self._ended
 
     def _bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join([self._words.piece(i) for i in ids if i not in self._words.special])
+        return b"".join([self._token_text.piece(i) for i in ids if i not in self._token_text.special])
 
     def _take(self, text: str, *, last: bool) -> str:
         if self._ended:
             return ""
         held = self._held + text
-        found = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
-        if found:
+        matches = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
+        if matches:
             self._ended = True
-            return held[: min(found)[1]]
+            return held[: min(matches)[1]]
         keep = 0 if last else max((_overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
 
-def whole_text(words: TokenText, ids: Iterable[int], stop: Sequence[str] = ()) -> str:
+def whole_text(token_text: TokenText, ids: Iterable[int], stop: Sequence[str] = ()) -> str:
     """The text of a complete response, as TextStream tells it."""
-    stream = TextStream(words, stop)
+    stream = TextStream(token_text, stop)
     return stream.feed(ids) + stream.end()
 
 

