@@ -7,7 +7,9 @@ from typing import Any
 
 import hf_models
 import pytest
+from exact import exact
 from hf_models import STEPS, llama, near
+from transformers import LlamaForCausalLM
 
 import prm_search as ps
 
@@ -15,10 +17,10 @@ TOKENIZER = hf_models.tokenizer()
 
 
 class Bench:
-    """A policy, and a pair on its model and another."""
+    """A policy, and a pair on its model and another; in float64, or on a model that is given."""
 
-    def __init__(self) -> None:
-        self.model = llama(0)
+    def __init__(self, model: LlamaForCausalLM | None = None) -> None:
+        self.model = exact(llama(0)) if model is None else model
         self.trained = near(self.model, 1)
         self.policy = ps.HFPolicy(self.model, TOKENIZER)
         self.pair = ps.ImplicitPRM(self.trained, self.model, tokenizer=TOKENIZER, beta=0.1)

@@ -49,11 +49,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addini("timeout", "seconds a test may take; without pytest-timeout: as many as it likes")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if importlib.util.find_spec("pytest_timeout") is None:
-        config.addinivalue_line("markers", "timeout(seconds): as the option; without pytest-timeout: no limit")
-
-
 def pytest_report_header() -> str | None:
     return f"not collected without {', '.join(MISSING)}: {', '.join(collect_ignore)}" if collect_ignore else None
 
@@ -114,6 +109,15 @@ def demo_models(float64_models: None) -> tuple[Any, Any]:
     from prm_search.commands.models import load_pair, load_policy
 
     return load_policy("demo"), load_pair("demo", None, None)
+
+
+@pytest.fixture(scope="module")
+def demo_pair(float64_models: None) -> Any:
+    """The demo's pair, in float64."""
+    from prm_search.demo import pair_dir
+    from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
+
+    return ImplicitPRM.from_pretrained(pair_dir())
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ class ExactRotary(LlamaRotaryEmbedding):
         powers = torch.arange(0, size, 2, dtype=torch.float64) / size
         angles = position_ids[..., None].double() / self.config.rope_parameters["rope_theta"] ** powers
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 def exact(model: Any) -> Any:

@@ -23,7 +23,7 @@ from prm_search.rng import uniforms
 GARBAGE = 1e30  # what rows of cached tokens hold under V1: nothing that a test could take for a log-probability
 
 
-class Words:
+class ByteTokenizer:
     """A tokenizer of bytes, with what TokenText and encode_prompt ask of one. Token 0 ends the sequence."""
 
     all_special_ids = (EOS,)
@@ -151,8 +151,8 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.steps = 0
 
-    def get_tokenizer(self) -> Words:
-        return Words()
+    def get_tokenizer(self) -> ByteTokenizer:
+        return ByteTokenizer()
 
     def add_request(self, name: str, prompt: dict[str, list[int]], params: SamplingParams) -> str:
         ids = prompt["prompt_token_ids"]
@@ -275,7 +275,7 @@ class FakeAsyncLLM:
         self.vllm_config = engine.vllm_config
         self._queues: dict[str, asyncio.Queue[SimpleNamespace]] = {}
 
-    def get_tokenizer(self) -> Words:
+    def get_tokenizer(self) -> ByteTokenizer:
         return self.core.get_tokenizer()
 
     async def generate(self, prompt: dict[str, list[int]], params: SamplingParams, name: str) -> AsyncIterator[Any]:

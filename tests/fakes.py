@@ -39,6 +39,14 @@ def piece(token_id: int) -> bytes:
     return b"" if token_id == EOS else bytes([token_id])
 
 
+class Spelling:
+    """Bytes of token ids; like TokenText, of a table, or of each id's own byte."""
+
+    def __init__(self, table: Mapping[int, bytes] | None = None, special: frozenset[int] = frozenset([EOS])) -> None:
+        self.piece = piece if table is None else table.__getitem__
+        self.special = special
+
+
 def fraction(*words: object) -> float:
     """A number in [0, 1) that is a pure function of the words."""
     digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()

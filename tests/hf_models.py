@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from exact import exact
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -46,6 +47,8 @@ def llama(seed: int = 0, **given: Any) -> LlamaForCausalLM:
 def near(model: LlamaForCausalLM, seed: int, scale: float = 0.02) -> LlamaForCausalLM:
     """Another model whose weights are the model's plus a little noise, as training would leave it."""
     twin = llama(seed)
+    if model.dtype == torch.float64:
+        exact(twin)
     twin.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -67,7 +70,7 @@ def _tokenizer():
 @pytest.fixture(scope="module")
 def pair_of(tokenizer):
     """A model and a pair whose reference is that model."""
-    model = llama(0)
+    model = exact(llama(0))
     return model, ps.ImplicitPRM(near(model, 1), model, tokenizer=tokenizer, beta=0.1)
 
 

@@ -20,8 +20,9 @@ def hold():
     sys.stdin.read()
 {code}
 from exact import exact_loading
+from contextlib import nullcontext
 sys.argv = sys.argv[1:]
-with exact_loading():
+with exact_loading() if {float64} else nullcontext():
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -54,15 +55,16 @@ class Held(subprocess.Popen[str]):
 
 
 @contextmanager
-def held(code: str, *args: object) -> Iterator[Held]:
-    """The installed `prm-search` with these arguments, in float64, once it calls `hold()`; killed at the end.
+def held(code: str, *args: object, float64: bool = True) -> Iterator[Held]:
+    """The installed `prm-search` with these arguments, once it calls `hold()`; killed at the end.
 
     Args:
         code: Python that runs in its process beforehand, and has `hold()` called at some place.
         args: its arguments.
+        float64: whether the models that it loads compute in float64.
     """
     reading, writing = os.pipe()
-    source = _HELD.format(tests=str(Path(__file__).parent), told=writing, code=code)
+    source = _HELD.format(tests=str(Path(__file__).parent), told=writing, code=code, float64=float64)
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w") as log:
         process = Held(
             [sys.executable, "-P", "-c", source, str(PROGRAM), *map(str, args)],

@@ -119,10 +119,10 @@ def look(prompts: Any, policy: Any = None, scorer: Any = None, **options: Any) -
 
 
 def facts(result: Result) -> object:
-    """All that must not depend on batching."""
-    return result.token_ids, result.value, result.stopped, result.tree.prompt, result.usage.sampled_tokens, [
-        (node.path_ids(), node.value, node.count, node.finish) for node in result.candidates
-    ]  # fmt: skip
+    """All that must not depend on batching, or on timing."""
+    ends = [(node.path_ids(), node.value, node.count, node.finish) for node in result.candidates]
+    drawn, sampled = drawn_paths(result.tree), result.usage.sampled_tokens
+    return result.token_ids, result.value, result.stopped, result.tree.prompt, drawn, sampled, ends
 
 
 LETTERS = {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0, "e": -4.0}

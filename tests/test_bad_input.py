@@ -195,7 +195,7 @@ PROMPTS: list[tuple[Any, type[Exception], str]] = [
     (["hi", "a" * 256], ValueError, r"prompts\[1\]: the prompt has 256 tokens; the context of 256 leaves no room"),
     (["hi", [5, VOCAB]], ValueError, rf"prompts\[1\]: prompt ids 5\.\.{VOCAB} lie outside the vocabulary of {VOCAB}"),
     ([[-1]], ValueError, r"prompts\[0\]: prompt ids -1..-1 lie outside"),
-    ([CHAT], ValueError, r"prompts\[0\]: .*chat_template is not set"),
+    ([CHAT], ValueError, r"prompts\[0\]: .*has no chat template.*set its chat_template"),
     ([None], TypeError, r"prompts\[0\]: prompt must be a str, a list of token ids or chat messages, or a Prompt"),
     ([b"hi"], TypeError, r"prompts\[0\]: prompt must be .*, got bytes"),
     ([{3, 4}], TypeError, r"prompts\[0\]: prompt must be .*, got set"),

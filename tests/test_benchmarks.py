@@ -22,7 +22,6 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
         cwd=FOLDER,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -23,13 +23,6 @@ NAMES = ("generate", "rollout", "train", "eval", "serve", "score", "eval-steps",
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of its own, which is the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Parse a command line, and give the options with which its command would run."""
 
@@ -48,7 +41,7 @@ def write(path: str, content: Any) -> str:
 
 
 @pytest.mark.parametrize("name", ["c.yaml", "c.json", "c.yml", "plain"])
-def test_a_file_is_a_command_line(name, called, folder):
+def test_a_file_is_a_command_line(name, called, workdir):
     content = {
         "policy": "demo", "pair": "demo", "prompt": ["a", "b"], "width": 2, "temperature": 0.5, "as_json": True,
         "max-new-tokens": 7, "chat": False, "answer": None, "engine_options": {"a": [1]},
@@ -59,14 +52,14 @@ def test_a_file_is_a_command_line(name, called, folder):
     assert options | {"config": None} == expected
 
 
-def test_the_command_line_wins(called, folder):
+def test_the_command_line_wins(called, workdir):
     write("c.yaml", {"policy": "demo", "width": 2, "delimiter": [";", "\n"], "json": True, "temperature": 0.3})
     options = called("generate", "--config", "c.yaml", "--width", "3", "--delimiter", "x")
     assert (options["width"], options["delimiter"], options["temperature"]) == (3, ["x"], 0.3)
     assert options["as_json"] is True
 
 
-def test_names_of_the_librarys_configs(called, folder):
+def test_names_of_the_librarys_configs(called, workdir):
     """StepRule, Budget, Plan, ServeConfig, Limits and Recipe are read by their own fields."""
     steps = {"delimiter": ["\n\n", ";"], "max_tokens": None, "confidence": 0.5}
     write(
@@ -100,7 +93,7 @@ def test_names_of_the_librarys_configs(called, folder):
     assert json.loads(found["arguments"]) == {"warmup_steps": 2}
 
 
-def test_a_data_sets_configuration_is_still_taken(called, folder):
+def test_a_data_sets_configuration_is_still_taken(called, workdir):
     for words in (["--config", "main"], ["--data-config", "main"]):
         found = called("rollout", "--policy", "demo", "--data", "openai/gsm8k", "--out", "o", *words)
         assert found["data_config"] == "main"
@@ -122,7 +115,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_wrong_in_a_file_is_named_with_it(case, folder, capsys):
+def test_what_is_wrong_in_a_file_is_named_with_it(case, workdir, capsys):
     content, said = BAD[case]
     assert main(["generate", "--config", write("c.yaml", content), "--prompt", "x"]) == 2
     message = capsys.readouterr().err
@@ -143,7 +136,7 @@ def test_what_is_wrong_in_a_file_is_named_with_it(case, folder, capsys):
         ("c.yaml", "", "c.yaml: keys and values are needed, got NoneType"),
     ],
 )
-def test_files_that_cannot_be_read(name, text, said, folder, capsys):
+def test_files_that_cannot_be_read(name, text, said, workdir, capsys):
     Path(name).write_text(text)
     assert main(["generate", "--config", name]) == 2
     message = capsys.readouterr().err
@@ -151,7 +144,7 @@ def test_files_that_cannot_be_read(name, text, said, folder, capsys):
     assert message.count("\n") == 1
 
 
-def test_no_such_file_and_no_text(folder, capsys):
+def test_no_such_file_and_no_text(workdir, capsys):
     Path("c.yaml").write_bytes(b"\xff\xfe\xff")
     for path in ("none.yaml", "c.yaml", "."):
         assert main(["generate", "--config", path]) == 2
@@ -191,7 +184,7 @@ def test_no_command_is_longer_than_60_lines():
     assert {name: count for name, count in lines.items() if count > 60} == {}
 
 
-def test_a_strategy_may_be_an_object_of_its_fields(folder):
+def test_a_strategy_may_be_an_object_of_its_fields(workdir):
     made = options.make_strategy('{"name": "lookahead", "rollouts": 3, "per_parent": 2}', {"width": 5, "steps": None})
     assert made == ps.Lookahead(width=5, rollouts=3, per_parent=2)
     for text, said in (

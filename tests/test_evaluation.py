@@ -355,27 +355,20 @@ def test_report_without_matplotlib_says_so(records, tmp_path, monkeypatch):
 # -- responses that exist ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pair():
-    from prm_search.demo import pair_dir
-
-    return ps.ImplicitPRM.from_pretrained(pair_dir())
-
-
 TEXTS = ("a*7=5;b+3=8", "a*7=5;b+3=9", "a*7=5;b+3=8")
 
 
-def test_responses_are_scored_as_the_pair_scores_them(pair):
+def test_responses_are_scored_as_the_pair_scores_them(demo_pair):
     asked = Answered(Prompt(text="=5a*7b+3?"), [Response(text) for text in TEXTS], "8")
     chains = Plan(strategies=("majority", "best_of_n"), budgets=(1, 3), values=("q", "min"), steps=ps.StepRule(";"))
-    (record,) = evaluate_responses([asked], scorers=pair, plan=chains, judge=digit_judge, answer=digit)
-    scores = pair.score([asked.prompt] * 3, TEXTS, steps=chains.steps)
+    (record,) = evaluate_responses([asked], scorers=demo_pair, plan=chains, judge=digit_judge, answer=digit)
+    scores = demo_pair.score([asked.prompt] * 3, TEXTS, steps=chains.steps)
     for got, wanted in zip(record["samples"], scores, strict=True):
         assert got["values"]["prm"]["q"] == pytest.approx(wanted.reward, abs=1e-6)
         assert got["values"]["prm"]["min"] == pytest.approx(min(wanted.step_rewards), abs=1e-6)
         assert got["tokens"] == len(wanted.token_ids) == 8
     assert [s["right"] for s in record["samples"]] == [True, False, True]
-    prompt = len(pair.tokenizer("=5a*7b+3?")["input_ids"])
+    prompt = len(demo_pair.tokenizer("=5a*7b+3?")["input_ids"])
     assert record["scoring"]["prm"]["prm_tokens"] == record["scoring"]["prm"]["reference_tokens"] == prompt + 24
     assert record["prompt_tokens"] == prompt
     assert summarise([record]).row("majority", 3).accuracy == 1.0
@@ -389,31 +382,33 @@ def digit_judge(text: str, reference: str) -> tuple[str | None, bool]:
     return text[-1], text[-1] == reference
 
 
-def test_labels_of_the_file_come_before_the_judge(pair):
+def test_labels_of_the_file_come_before_the_judge(demo_pair):
     asked = Answered(Prompt(text="=5a*7b+3?"), [Response(TEXTS[0], right=False), Response(TEXTS[1], right=True)])
     chains = Plan(strategies=("majority",), budgets=(2,), steps=ps.StepRule(";"))
-    (record,) = evaluate_responses([asked], scorers=pair, plan=chains, answer=digit)
+    (record,) = evaluate_responses([asked], scorers=demo_pair, plan=chains, answer=digit)
     assert [s["right"] for s in record["samples"]] == [False, True]
 
 
-def test_bad_responses_are_named(pair):
+def test_bad_responses_are_named(demo_pair):
     chains = Plan(strategies=("majority",), budgets=(2,), steps=ps.StepRule(";"))
     asked = Answered(Prompt(text="=5a*7b+3?"), [Response(text) for text in TEXTS], "8")
     with pytest.raises(ValueError, match=r"problems\[0\]: a response has no label"):
-        evaluate_responses([asked], scorers=pair, plan=chains)
+        evaluate_responses([asked], scorers=demo_pair, plan=chains)
     with pytest.raises(ValueError, match=r"problems\[0\] has 3 responses; a budget of 4"):
-        evaluate_responses([asked], scorers=pair, plan=plan(strategies=("majority",), budgets=(4,)), judge=digit_judge)
+        evaluate_responses(
+            [asked], scorers=demo_pair, plan=plan(strategies=("majority",), budgets=(4,)), judge=digit_judge
+        )
     with pytest.raises(ValueError, match="beam would sample"):
-        evaluate_responses([asked], scorers=pair, plan=plan(strategies=("beam",)), judge=digit_judge)
+        evaluate_responses([asked], scorers=demo_pair, plan=plan(strategies=("beam",)), judge=digit_judge)
     long = Answered(asked.prompt, [Response("a*7=5;" * 40)] * 2, "8")
     with pytest.raises(ValueError, match=r"problems\[1\]: "):
-        list(evaluate_responses([asked, long], scorers=pair, plan=chains, judge=digit_judge, answer=digit))
+        list(evaluate_responses([asked, long], scorers=demo_pair, plan=chains, judge=digit_judge, answer=digit))
 
 
 # -- the shipped pair --------------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_pair_beats_majority_and_its_reference_costs_nothing(pair):
+def test_the_shipped_pair_beats_majority_and_its_reference_costs_nothing(demo_pair):
     """On 16 held-out problems, as the demo's test has it: a fixed seed, differences far beyond chance."""
     from prm_search.demo import pair_dir
     from prm_search.demo.chains import answer as chain_answer, problems
@@ -426,7 +421,7 @@ def test_the_shipped_pair_beats_majority_and_its_reference_costs_nothing(pair):
         max_new_tokens=64,
     )  # fmt: skip
     found = evaluate(
-        asked, policy=policy, scorers=pair, plan=chains, judge=Judge("exact", chain_answer), answer=chain_answer
+        asked, policy=policy, scorers=demo_pair, plan=chains, judge=Judge("exact", chain_answer), answer=chain_answer
     )
     summary = summarise(found)
     majority, best, beam = (summary.row(name, 16) for name in ("majority", "best_of_n", "beam"))

@@ -53,7 +53,7 @@ def test_nan_from_the_start_is_not_admitted() -> None:
 
 def forbid(model: Any, low: int) -> Any:
     """The model, with every token from `low` on impossible."""
-    head = torch.nn.Linear(32, VOCAB)
+    head = torch.nn.Linear(32, VOCAB, dtype=model.dtype)
     with torch.no_grad():
         head.weight.copy_(model.lm_head.weight)
         head.bias.zero_()

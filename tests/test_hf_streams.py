@@ -63,7 +63,7 @@ def test_text_streamers(model, tokenizer, guided, capsys):
     wanted = tokenizer.decode(model.generate(**ids, **given)[0, 4:], skip_special_tokens=True)
     model.generate(**ids, **given, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     assert capsys.readouterr().out == wanted + "\n"
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     thread = Thread(target=model.generate, kwargs={**ids, **given, "streamer": streamer})
     thread.start()
     assert "".join(streamer) == wanted

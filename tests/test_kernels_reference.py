@@ -202,9 +202,9 @@ h, w, t = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.long)
 assert torch.allclose(k.linear_logprob(h, w, t), -torch.log(torch.tensor(3.0)))
 assert k.choice(k.linear_logprob, h, w, t).reason.startswith("triton is not installed")
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_importing_the_package_imports_no_triton():
     code = "import sys, prm_search.triton_kernels; assert not any(m.split('.')[0] == 'triton' for m in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)

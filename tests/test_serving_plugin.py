@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import EOS, RULE, FakeAsyncPolicy, FakePolicy, FakeScorer
+from fakes import RULE, FakeAsyncPolicy, FakePolicy, FakeScorer, Spelling
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from pairs import byte_tokenizer
@@ -28,21 +28,15 @@ from prm_search.tree import Prompt
 LIMIT = 320_000  # bytes of a body
 
 
-class Words:
-    special = frozenset([EOS])
-
-    @staticmethod
-    def piece(token: int) -> bytes:
-        return bytes([token])
-
-
 @pytest.fixture(scope="module")
 def core() -> Iterator[Served]:
     """A server with routes of its own that say what they got, and the plugin."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = AsyncEngine(FakeAsyncPolicy(), FakeScorer(), Words())  # type: ignore[arg-type]
+        policy = FakeAsyncPolicy()
+        policy.takes_stop = False  # type: ignore[misc]
+        engine = AsyncEngine(policy, FakeScorer(), Spelling())  # type: ignore[arg-type]
         limits = Limits(body_bytes=LIMIT)
         app.state.prm_search = app.state.service = Service(engine, ["m"], limits=limits, steps=RULE, metrics=Metrics())
         yield

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import EOS, RULE, Clock, FakePolicy, FakeScorer, ToyLM
+from fakes import EOS, RULE, Clock, FakePolicy, FakeScorer, Spelling, ToyLM
 from hypothesis import given, settings, strategies as st
 from search_cases import ALL, SEEDS
 from soak import examples
@@ -32,18 +32,10 @@ from prm_search.serving.text import TextStream, whole_text
 from prm_search.strategies import STRATEGIES, Beam, BestOfN, Strategy
 from prm_search.tree import Node
 
-
-class Words:
-    """Bytes of token ids; like TokenText, of a table."""
-
-    def __init__(self, table: dict[int, bytes], special: frozenset[int] = frozenset()) -> None:
-        self.piece, self.special = table.__getitem__, special
-
-
 # Two tokens are halves of characters: "ab" spells "é", a half alone is no character.
-HALVES = Words({ord("a"): b"\xc3", ord("b"): b"\xa9", ord(";"): b";", EOS: b"<eos>"}, frozenset([EOS]))
+HALVES = Spelling({ord("a"): b"\xc3", ord("b"): b"\xa9", ord(";"): b";", EOS: b"<eos>"})
 PIECES = [b"a", b"b", b"ab", b"\xc3", b"\xa9", "é".encode(), b"ba", b"<s>", "\ufffd".encode(), b""]
-TABLE: Any = Words(dict(enumerate(PIECES)), frozenset([7]))
+TABLE: Any = Spelling(dict(enumerate(PIECES)), frozenset([7]))
 TOKENS = st.lists(st.integers(0, len(PIECES) - 1), max_size=24)
 STOPS = st.lists(st.text("abé", min_size=1, max_size=4), max_size=3)
 

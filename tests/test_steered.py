@@ -9,6 +9,7 @@ import hf_models as hf
 import numpy as np
 import pytest
 import torch
+from exact import exact
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 import prm_search as ps
@@ -25,7 +26,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def models():
     """Policy, trained model, reference: three different ones."""
-    policy = hf.llama(0)
+    policy = exact(hf.llama(0))
     return policy, hf.near(policy, 1, 0.1), hf.near(policy, 2, 0.1)
 
 

@@ -13,18 +13,12 @@ from records import lines, write
 
 import prm_search as ps
 from prm_search.cli import main
-from prm_search.demo import pair_dir
 from prm_search.demo.chains import check, demonstrate, problems
 from prm_search.evaluation import Solution, score_steps, summarise_steps
 from prm_search.evaluation.statistics import harmonic_mean
 from prm_search.evaluation.step_errors import first_below, fit_threshold
 from prm_search.evaluation.step_scores import encode_steps
 from prm_search.tree import Prompt
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return ps.ImplicitPRM.from_pretrained(pair_dir())
 
 
 def f1(scores, labels, threshold):
@@ -168,10 +162,10 @@ def test_bad_arguments(records, options, word):
 # -- scoring -----------------------------------------------------------------------------------------------------------
 
 
-def test_steps_are_scored_as_the_step_rule_cuts_them(pair):
+def test_steps_are_scored_as_the_step_rule_cuts_them(demo_pair):
     prompt, steps = Prompt(text="=5a*7b+3c*9?"), ("a*7=5", "b+3=9", "c*9=1")
-    (found,) = score_steps([Solution(prompt, steps, 1)], scorer=pair, delimiter=";")
-    (scores,) = pair.score([prompt], [";".join(steps)], steps=ps.StepRule(";"))
+    (found,) = score_steps([Solution(prompt, steps, 1)], scorer=demo_pair, delimiter=";")
+    (scores,) = demo_pair.score([prompt], [";".join(steps)], steps=ps.StepRule(";"))
     assert found["scores"]["last"] == pytest.approx(scores.step_rewards.tolist(), abs=1e-5)
     assert found["scores"]["q"] == pytest.approx(scores.q[scores.step_ends - 1].tolist(), abs=1e-5)
     by_length = scores.q[scores.step_ends - 1] / scores.step_ends
@@ -179,12 +173,12 @@ def test_steps_are_scored_as_the_step_rule_cuts_them(pair):
     assert (found["tokens"], found["label"]) == (12, 1)
 
 
-def test_batches_and_what_is_done_change_no_record(pair):
+def test_batches_and_what_is_done_change_no_record(demo_pair):
     asked = problems(5, length=3)
     solutions = [Solution(Prompt(text=p.prompt), tuple("".join(p.steps).split(";")), -1) for p in asked]
     solutions.append(solutions[0])
-    whole = list(score_steps(solutions, scorer=pair, delimiter=";"))
-    rest = list(score_steps(solutions, scorer=pair, delimiter=";", batch=1, done={1: {}, 3: {}}))
+    whole = list(score_steps(solutions, scorer=demo_pair, delimiter=";"))
+    rest = list(score_steps(solutions, scorer=demo_pair, delimiter=";", batch=1, done={1: {}, 3: {}}))
     assert [r["index"] for r in rest] == [0, 2, 4, 5]
     for each in rest:
         other = whole[each["index"]]
@@ -193,11 +187,11 @@ def test_batches_and_what_is_done_change_no_record(pair):
     assert [r["problem"] for r in whole] == [0, 1, 2, 3, 4, 0]
 
 
-def test_a_delimiter_inside_a_step_ends_none(pair):
-    ids, ends = encode_steps(pair, ["a*7=5;b+3=8", "c*9=2"], ";", append_eos=False)
+def test_a_delimiter_inside_a_step_ends_none(demo_pair):
+    ids, ends = encode_steps(demo_pair, ["a*7=5;b+3=8", "c*9=2"], ";", append_eos=False)
     assert (len(ids), ends) == (11, [8, 11])
-    ids, ends = encode_steps(pair, ["a*7=5", "b+3=8"], ";", append_eos=True)
-    assert (ids[-1], ends) == (pair.eos_token_id, [4, 8])
+    ids, ends = encode_steps(demo_pair, ["a*7=5", "b+3=8"], ";", append_eos=True)
+    assert (ids[-1], ends) == (demo_pair.eos_token_id, [4, 8])
 
 
 @pytest.mark.parametrize(
@@ -209,21 +203,21 @@ def test_bad_solutions(steps, label, word):
         Solution(Prompt(text="x"), steps, label)
 
 
-def test_bad_scoring_arguments_are_named(pair):
+def test_bad_scoring_arguments_are_named(demo_pair):
     good = Solution(Prompt(text="=5a*7?"), ("a*7=5",), -1)
     for options in ({"values": ("worst",)}, {"delimiter": ""}, {"batch": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
-            score_steps([good], scorer=pair, **options)
+            score_steps([good], scorer=demo_pair, **options)
     long = Solution(good.prompt, ("a*7=5",) * 60, -1)
     with pytest.raises(ValueError, match=r"solutions\[1\]: .*context of 128"):
-        list(score_steps([good, long], scorer=pair, delimiter=";"))
+        list(score_steps([good, long], scorer=demo_pair, delimiter=";"))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def folder(workdir: Path, pair: object) -> Path:
+def folder(workdir: Path, demo_pair: object) -> Path:
     rng = random.Random(0)
     for name, seed in (("data", 5), ("other", 6)):
         rows = []

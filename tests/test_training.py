@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from models import FAMILIES, naive_logprobs, tiny
+from processes import held
+from records import lines, write
 from safetensors.torch import load_file
 
 import prm_search as ps
@@ -38,9 +35,7 @@ def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1000 labelled responses to short chains."""
     folder = tmp_path_factory.mktemp("rollouts")
     asked = [p for length, n in ((2, 100), (3, 150)) for p in problems(n, split="prm", length=length)]
-    (folder / "problems.jsonl").write_text(
-        "".join(json.dumps({"question": p.prompt, "answer": p.answer}) + "\n" for p in asked)
-    )
+    write(folder / "problems.jsonl", [{"question": p.prompt, "answer": p.answer} for p in asked])
     status = main(
         ["rollout", "--policy", "demo", "--data", str(folder / "problems.jsonl"), "--n", "4", "--label", "exact",
          "--out", str(folder / "rollouts.jsonl")]
@@ -272,24 +267,26 @@ def test_bfloat16_and_more_arguments(rollouts, tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "prm" / "model.safetensors").values()} == {torch.float32}
 
 
+IN_THE_SEVENTH_STEP = """
+from transformers import Trainer
+step, left = Trainer.training_step, [7]
+def step_or_hold(*args, **options):
+    left[0] -= 1
+    if not left[0]:
+        hold()
+    return step(*args, **options)
+Trainer.training_step = step_or_hold
+"""
+
+
 def test_killed_and_resumed_is_as_if_never_killed(rollouts, tmp_path):
     """SIGKILL between two checkpoints: the run goes on from the last one and ends with the same weights."""
     recipe = Recipe(epochs=12, save_steps=4, **SMALL)
     args = ["train", "--model", POLICY, "--rollouts", str(rollouts), "--lr", "1e-3", "--micro-batch", "32"]
     args += ["--batch", "32", "--holdout", "0.25", "--epochs", "12", "--save-steps", "4", "--problems", "80"]
     args += ["--out", str(tmp_path / "cut")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from prm_search.cli import main; sys.exit(main())", *args],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 90
-    while not list((tmp_path / "cut").glob("checkpoints/checkpoint-*/trainer_state.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with held(IN_THE_SEVENTH_STEP, *args, float64=False):
+        assert list((tmp_path / "cut").glob("checkpoints/checkpoint-*/trainer_state.json"))
     assert not (tmp_path / "cut" / "pair.json").exists()
     (tmp_path / "cut" / "checkpoints" / "checkpoint-9999").mkdir()  # one that was being written
     with pytest.raises(ValueError, match="resume"):
@@ -300,10 +297,7 @@ def test_killed_and_resumed_is_as_if_never_killed(rollouts, tmp_path):
     whole = train(POLICY, rollouts, tmp_path / "whole", recipe)
     assert resumed["metrics"] == whole["metrics"]
     assert whole["metrics"]["steps"] >= 80
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("cut", "whole")
-    ]
+    logs = [lines(tmp_path / name / "log.jsonl") for name in ("cut", "whole")]
     assert [each["step"] for each in logs[0]] == [each["step"] for each in logs[1]]
     for one, other in zip(*logs, strict=True):
         assert one == pytest.approx(other, rel=1e-3)  # the first line after the resume too

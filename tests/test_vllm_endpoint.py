@@ -36,7 +36,6 @@ from prm_search.strategies import Beam
 
 pytestmark = pytest.mark.vllm
 
-START = 420.0  # seconds
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "one two"}], "max_tokens": 24}
 BEAM = {"width": 2, "expansions": 2, "steps": {"max_tokens": 4}}
 SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
@@ -73,14 +72,12 @@ def server(folder: Path) -> Iterator[Served]:
         )  # fmt: skip
     served = Served(port)
     try:
-        end = time.monotonic() + START
         while not _answers(served):
             assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < end, log.read_text()[-4000:]
             time.sleep(0.5)
         yield served
         process.terminate()
-        assert process.wait(60) is not None
+        assert process.wait() is not None
     finally:
         process.kill()
         process.wait()
@@ -112,7 +109,7 @@ def test_every_field_of_vllms_requests_is_served_refused_or_harmless(theirs: Any
 
 
 def test_guided_plain_and_bad_requests(server: Served, folder: Path) -> None:
-    client = server.client(api_key="key", timeout=120)
+    client = server.client(api_key="key")
     with pytest.raises(openai.AuthenticationError):
         server.client(api_key="wrong").chat.completions.create(**CHAT, extra_body={"prm_guidance": BEAM})
 
@@ -155,7 +152,7 @@ def test_guided_plain_and_bad_requests(server: Served, folder: Path) -> None:
 
 
 def test_rewards_are_those_of_the_tokens_that_were_drawn(server: Served) -> None:
-    client = server.client(api_key="key", timeout=120)
+    client = server.client(api_key="key")
     prompt = byte_tokenizer()("Count to three.")["input_ids"]
     model, reference = llama(2, **SHAPE), llama(1, **SHAPE)
     # Steered with strength 1 from the reference, which the policy is, the most probable tokens are the PRM's.
@@ -175,7 +172,7 @@ def test_rewards_are_those_of_the_tokens_that_were_drawn(server: Served) -> None
 
 
 def test_streams(server: Served) -> None:
-    client = server.client(api_key="key", timeout=120)
+    client = server.client(api_key="key")
     stream = client.chat.completions.create(
         **CHAT, stream=True, stream_options={"include_usage": True},
         extra_body={"prm_guidance": BEAM | {"width": 1, "progress": True, "return_candidates": True}},
@@ -220,7 +217,7 @@ def test_a_client_that_goes_away_ends_its_search(server: Served) -> None:
     long = CHAT | {"max_tokens": 400, "prm_guidance": BEAM | {"width": 4, "expansions": 4}}
     connections = []
     for stream in (False, True):
-        connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+        connection = http.client.HTTPConnection(server.host, server.port)
         connection.request("POST", "/v1/chat/completions", json.dumps(long | {"stream": stream}), _headers())
         connections.append(connection)
     until(lambda: server.metric("prm_search_searches_in_flight") == 2)
@@ -229,7 +226,7 @@ def test_a_client_that_goes_away_ends_its_search(server: Served) -> None:
     until(lambda: server.metric("prm_search_searches_in_flight") == 0)
     assert server.metric("prm_search_requests_total", outcome="disconnected", route="chat") == 2
     until(lambda: server.metric("vllm:num_requests_running", engine="0", model_name="tiny") == 0)
-    client = server.client(api_key="key", timeout=120)
+    client = server.client(api_key="key")
     assert client.chat.completions.create(**CHAT, extra_body={"prm_guidance": BEAM}).choices[0].message.content
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import vllm_models
+from vllm_models import plain_rows
 
 pytest.importorskip("vllm")
 
-from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.worker.gpu import buffer_utils
@@ -29,20 +30,9 @@ from prm_search.demo import pair_dir
 from prm_search.integrations.vllm.steering_config import RequestOptions
 
 pytestmark = pytest.mark.vllm
+models = vllm_models.models
 NAME = "prm_search.integrations.vllm.logits_processor:ImplicitPRMLogitsProcessor"
 BETA, EOS, LENGTH, VOCAB = 0.05, 2, 128, 38
-
-
-@pytest.fixture(scope="module")
-def models():
-    names = ("policy", "prm", "policy")
-    return [AutoModelForCausalLM.from_pretrained(pair_dir() / name, dtype=torch.float32).eval() for name in names]
-
-
-@torch.no_grad()
-def plain_rows(models: Sequence[Any], ids: Sequence[int]) -> list[torch.Tensor]:
-    rows = [model(torch.tensor([ids]), use_cache=False).logits[0, -1].float() for model in models]
-    return [rows[0], *(row.log_softmax(-1) for row in rows[1:])]
 
 
 def staged_writes(self: StagedWriteTensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_vllm import FakeAsyncLLM, FakeEngine, FakeLLM, SamplingParams, Words, install
+from fake_vllm import ByteTokenizer, FakeAsyncLLM, FakeEngine, FakeLLM, SamplingParams, install
 from fakes import RULE, FakePolicy, FakeScorer, ToyLM, ids
 from hypothesis import HealthCheck, given, settings, strategies as st
 from search_cases import ALL
@@ -303,12 +303,12 @@ def test_release_forgets() -> None:
     assert result.tree not in scorer.prm._memos
 
 
-class OtherWords(Words):
+class OtherWords(ByteTokenizer):
     def get_vocab(self) -> dict[str, int]:
         return {"x": 1}
 
 
-class BeginWords(Words):
+class BeginWords(ByteTokenizer):
     """The same vocabulary, another rendering of prompts."""
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:

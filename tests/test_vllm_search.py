@@ -30,7 +30,7 @@ from prm_search.steps import StepRule
 from prm_search.strategies import Beam, BestOfN
 from prm_search.tree import Node, Prompt, SearchTree
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.vllm
 
 RULE = StepRule(delimiter=";", max_tokens=16)
 PROMPTS = [problem.prompt for problem in chains.problems(3, seed=7)]

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import vllm_models
+from vllm_models import plain_rows
 
 pytest.importorskip("vllm")
 
-from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.envs import disable_envs_cache
 from vllm.exceptions import VLLMValidationError
@@ -29,6 +30,7 @@ from prm_search.integrations.vllm.runner_rows import BatchRows
 from prm_search.steering.kl_bound import bounded_alpha
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+models = vllm_models.models
 NAME = "prm_search.integrations.vllm.logits_processor:ImplicitPRMLogitsProcessor"
 BETA, EOS = 0.05, 2
 INF = float("inf")
@@ -82,22 +84,9 @@ def llm(report):
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def models():
-    names = ("policy", "prm", "policy")
-    return [AutoModelForCausalLM.from_pretrained(pair_dir() / name, dtype=torch.float32).eval() for name in names]
-
-
 def prompts(count: int, seed: int, shortest: int = 3, longest: int = 90) -> list[list[int]]:
     draw = random.Random(seed)
     return [[draw.randrange(3, 38) for _ in range(draw.randrange(shortest, longest))] for _ in range(count)]
-
-
-@torch.no_grad()
-def plain_rows(models: Sequence[Any], ids: Sequence[int]) -> list[torch.Tensor]:
-    """Logits of the policy and log-probabilities of the pair after ids, [V] each."""
-    rows = [model(torch.tensor([ids]), use_cache=False).logits[0, -1].float() for model in models]
-    return [rows[0], *(row.log_softmax(-1) for row in rows[1:])]
 
 
 def greedy(
@@ -311,8 +300,8 @@ def test_the_policy_stands_for_the_reference(models, tmp_path, monkeypatch):
     # A bias would stand in both halves: such a request is not guided, and says so.
     biased = ask(llm, heads[:1], [params(1.0, 5, prm_report="biased", logit_bias={7: 1.0}, ignore_eos=True)])
     assert len(biased[0].token_ids) == 5
-    late = time.monotonic() + 60  # an engine with a process of its own needs no further request to see an end
-    while not any(record["key"] == "biased" for record in records(report)) and time.monotonic() < late:
+    # An engine with a process of its own needs no further request to see an end.
+    while not any(record["key"] == "biased" for record in records(report)):
         time.sleep(0.1)
     found = {record["key"]: record for record in records(report)}
     assert "logit_bias" in found["biased"]["unguided"]

@@ -118,10 +118,10 @@ class VLLMServer(ScoredEngine):
             raise _ServerFailed(f"{self.url}{path}: {answer.status_code} {answer.text:.200}")
         if answer.status_code != 200:
             raise ValueError(f"{self.url}{path}: {answer.status_code} {answer.text:.200}")
-        reply = answer.json()
-        if not isinstance(reply, dict):
+        found = answer.json()
+        if not isinstance(found, dict):
             raise ConnectionError(f"{self.url}{path}: no vLLM server answers there")
-        return reply
+        return found
 
 
 class _ServerFailed(ConnectionError):
