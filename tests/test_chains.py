@@ -274,6 +274,8 @@ def test_shipping_takes_the_first_run_that_passed_the_gate_not_the_best(tmp_path
             (run / stage).mkdir(parents=True)
             for file in ("model.safetensors", "pair.json", "log.jsonl"):
                 (run / stage / file).write_text(name)
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                (run / stage / file).write_text(stage)
         (run / "rollouts.jsonl").write_text("")
         (run / "pair.json").write_text(json.dumps({"seed": seed, "policy": {"gate_passed": passed}}))
         return run
@@ -285,8 +287,10 @@ def test_shipping_takes_the_first_run_that_passed_the_gate_not_the_best(tmp_path
     assert [run["metrics"] for run in card["all_seeds"]] == [{"accuracy": a, "problems": 7} for a in accuracy.values()]
     assert "[0, 1, 2]" in card["selection"]
     files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
-    assert files == ["pair.json", "policy/model.safetensors", "prm/model.safetensors"]
-    assert {(out / file).read_text() for file in files[1:]} == {"b"}
+    kept = ["model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert files == ["pair.json", *(f"{stage}/{file}" for stage in ("policy", "prm") for file in kept)]
+    assert {(out / stage / "model.safetensors").read_text() for stage in ("policy", "prm")} == {"b"}
+    assert {(out / "prm" / file).read_text() for file in kept[1:]} == {"policy"}  # one tokenizer, of the policy
     with pytest.raises(ValueError, match="gate"):
         make.ship(runs[:1], tmp_path / "none")
 
