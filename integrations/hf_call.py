@@ -145,7 +145,7 @@ def _unpadded(rows: torch.Tensor, kwargs: Mapping[str, Any], returned: int) -> l
     positions = kwargs.get("position_ids")
     if positions is not None:
         natural = kept.cumsum(-1) - 1
-        given = positions[::returned].to(natural) if positions.ndim == 2 else None
-        if given is None or given.shape != natural.shape or bool(((given != natural) & (kept == 1)).any()):
+        actual = positions[::returned].to(natural) if positions.ndim == 2 else None
+        if actual is None or actual.shape != natural.shape or bool(((actual != natural) & (kept == 1)).any()):
             raise ValueError("position_ids other than 0, 1, 2 ... from each prompt's first token cannot be used")
     return [row[row_mask == 1].tolist() for row, row_mask in zip(rows.cpu(), kept.cpu(), strict=True)]

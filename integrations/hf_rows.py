@@ -81,10 +81,10 @@ class RowIds:
 
     def groups(self, rows: Sequence[DecodingRow]) -> list[list[int]]:
         """Places of rows of equal length."""
-        found: dict[int, list[int]] = {}
+        by_length: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
-            found.setdefault(row.position, []).append(place)
-        return list(found.values())
+            by_length.setdefault(row.position, []).append(place)
+        return list(by_length.values())
 
     def __call__(self, rows: Sequence[DecodingRow]) -> torch.Tensor:
         """[R, width + L] int64: the ids of rows that have drawn L response tokens each."""

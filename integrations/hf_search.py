@@ -78,13 +78,13 @@ def laid_out(call: Call, results: Sequence[Result], pad: int | None) -> torch.Te
     """
     responses: list[list[int]] = []
     for number, result in enumerate(results):
-        found = len(result.candidates)
-        if 0 < found < call.returned:
+        distinct_count = len(result.candidates)
+        if 0 < distinct_count < call.returned:
             logger.warning(
                 "num_return_sequences=%d, but the search for prompt %d found %d different responses: they are repeated",
-                call.returned, number, found,
+                call.returned, number, distinct_count,
             )  # fmt: skip
-            result.candidates = [result.candidates[i % found] for i in range(call.returned)]
+            result.candidates = [result.candidates[i % distinct_count] for i in range(call.returned)]
         responses += [node.path_ids() for node in result.candidates[: call.returned]] or [[]] * call.returned
     longest = max(map(len, responses))
     padded = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in responses], dtype=torch.long)

@@ -167,9 +167,9 @@ def _generate(
     if prm_guidance is None:
         return plain(model, *args, **kwargs) if prm_enabled.before is None else prm_enabled.before(*args, **kwargs)
     _checked(prm_guidance)
-    given = inspect.signature(plain).bind(model, *args, **kwargs)
-    extra = given.arguments.pop("kwargs", {})
-    named = {name: value for name, value in given.arguments.items() if name != "self"} | extra
+    bound = inspect.signature(plain).bind(model, *args, **kwargs)
+    extra = bound.arguments.pop("kwargs", {})
+    named = {name: value for name, value in bound.arguments.items() if name != "self"} | extra
     for name in ("assistant_model", "synced_gpus", "inputs_embeds"):
         if named.get(name) is not None and named[name] is not False:
             raise ValueError(f"{name} cannot be used with prm_guidance")
@@ -194,8 +194,8 @@ def _generate(
 def _sample_unless_told(model: Any, named: dict[str, Any]) -> None:
     """Make do_sample True where neither the call nor a config says what it shall be: generate itself means False."""
     config = named.get("generation_config")
-    said = [named.get("do_sample"), getattr(config, "do_sample", None), model.generation_config.do_sample]
-    if all(value is None for value in said):
+    choices = [named.get("do_sample"), getattr(config, "do_sample", None), model.generation_config.do_sample]
+    if all(value is None for value in choices):
         if config is None:
             named["do_sample"] = True
         else:  # generate warns of arguments beside a config
@@ -208,7 +208,7 @@ def _take_stop_strings(model: Any, named: dict[str, Any], tokenizer: Any) -> Non
     config = named.get("generation_config")
     standing = model.generation_config.stop_strings
     sources = (named.get("stop_strings"), getattr(config, "stop_strings", None), standing)
-    strings = next((given for given in sources if given is not None), None)
+    strings = next((source for source in sources if source is not None), None)
     if strings is None:
         return
     if config is not None and standing is None and named.get("stop_strings") is None:
@@ -233,8 +233,8 @@ def _generating(model: Any) -> Any:
     return inner
 
 
-def _tokenizer(given: Any, guidance: PRMGuidance, lm: LanguageModel) -> Any:
-    tokenizer = given if given is not None else getattr(guidance.pair, "tokenizer", None)
+def _tokenizer(prm_tokenizer: Any, guidance: PRMGuidance, lm: LanguageModel) -> Any:
+    tokenizer = prm_tokenizer if prm_tokenizer is not None else getattr(guidance.pair, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(
             "the model's tokenizer is not known, and the pair has none: use ps.enable(model, tokenizer), or pass "

@@ -61,7 +61,7 @@ class Draw:
         tokens: the policy's vocabulary.
         stop_ids: tokens that end a response.
         matcher: where its steps end.
-        stops: finds the sampling's stop strings; None where there are none.
+        stops: finds the sampling's stop strings; None for a sampling without any.
         left: tokens it may still draw.
         chain: the steps drawn, the last one under way; closed where `fresh`.
         fresh: the next token starts a new step.

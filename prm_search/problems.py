@@ -37,8 +37,8 @@ class Judge:
     """Labels responses.
 
     Args:
-        same: "math": the answers are equivalent, by spelling, number, or math-verify; "exact": the same without
-            math-verify (equal numbers, or one spelling); or a function of a response's whole text and the reference
+        same: "math": the answers are equivalent, by spelling, number, or math-verify. "exact": the same without
+            math-verify (equal numbers, or one spelling). Or a function of a response's whole text and the reference
             answer.
         answer: where the answer stands in a response: "boxed", "####", "number", a function of its text, or None for
             the first of "####", box and number that it has. Not asked where `same` is a function.

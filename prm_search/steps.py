@@ -37,9 +37,9 @@ class StepRule:
             and delimiters came since the last one: steps are never empty. None for no delimiter.
         max_tokens: tokens of a step at most. A step cut in the middle of a delimiter is followed by one that ends
             where the delimiter completes.
-        regex: a further delimiter, as a pattern (`re` syntax; it says what separates steps, not what they contain).
-            It completes with the first character at which it matches the text since the last delimiter; greed buys
-            it nothing, since what follows is not written yet. Costs one search of the step's text a token (a
+        regex: a further delimiter, as a pattern (`re` syntax; it says what separates steps, not what they contain). It
+            completes with the first character at which it matches the text since the last delimiter. Greedy quantifiers
+            gain nothing, since the text that follows is not written yet. Costs one search of the step's text a token (a
             character, where a later character can undo a match: "$", "\\b", look-ahead, atomic groups).
         confidence: end the step before a token whose most probable choice has less than this probability
             (AdaptiveStep, arXiv 2502.13943, section 3); `confidence_quantile` calibrates it.
@@ -47,7 +47,8 @@ class StepRule:
     Raises:
         ValueError: a delimiter is empty, the regex matches the empty string or is not a pattern, max_tokens < 1, or
             confidence is outside [0, 1].
-        TypeError: a delimiter or the regex is not a string, max_tokens not an integer, or confidence no number.
+        TypeError: a delimiter or the regex is not a string, max_tokens is not an integer, or confidence is not a
+            number.
     """
 
     delimiter: str | Sequence[str] | None = "\n\n"

@@ -21,8 +21,8 @@ Piece = Callable[[int], bytes]
 
 
 def _byte_level() -> dict[str, int]:
-    """The byte each character of a byte-level BPE vocabulary stands for (GPT-2's `bytes_to_unicode`, inverted):
-    printable Latin-1 stands for itself, the 68 other bytes for U+0100 and on, in order."""
+    """The byte of each character of a byte-level BPE vocabulary (GPT-2's `bytes_to_unicode`, inverted). Printable
+    Latin-1 stands for itself; U+0100 and on stand for the 68 other bytes, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -82,7 +82,7 @@ class TokenText:
         return self.text_bytes(ids).decode("utf-8", "replace")
 
     def text_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of the text that these ids add, without special tokens. Those of two calls join to the whole text."""
+        """Bytes of the text that these ids add, without special tokens. Bytes of two calls join to the whole text."""
         pieces, special = self._pieces, self.special
         return b"".join([pieces[i] for i in ids if i not in special])
 

@@ -51,7 +51,8 @@ class TokenizerMatch:
 
 
 def _ids(tokenizer: Any, text: str | None, **options: Any) -> list[int]:
-    """Token ids of a text, whatever other threads set the tokenizer to. Raises ValueError for half a character."""
+    """Token ids of a text, independent of other threads' settings of the tokenizer. Raises ValueError for half a
+    character."""
     characters("the text", text or "")
     return [int(i) for i in private_tokenizer(tokenizer)(text, **options)["input_ids"]]
 
@@ -59,7 +60,8 @@ def _ids(tokenizer: Any, text: str | None, **options: Any) -> list[int]:
 def encode_prompt(tokenizer: Any, prompt: Prompt, whose: str = "the tokenizer") -> tuple[int, ...]:
     """Token ids of a prompt under a tokenizer.
 
-    What a tokenizer puts behind a text by itself (an end of sequence) is left out: a response goes on from here.
+    Tokens that a tokenizer puts behind a text by itself (an end of sequence) are left out: a response goes on from
+    here.
 
     Args:
         tokenizer: a transformers tokenizer; not used where the prompt has ids.
@@ -98,9 +100,9 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, whose: str = "the tokenizer") 
 def encode_text(tokenizer: Any, text: str, token_text: TokenText | None = None) -> list[int]:
     """Token ids of a response's text, as it goes on after its prompt. Control tokens spelled in it are ordinary text.
 
-    Tokenizers of the sentencepiece kind put a space before a text's first word. Ids that spell exactly the text are
-    looked for: those of the text without the space it begins with, or those it has after something else. Where there
-    are none (a tokenizer that normalises), its own encoding stands.
+    Tokenizers of the sentencepiece kind put a space before a text's first word. The ids have to spell the text exactly.
+    Candidates are the ids of the text without its leading space, and the ids that the text has after something else. If
+    no candidate does (a tokenizer that normalises), the tokenizer's own encoding stands.
 
     Args:
         tokenizer: a transformers tokenizer.

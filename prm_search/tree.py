@@ -131,7 +131,7 @@ class Node:
         self._q[name] = parent_q + self._reward[name]
 
     def reward_of(self, name: str) -> float:
-        """Step reward under the named pair, beta * nats. Raises KeyError where it has not scored the node."""
+        """Step reward under the named pair, beta * nats. Raises KeyError where the pair has not scored the node."""
         return 0.0 if self.parent is None else self._reward[name]
 
     def q_of(self, name: str) -> float:

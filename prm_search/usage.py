@@ -13,8 +13,8 @@ Kind = Literal["sampled", "encoded", "cached", "reencoded"]
 class Meter:
     """Token counts of one tree, by kind and model id. Engines write, the driver reads it out as Usage.
 
-    Kinds: "sampled" (drawn by a policy, cut or not), "encoded" (first forward of a token through a model),
-    "reencoded" (a further one, after its KV was evicted), "cached" (prefix tokens that a forward found encoded).
+    Kinds: "sampled" (drawn by a policy, cut or not), "encoded" (first forward of a token through a model), "reencoded"
+    (a further forward, after the token's KV was evicted), "cached" (prefix tokens that a forward found encoded).
     """
 
     def __init__(self) -> None:

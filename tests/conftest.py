@@ -49,6 +49,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         parser.addini("timeout", "seconds a test may take; without pytest-timeout: as many as it likes")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if importlib.util.find_spec("pytest_timeout") is None:
+        config.addinivalue_line("markers", "timeout(seconds): as the option; without pytest-timeout: no limit")
+
+
 def pytest_report_header() -> str | None:
     return f"not collected without {', '.join(MISSING)}: {', '.join(collect_ignore)}" if collect_ignore else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -13,10 +14,11 @@ import hf_models
 import page
 import pytest
 import run
+import score
 import typer
 from events import LARGEST, SPLITS, problems, split_of
 
-from prm_search.cli import app
+from prm_search.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -146,6 +148,34 @@ def test_the_gate_goes_up_where_problems_are_too_easy_and_down_where_too_hard(tm
         run.gate(tmp_path / "none", run.Settings())
 
 
+def test_pairs_of_right_and_wrong_responses_to_one_problem():
+    records = [
+        {"samples": [{"right": right, "values": {"prm": {"q": q}}} for right, q in samples]}
+        for samples in ([(True, 1.0), (False, 0.0), (False, 1.0)], [(True, -1.0), (False, 0.0)], [(True, 9.0)])
+    ]
+    assert run.pair_accuracy(records) == pytest.approx(1.5 / 3)
+    assert run.pair_accuracy(records[2:]) is None
+
+
+def scored_alike(pair: Path, rollouts: Path, folder: Path) -> None:
+    """Packed scores are those of `prm-search eval`, and the same answers are chosen by them."""
+    given = ["--pair", str(pair), "--rollouts", str(rollouts), "--out", str(folder / "scored")]
+    assert score.main(given) == score.main(given) == 0  # the second time from its scores
+    status = main(["eval", "--responses", str(rollouts), "--pair", str(pair), "--label", "exact", "--answer", "number",
+                   "--budgets", "2", "--out", str(folder / "official")])  # fmt: skip
+    assert status == 0
+    both = (run.lines(folder / name / "records.jsonl") for name in ("scored", "official"))
+    for ours, theirs in zip(*both, strict=True):
+        for sample, other in zip(ours["samples"], theirs["samples"], strict=True):
+            assert (sample["text"], sample["answer"], sample["right"]) == (
+                other["text"],
+                other["answer"],
+                other["right"],
+            )
+            assert sample["values"]["prm"]["q"] == pytest.approx(other["values"][str(pair)]["q"], abs=1e-4)
+        assert [each["answer"] for each in ours["chosen"]] == [each["answer"] for each in theirs["chosen"]]
+
+
 def test_the_whole_recipe_goes_on_where_it_stopped_and_makes_its_page(tmp_path, monkeypatch, capsys):
     """A tiny random model is never right, so its PRM does not pass; what comes after that gate is then let through."""
     hf_models.llama(0).save_pretrained(tmp_path / "model")
@@ -159,14 +189,17 @@ def test_the_whole_recipe_goes_on_where_it_stopped_and_makes_its_page(tmp_path, 
         "--rollouts", "2", "--samples", "2", "--test", "2", "--freeze-layers", "1",
     ]  # fmt: skip
     assert run.main(command) == 1
-    assert "held-out pair accuracy is None, and 0.65 is needed" in capsys.readouterr().err
+    assert "pair accuracy is None, and 0.65 is needed" in capsys.readouterr().err
+    in_order = sorted(run.lines(out / "gate-3-rollouts.jsonl"), key=lambda record: record["index"])
+    (tmp_path / "gate.jsonl").write_text("".join(json.dumps(record) + "\n" for record in in_order))
+    scored_alike(out / "prm", tmp_path / "gate.jsonl", tmp_path)
     assert run.main([*command[:-1], "0"]) == 1
     assert "other settings" in capsys.readouterr().err
-    card = json.loads((out / "prm" / "pair.json").read_text())
-    assert card["recipe"]["pack"]
-    card["metrics"]["held_out_pair_accuracy"] = 0.9
-    (out / "prm" / "pair.json").write_text(json.dumps(card))
+    assert json.loads((out / "prm" / "pair.json").read_text())["recipe"]["pack"]
     kept = (out / "prm-3-rollouts.jsonl").read_text()
+    monkeypatch.setattr(run, "pair_accuracy", lambda scored: 0.9)
+    turns = itertools.cycle((-1, 0))  # some with an error, some without
+    monkeypatch.setattr(run, "first_wrong", lambda text, steps: next(turns))
     assert run.main(command) == 0
     assert (out / "prm-3-rollouts.jsonl").read_text() == kept
     kinds = [record["kind"] for record in run.lines(out / "eval" / "records.jsonl")]

@@ -30,7 +30,7 @@ class MatmulTile:
 HOPPER_FEW = MatmulTile(64, 128, 64, stages=4, warps=4, tma=True, resident=2)
 HOPPER_MANY = MatmulTile(128, 128, 64, stages=4, warps=8, tma=True)
 HOPPER_PLAIN = MatmulTile(128, 256, 64, stages=4, warps=8, tma=True)
-HOPPER_GRADIENT = MatmulTile(128, 128, 64, stages=3, warps=8, tma=True, resident=2)
+HOPPER_GRADIENT = MatmulTile(128, 128, 64, stages=3, warps=8, tma=True)
 # Any card from sm_80 on, through pointers; within the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
 POINTER_FEW = MatmulTile(16, 128, 64, stages=4, warps=4)
 POINTER_SOME = MatmulTile(64, 128, 32, stages=4, warps=4, resident=2)
@@ -135,9 +135,10 @@ def attention_tile(*, capability: tuple[int, int], half: bool, packed: int, head
     if capability == (0, 0):
         return INTERPRETER_ATTENTION
     if not half:
-        return AttentionTile(16, 16, stages=3, warps=4)
+        return AttentionTile(16, 16, stages=2, warps=4)  # three spill on sm_90
     if packed <= 16:
-        return AttentionTile(16, 32 if wide else 64, stages=3, warps=4, resident=1 if capability[0] == 8 else 3)
+        resident = 1 if capability[0] == 8 else 2 if wide else 3
+        return AttentionTile(16, 32 if wide else 64, stages=3, warps=4, resident=resident)
     if capability[0] == 9:  # 64 rows a warp group: wgmma
         if wide:
             return AttentionTile(64, 32, stages=3, warps=8)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import re
 import sys
 import tempfile
 import warnings
@@ -74,16 +75,21 @@ def report(tally: Tally, seed: int, size: int) -> str:
         "",
     ]
     if tally.faults:
-        lines += ["| outcome | target | argument | given | said |", "|---|---|---|---|---|"]
+        lines += ["The first of each kind.", "", "| outcome | cases | target | argument | given | said |"]
+        lines.append("|---|---:|---|---|---|---|")
+    kinds: dict[tuple[str, str, str], list[tuple[Case, str]]] = {}
     for case, outcome, said in tally.faults:
-        cells = [outcome, f"`{case.target}`", f"`{_tidy(case.argument)}`", f"`{_tidy(case.given)}`", _tidy(said)]
+        kinds.setdefault((outcome, case.target, case.argument), []).append((case, said))
+    for (outcome, target, argument), found in sorted(kinds.items()):
+        case, said = found[0]
+        cells = [outcome, str(len(found)), f"`{target}`", f"`{_tidy(argument)}`", f"`{_tidy(case.given)}`", _tidy(said)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _tidy(text: str) -> str:
-    folder = tempfile.gettempdir()
-    one_line = " ".join(text.split()).replace(folder, "TMP").replace("|", "\\|").replace("`", "'")
+    folder = re.escape(tempfile.gettempdir())
+    one_line = re.sub(rf"{folder}/tmp\w+", "FOLDER", " ".join(text.split())).replace("|", "\\|").replace("`", "'")
     return one_line if len(one_line) <= 160 else f"{one_line[:157]}..."
 
 

@@ -44,16 +44,16 @@ def training(folder: Path) -> list[str]:
     policy = [each["loss"] for each in lines(folder / "policy" / "log.jsonl") if "loss" in each]
     prm = [each for each in lines(folder / "prm" / "log.jsonl") if "loss" in each]
     card = json.loads((folder / "prm" / "pair.json").read_text())
-    data, metrics = card["data"], card["metrics"]
+    data, steps = card["data"], card["metrics"]["steps"]
+    accuracy = json.loads((folder / "vote.json").read_text())["pairs"]
     share = data["right"] / data["responses"]
     losses = ", ".join(f"{each['loss']:.3f}" for each in prm)
     return [
         "## The models",
         f"* Policy: {len(policy)} steps of fine-tuning, loss {policy[0]:.2f} to {policy[-1]:.2f} nats a token.",
-        f"* Rollouts: {data['responses']} responses to {data['problems']} problems, {share:.1%} right; "
-        f"{data['held_out_responses']} to {data['held_out_problems']} more problems held out.",
-        f"* PRM: {metrics['steps']} steps; loss, means of ten steps: {losses}.",
-        f"* Pair accuracy on the held-out problems: **{metrics['held_out_pair_accuracy']:.3f}** (at least "
+        f"* Rollouts: {data['responses']} responses to {data['problems']} problems, {share:.1%} right.",
+        f"* PRM: {steps} steps; loss, means of ten steps: {losses}.",
+        f"* Pair accuracy on the gate's problems, of which no training saw any: **{accuracy:.3f}** (at least "
         f"{PAIR_ACCURACY} was asked).",
     ]
 
@@ -134,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "report.md").write_text(text, encoding="utf-8")
     del figures["about"]  # folders of this machine
-    (chosen.out / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    plain = json.dumps(figures, indent=2).replace(str(chosen.run / "prm"), "prm")
+    (chosen.out / "report.json").write_text(plain + "\n", encoding="utf-8")
     return 0
 
 

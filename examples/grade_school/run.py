@@ -21,13 +21,14 @@ from typing import Any
 
 import events
 import sft
+from score import complete, groups, lines, records, score
 
 from prm_search.cli import main as prm_search
 
 FIRST_LENGTH = 3  # steps; the gate goes one up where these problems are too easy, one down where too hard
 PASS_AT_1 = (0.2, 0.5)
 GAP = 0.15  # pass@n - majority@n, at least
-PAIR_ACCURACY = 0.65  # on held-out problems, at least
+PAIR_ACCURACY = 0.65  # on the gate's problems, at least
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)
 ASKED = ("--template", r"{}\n", "--label", "exact", "--answer", "number", "--max-new-tokens", "64", "--resume")
 
@@ -48,6 +49,7 @@ class Settings:
         samples: responses a problem, everywhere.
         lr, epochs, batch, beta, freeze_layers: of the PRM; a batch counts problems.
         test: held-out problems.
+        strategies: what is compared on them; see `prm-search eval`.
         seed: of the test's draws; the other stages' are 0.
     """
 
@@ -64,6 +66,7 @@ class Settings:
     beta: float = 0.1
     freeze_layers: int = 15
     test: int = 200
+    strategies: str = "greedy,majority,best_of_n,weighted,beam"
     seed: int = 1
 
 
@@ -73,11 +76,6 @@ def command(*arguments: object) -> None:
     status = prm_search([str(each) for each in arguments])
     if status:
         raise SystemExit(status)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON Lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def save(path: Path, value: object) -> None:
@@ -125,14 +123,6 @@ def rollouts(out: Path, split: str, steps: int, n: int, settings: Settings) -> P
     return file
 
 
-def groups(records: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return the responses of each problem, in the order of draws."""
-    by_problem: dict[int, list[dict[str, Any]]] = {}
-    for record in sorted(records, key=lambda each: each["index"]):
-        by_problem.setdefault(record["problem"], []).append(record)
-    return list(by_problem.values())
-
-
 def vote(answers: Sequence[str | None], weights: Sequence[float]) -> str | None:
     """Return the answer with most weight; the first drawn of equal ones."""
     total: Counter[str] = Counter()
@@ -142,9 +132,9 @@ def vote(answers: Sequence[str | None], weights: Sequence[float]) -> str | None:
     return max(total, key=total.__getitem__, default=None)
 
 
-def measure(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+def measure(labelled: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return pass@1, majority@n and pass@n of labelled responses."""
-    of_problems = groups(records)
+    of_problems = groups(labelled)
     majority = [
         vote([each["answer"] for each in group], [1.0] * len(group)) == group[0]["reference_answer"]
         for group in of_problems
@@ -176,37 +166,50 @@ def gate(out: Path, settings: Settings) -> int:
 
 
 def train(out: Path, file: Path, settings: Settings) -> None:
-    """Write `prm/`. Raises Stopped where it does not tell right from wrong on held-out problems."""
-    card = out / "prm" / "pair.json"
-    if not card.exists():
+    """Write `prm/`."""
+    if not (out / "prm" / "pair.json").exists():
         command(
             "train", "--model", out / "policy", "--rollouts", file, "--out", out / "prm", "--objective", "ce",
             "--beta", settings.beta, "--lr", settings.lr, "--epochs", settings.epochs, "--batch", settings.batch,
             "--micro-batch", settings.batch, "--freeze-layers", settings.freeze_layers, "--pack", "--sampled-reference",
-            "--delimiter", r"\n", "--save-steps", 20, "--resume",
+            "--holdout", 0, "--delimiter", r"\n", "--save-steps", 20, "--resume",
         )  # fmt: skip
-    accuracy = json.loads(card.read_text())["metrics"]["held_out_pair_accuracy"]
-    if accuracy is None or accuracy < PAIR_ACCURACY:
-        raise Stopped(f"held-out pair accuracy is {accuracy}, and {PAIR_ACCURACY} is needed: see prm/log.jsonl")
+
+
+def pair_accuracy(scored: Iterable[dict[str, Any]]) -> float | None:
+    """Return the share of pairs of a right and a wrong response to one problem that the reward ranks so."""
+    won = pairs = 0.0
+    for record in scored:
+        rewards: dict[bool, list[float]] = {True: [], False: []}
+        for sample in record["samples"]:
+            rewards[sample["right"]].append(next(iter(sample["values"].values()))["q"])
+        pairs += len(rewards[True]) * len(rewards[False])
+        won += sum((right > wrong) + (right == wrong) / 2 for right in rewards[True] for wrong in rewards[False])
+    return won / pairs if pairs else None
 
 
 def choose_temperature(out: Path, file: Path, settings: Settings) -> float:
-    """Choose the weighted vote's temperature on the gate's problems; write `vote.json`."""
+    """Choose the weighted vote's temperature on the gate's problems, of which no training saw any; write `vote.json`.
+
+    Raises Stopped where the PRM does not tell their right responses from wrong ones.
+    """
     if not (out / "vote.json").exists():
-        command(
-            "eval", "--responses", file, "--pair", out / "prm", "--label", "exact", "--answer", "number",
-            "--budgets", settings.samples, "--out", out / "vote", "--resume",
-        )  # fmt: skip
+        of_problems = complete(file)
+        (out / "vote").mkdir(exist_ok=True)
+        score(out / "prm", of_problems, out / "vote" / "scores.jsonl")
+        scored = records(of_problems, out / "vote" / "scores.jsonl")
+        accuracy = pair_accuracy(scored)
+        if accuracy is None or accuracy < PAIR_ACCURACY:
+            raise Stopped(f"pair accuracy is {accuracy}, and {PAIR_ACCURACY} is needed: see prm/log.jsonl")
         right = dict.fromkeys(TEMPERATURES, 0)
-        reference = [group[0]["reference_answer"] for group in groups(lines(file))]
-        for record in lines(out / "vote" / "records.jsonl"):
+        for record, group in zip(scored, of_problems, strict=True):
             answers = [sample["answer"] for sample in record["samples"]]
             rewards = [next(iter(sample["values"].values()))["q"] for sample in record["samples"]]
             for temperature in TEMPERATURES:
                 weights = [math.exp((reward - max(rewards)) / temperature) for reward in rewards]
-                right[temperature] += vote(answers, weights) == reference[record["problem"]]
+                right[temperature] += vote(answers, weights) == group[0]["reference_answer"]
         best = max(TEMPERATURES, key=lambda each: (right[each], -abs(math.log(each))))  # ties: the nearest to 1
-        save(out / "vote.json", {"temperature": best, "right": right, "problems": len(reference)})
+        save(out / "vote.json", {"temperature": best, "right": right, "problems": len(scored), "pairs": accuracy})
     return float(json.loads((out / "vote.json").read_text())["temperature"])
 
 
@@ -217,8 +220,8 @@ def evaluate(out: Path, steps: int, temperature: float, settings: Settings) -> N
         events.write(asked, events.problems(settings.test, split="test", steps=steps), "test", worked=False)
     command(
         "eval", "--policy", out / "policy", "--pair", out / "prm", "--data", asked, "--budgets", settings.samples,
-        "--seeds", settings.seed, "--weight-temperature", temperature, "--uncapped", "--title",
-        f"Word problems of {steps} steps", "--out", out / "eval", *ASKED,
+        "--strategies", settings.strategies, "--seeds", settings.seed, "--weight-temperature", temperature,
+        "--uncapped", "--batch", 16, "--title", f"Word problems of {steps} steps", "--out", out / "eval", *ASKED,
     )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ __all__ = sorted(_PUBLIC)
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(_PUBLIC[name], __name__), name)
-    return found
+    member = globals()[name] = getattr(import_module(_PUBLIC[name], __name__), name)
+    return member
 
 
 def __dir__() -> list[str]:

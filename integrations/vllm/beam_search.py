@@ -37,10 +37,10 @@ def refuse_steered_beams() -> None:
 def _careful(make: Any) -> Any:
     @functools.wraps(make)
     def to_beam_search_params(request: Any, *args: Any, **options: Any) -> Any:
-        asked = [key for key in REQUEST_KEYS if key in (request.vllm_xargs or {})]
-        if asked:
+        keys = [key for key in REQUEST_KEYS if key in (request.vllm_xargs or {})]
+        if keys:
             raise ValueError(
-                f"{', '.join(asked)}: vLLM's beam search keeps no extra arguments, so use_beam_search cannot be "
+                f"{', '.join(keys)}: vLLM's beam search keeps no extra arguments, so use_beam_search cannot be "
                 "steered or observed; leave one of the two out (a search by reward is prm_guidance)"
             )
         return make(request, *args, **options)

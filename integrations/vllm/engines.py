@@ -32,8 +32,8 @@ def per_engine(engine: Any, kind: str, make: Callable[[], T]) -> T:
         made: dict[str, Any] = _made.setdefault(engine, {})
         if kind not in made:
             made[kind] = make()
-        found: T = made[kind]
-        return found
+        member: T = made[kind]
+        return member
 
 
 @dataclass(frozen=True)
@@ -94,19 +94,19 @@ PROCESSOR = "ImplicitPRMLogitsProcessor"
 
 def can_steer(engine: Any) -> bool:
     """Return True if an engine was given our logits processor, by name or as a class."""
-    given = getattr(engine.vllm_config.model_config, "logits_processors", None) or ()
-    names = [each if isinstance(each, str) else each.__name__ for each in given]
+    processors = getattr(engine.vllm_config.model_config, "logits_processors", None) or ()
+    names = [processor if isinstance(processor, str) else processor.__name__ for processor in processors]
     return any(name.rpartition(":")[2] == PROCESSOR for name in names)
 
 
 def stop_ids(engine: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end a response: the eos ids of the model's generation config, else the tokenizer's."""
-    found = engine.vllm_config.model_config.try_get_generation_config().get("eos_token_id")
-    if found is None:
-        found = getattr(tokenizer, "eos_token_id", None)
-    if found is None:
+    eos = engine.vllm_config.model_config.try_get_generation_config().get("eos_token_id")
+    if eos is None:
+        eos = getattr(tokenizer, "eos_token_id", None)
+    if eos is None:
         return frozenset()
-    return frozenset([int(found)] if isinstance(found, int) else map(int, found))
+    return frozenset([int(eos)] if isinstance(eos, int) else map(int, eos))
 
 
 def request_id() -> str:

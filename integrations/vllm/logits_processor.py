@@ -41,14 +41,14 @@ class ImplicitPRMLogitsProcessor(V1Processor, V2Processor):
             does not tell it the sampled tokens.
     """
 
-    def __init__(self, vllm_config: VllmConfig, *given: Any) -> None:
+    def __init__(self, vllm_config: VllmConfig, *arguments: Any) -> None:
         from prm_search.integrations.vllm.runner_rows import BIASED_V1, BIASED_V2, BatchRows, Slots
         from prm_search.integrations.vllm.worker import Guide
 
         self._batch: BatchRows | None = None
         self._slots: Slots | None = None
-        if len(given) == 1:
-            states = given[0]
+        if len(arguments) == 1:
+            states = arguments[0]
             self._slots = Slots(Guide(vllm_config, states.device, BIASED_V2), states)
         else:
             if vllm_config.scheduler_config.async_scheduling and not vllm_config.model_config.logits_processors:
@@ -56,7 +56,7 @@ class ImplicitPRMLogitsProcessor(V1Processor, V2Processor):
                     "with async scheduling vLLM tells sampled tokens only to processors that are given by "
                     "logits_processors= or --logits-processors; an entry point does not do"
                 )
-            self._batch = BatchRows(Guide(vllm_config, given[0], BIASED_V1))
+            self._batch = BatchRows(Guide(vllm_config, arguments[0], BIASED_V1))
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:

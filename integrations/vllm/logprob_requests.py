@@ -77,12 +77,12 @@ def fields(ask: Ask, *, v2: bool) -> dict[str, Any]:
 def http_fields(ask: Ask, *, v2: bool) -> dict[str, Any]:
     """The same for /inference/v1/generate, which answers with the drawn token and then logprobs - 1 of those asked for:
     one more is asked, so that none is left out that matters."""
-    given = fields(ask, v2=v2)
+    body = fields(ask, v2=v2)
     if isinstance(ask, NextTokenRequest):
         spare = next(i for i in range(len(ask.candidates) + 1) if i not in ask.candidates)
-        given |= {"logprobs": len(ask.candidates) + 1, "logprob_token_ids": [*ask.candidates, spare]}
-    given.pop("flat_logprobs", None)
-    return given
+        body |= {"logprobs": len(ask.candidates) + 1, "logprob_token_ids": [*ask.candidates, spare]}
+    body.pop("flat_logprobs", None)
+    return body
 
 
 def read_output(ask: Ask, output: Any, *, v2: bool) -> LogprobAnswer:
@@ -135,10 +135,10 @@ def _scores(ask: SpanRequest, scores: np.ndarray | None) -> np.ndarray:
 
 def _rows(ask: SpanRequest, cached: int, rows: Any, logprob: Any) -> np.ndarray:
     total = len(ask.token_ids)
-    found = np.full(total - ask.start, np.nan, np.float32)
+    logprobs = np.full(total - ask.start, np.nan, np.float32)
     for at in range(max(ask.start, cached + 1), total if rows else 0):
-        found[at - ask.start] = logprob(rows[at - total], ask.token_ids[at])
-    return found
+        logprobs[at - ask.start] = logprob(rows[at - total], ask.token_ids[at])
+    return logprobs
 
 
 def gaps(spans: Sequence[SpanRequest], answers: Sequence[LogprobAnswer]) -> list[tuple[Ask, list[int]]]:
@@ -175,11 +175,11 @@ def whole(span: SpanRequest) -> SpanRequest:
 def fill(
     spans: Sequence[SpanRequest],
     answers: Sequence[LogprobAnswer],
-    asked: Sequence[tuple[Ask, Sequence[int]]],
-    found: Sequence[LogprobAnswer],
+    repeats: Sequence[tuple[Ask, Sequence[int]]],
+    repeat_answers: Sequence[LogprobAnswer],
 ) -> None:
     """Write what asking again brought into the answers of the spans."""
-    for (ask, places), answer in zip(asked, found, strict=True):
+    for (ask, places), answer in zip(repeats, repeat_answers, strict=True):
         for place in places:
             values = answers[place].logprobs
             if isinstance(ask, SpanRequest):

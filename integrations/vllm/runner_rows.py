@@ -120,19 +120,19 @@ class Slots:
     def rows(self, ctx: LogitsContext) -> dict[int, Guided]:
         """Row of the logits -> request, with what it has read by now. Half-prefilled requests have none: what is
         sampled for them is thrown away."""
-        found: list[tuple[int, int, _Slot, int]] = []
+        ready_rows: list[tuple[int, int, _Slot, int]] = []
         lengths = ctx.seq_lens_upper_bound_np.tolist()  # exact without speculative decoding
         for row, slot in enumerate(ctx.idx_mapping_np.tolist()):
             held = self.slots.get(slot)
             if held is not None:
                 held.seen = self.steps
                 if lengths[row] >= int(self.states.prefill_len.np[slot]):
-                    found.append((row, slot, held, lengths[row]))
-        if not found:
+                    ready_rows.append((row, slot, held, lengths[row]))
+        if not ready_rows:
             return {}
-        fed = ctx.input_ids[torch.tensor([row for row, *_ in found], device=ctx.input_ids.device)].tolist()
+        fed = ctx.input_ids[torch.tensor([row for row, *_ in ready_rows], device=ctx.input_ids.device)].tolist()
         rows: dict[int, Guided] = {}
-        for (row, slot, held, length), token in zip(found, fed, strict=True):
+        for (row, slot, held, length), token in zip(ready_rows, fed, strict=True):
             rows[row] = self._read(slot, held, length, token)
         return rows
 

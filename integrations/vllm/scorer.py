@@ -123,12 +123,12 @@ class VLLMImplicitPRM(Pair):
         answers = None
         while True:
             try:
-                asked = flow.send(answers)
+                batches = flow.send(answers)
             except StopIteration:
                 return
             waiting: list[Pending] = []
             try:
-                for engine, asks in asked:
+                for engine, asks in batches:
                     waiting.append(engine.begin(asks))
                 answers = [pending.result() for pending in waiting]
             except BaseException:
@@ -142,10 +142,10 @@ class VLLMImplicitPRM(Pair):
         answers = None
         while True:
             try:
-                asked = flow.send(answers)
+                batches = flow.send(answers)
             except StopIteration:
                 return
-            answers = list(await asyncio.gather(*(engine.ask_async(asks) for engine, asks in asked)))
+            answers = list(await asyncio.gather(*(engine.ask_async(asks) for engine, asks in batches)))
 
     def release(self, tree: SearchTree) -> None:
         """Forget a tree."""
@@ -162,15 +162,15 @@ class VLLMImplicitPRM(Pair):
         jobs = [Job(engine, todo, self._prompt) for engine in self._engines()]
         jobs = [job for job in jobs if job.spans]
         if jobs:
-            found = yield [(job.engine, list(job.spans)) for job in jobs]
-            assert found is not None
-            for job, answers in zip(jobs, found, strict=True):
+            engine_answers = yield [(job.engine, list(job.spans)) for job in jobs]
+            assert engine_answers is not None
+            for job, answers in zip(jobs, engine_answers, strict=True):
                 job.take(answers)
         while any(job.again for job in jobs):
             short = [job for job in jobs if job.again]
-            found = yield [(job.engine, [ask for ask, _ in job.again]) for job in short]
-            assert found is not None
-            for job, answers in zip(short, found, strict=True):
+            engine_answers = yield [(job.engine, [ask for ask, _ in job.again]) for job in short]
+            assert engine_answers is not None
+            for job, answers in zip(short, engine_answers, strict=True):
                 job.retake(answers)
         for job in jobs:
             job.remember()
@@ -198,10 +198,10 @@ class VLLMImplicitPRM(Pair):
         return self._prompts[tree]
 
 
-def _engine(name: str, given: Any) -> ScoredEngine:
-    engine = ScoredEngine.of(given)
+def _engine(name: str, source: Any) -> ScoredEngine:
+    engine = ScoredEngine.of(source)
     if engine is None:
         raise TypeError(
-            f"{name} must be a vllm.LLM, an AsyncLLM, a policy over one, or a VLLMServer, got {type(given).__name__}"
+            f"{name} must be a vllm.LLM, an AsyncLLM, a policy over one, or a VLLMServer, got {type(source).__name__}"
         )
     return engine

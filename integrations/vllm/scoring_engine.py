@@ -56,14 +56,14 @@ class ScoredEngine(ABC):
         self.forward_calls = 0
 
     @staticmethod
-    def of(given: Any) -> ScoredEngine | None:
+    def of(source: Any) -> ScoredEngine | None:
         """The engine behind a vllm.LLM, an AsyncLLM, a policy over either, or a VLLMServer; None for anything else."""
-        if isinstance(given, ScoredEngine):
-            return given
-        if isinstance(given, VLLMPolicy | AsyncVLLMPolicy):
-            given = given.llm if isinstance(given, VLLMPolicy) else given.engine
-        inner = getattr(given, "llm_engine", None)
-        core = inner if inner is not None else given
+        if isinstance(source, ScoredEngine):
+            return source
+        if isinstance(source, VLLMPolicy | AsyncVLLMPolicy):
+            source = source.llm if isinstance(source, VLLMPolicy) else source.engine
+        inner = getattr(source, "llm_engine", None)
+        core = inner if inner is not None else source
         if not hasattr(core, "vllm_config"):
             return None
         make: Callable[[], ScoredEngine] = partial(AsyncEngine if inner is None else OfflineEngine, core)

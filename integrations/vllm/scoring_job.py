@@ -30,7 +30,7 @@ class Job:
         self._nodes: list[Node] = []  # where it ends
         self._answers: list[LogprobAnswer] = []
         self.again: list[tuple[Ask, list[int]]] = []
-        asked: set[Entry] = set()
+        requested: set[Entry] = set()
         for node in todo:
             before = prompt(node.tree)
             if node.sampler == engine.id and node.logprobs is not None and before == node.tree.prompt_ids:
@@ -42,13 +42,15 @@ class Job:
             before = prompt(leaf.tree)
             memo = engine.memo(leaf.tree, before)
             path = leaf.path()
-            while path and not any(entry.logprob is None and entry not in asked for entry in memo.entries(path[-1])):
+            while path and not any(
+                entry.logprob is None and entry not in requested for entry in memo.entries(path[-1])
+            ):
                 path.pop()
             if not path:
                 continue
             entries = [entry for node in path for entry in memo.entries(node)]
-            start = next(i for i, entry in enumerate(entries) if entry.logprob is None and entry not in asked)
-            asked.update(entries[start:])
+            start = next(i for i, entry in enumerate(entries) if entry.logprob is None and entry not in requested)
+            requested.update(entries[start:])
             self.spans.append(SpanRequest((*before, *path[-1].path_ids()), len(before) + start))
             self._entries.append(entries[start:])
             self._nodes.append(path[-1])
@@ -60,11 +62,11 @@ class Job:
             self.engine.ledger.encoded(node, len(span.token_ids), answer.cached)
         self.again = gaps(self.spans, answers)
 
-    def retake(self, found: list[LogprobAnswer]) -> None:
+    def retake(self, answers: list[LogprobAnswer]) -> None:
         """Answers to what was asked again."""
-        for (ask, places), answer in zip(self.again, found, strict=True):
+        for (ask, places), answer in zip(self.again, answers, strict=True):
             self.engine.ledger.repeated(self._nodes[places[0]].tree, len(ask.token_ids), answer.cached)
-        fill(self.spans, self._answers, self.again, found)
+        fill(self.spans, self._answers, self.again, answers)
         full = {
             place for ask, places in self.again if isinstance(ask, SpanRequest) and not ask.cached for place in places
         }

@@ -118,10 +118,10 @@ class VLLMServer(ScoredEngine):
             raise _ServerFailed(f"{self.url}{path}: {answer.status_code} {answer.text:.200}")
         if answer.status_code != 200:
             raise ValueError(f"{self.url}{path}: {answer.status_code} {answer.text:.200}")
-        found = answer.json()
-        if not isinstance(found, dict):
+        reply = answer.json()
+        if not isinstance(reply, dict):
             raise ConnectionError(f"{self.url}{path}: no vLLM server answers there")
-        return found
+        return reply
 
 
 class _ServerFailed(ConnectionError):

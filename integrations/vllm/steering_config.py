@@ -59,23 +59,23 @@ class SteeringConfig:
     def of(cls, additional_config: Any) -> SteeringConfig:
         """From vLLM's additional_config."""
         where = f'additional_config["{SECTION}"]'
-        given = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
-        if not isinstance(given, Mapping):
+        section = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
+        if not isinstance(section, Mapping):
             raise ValueError(
                 f'{where} is missing: the logits processor needs {{"model": ..., "reference": ...}} there '
-                f"(--additional-config on the command line), got {given!r}"
+                f"(--additional-config on the command line), got {section!r}"
             )
-        known = [each.name for each in fields(cls)]
-        for key in given:
+        known = [option.name for option in fields(cls)]
+        for key in section:
             if key not in known:
                 raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")
-        if "model" not in given:
+        if "model" not in section:
             raise ValueError(f'{where}: "model" is missing: the PRM, as a path or hub id, or "policy"')
         try:
-            steps = _step_rule(given.get("steps"))
-            made = cls(**{**given, "steps": steps})
+            steps = _step_rule(section.get("steps"))
+            made = cls(**{**section, "steps": steps})
             made._check()
-            if made.report is not None and not {"delimiter", "regex"} & set(given.get("steps") or ()):
+            if made.report is not None and not {"delimiter", "regex"} & set(section.get("steps") or ()):
                 made = made._with_card()
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from error
@@ -110,16 +110,16 @@ class SteeringConfig:
         return "policy" in (self.model, self.reference)
 
 
-def _step_rule(given: Any) -> StepRule:
-    if given is None:
+def _step_rule(options: Any) -> StepRule:
+    if options is None:
         return StepRule()
-    if not isinstance(given, Mapping):
-        raise ValueError(f"steps={given!r}: an object with {', '.join(_STEP_KEYS)} is needed")
-    for key in given:
+    if not isinstance(options, Mapping):
+        raise ValueError(f"steps={options!r}: an object with {', '.join(_STEP_KEYS)} is needed")
+    for key in options:
         if key not in _STEP_KEYS:
             raise ValueError(f"steps: unknown key {key!r}; known are {', '.join(_STEP_KEYS)}")
     try:
-        return StepRule(**given)
+        return StepRule(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"steps: {error}") from error
 
@@ -150,13 +150,13 @@ class RequestOptions:
         Raises:
             ValueError: an unknown key that begins with "prm_", or a bad value; the key is named.
         """
-        given = {key: value for key, value in (extra_args or {}).items() if str(key).startswith("prm_")}
-        if not given:
+        options = {key: value for key, value in (extra_args or {}).items() if str(key).startswith("prm_")}
+        if not options:
             return None
-        for key in given:
+        for key in options:
             if key not in REQUEST_KEYS:
                 raise ValueError(f"{key}: unknown; known are {', '.join(REQUEST_KEYS)}")
-        alpha, bound, report = (given.get(key) for key in REQUEST_KEYS)
+        alpha, bound, report = (options.get(key) for key in REQUEST_KEYS)
         try:
             if alpha is not None:
                 strength("prm_alpha", alpha)
@@ -175,8 +175,8 @@ class RequestOptions:
         return cls(float(alpha or 0.0), math.inf if bound is None else float(bound), report)
 
 
-def _is_key(given: Any) -> bool:
+def _is_key(value: Any) -> bool:
     """Return True if it can be a record's key: larger integers do not reach vLLM's worker."""
-    if isinstance(given, int):
-        return not isinstance(given, bool) and -(2**63) <= given < 2**63
-    return isinstance(given, str) and given != ""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and -(2**63) <= value < 2**63
+    return isinstance(value, str) and value != ""

@@ -43,16 +43,16 @@ class TokenTrie:
         """One a token of the node; made where there are none yet."""
         if node.parent is None:
             return []
-        found = self._tokens.get(node)
-        if found is None:
+        entries = self._tokens.get(node)
+        if entries is None:
             self.entries(node.parent)
             last = self._tokens[node.parent][-1]
-            found = []
+            entries = []
             for token in node.token_ids:
                 last = last.after.setdefault(token, Entry())
-                found.append(last)
-            self._tokens[node] = found
-        return found
+                entries.append(last)
+            self._tokens[node] = entries
+        return entries
 
     def know(self, node: Node, logprobs: Sequence[float] | np.ndarray) -> None:
         """Record log-probabilities of a node's tokens, [T] nats; what is known already stays."""

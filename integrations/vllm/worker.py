@@ -67,8 +67,8 @@ class Guide:
         self._biased = biased
         prm, reference, tokenizer, beta = self._load(vllm_config, device)
         self.steering = Steering(prm, reference, warn=self._log.warning)
-        words = _policy_tokenizer(vllm_config)
-        check_vocabulary(vllm_config, words, tokenizer, self.steering.vocab)
+        policy_tokenizer = _policy_tokenizer(vllm_config)
+        check_vocabulary(vllm_config, policy_tokenizer, tokenizer, self.steering.vocab)
         served = os.path.realpath(vllm_config.model_config.model)
         for part, lm in (("model", prm), ("reference", reference)):
             if lm is None:
@@ -80,9 +80,9 @@ class Guide:
                 )
         self.report: Report | None = None
         if self.config.report is not None and _first_rank(vllm_config):
-            if (tokenizer or words) is None:
+            if (tokenizer or policy_tokenizer) is None:
                 raise ValueError("report: steps need a tokenizer, and neither the pair nor vLLM has one")
-            piece = TokenText(tokenizer or words).piece
+            piece = TokenText(tokenizer or policy_tokenizer).piece
             self.report = Report(self.config.report, beta, self.config.steps, piece)
         self._silent = self.config.report is None  # say once that prm_report leads nowhere
         self._open: dict[int, Guided] = {}

@@ -65,8 +65,8 @@ def normalize(answer: str) -> str:
 
     The rules are those usual for MATH (Hendrycks et al., arXiv 2103.03874, and later evaluations): math delimiters,
     spacing commands, LaTeX's units after a number, percent and currency signs and "x =" go; fractions have braces. A
-    number becomes an integer or a reduced fraction, so "0.50", ".5", "1/2", "5e-1" and "\\frac12" are one; a unit in
-    words stays behind it, in one spelling. Case is kept.
+    number becomes an integer or a reduced fraction, so "0.50", ".5", "1/2", "5e-1" and "\\frac12" are one. A unit in
+    words stays behind the number, in one spelling. Case is kept.
     """
     return form(answer).text
 

@@ -59,7 +59,7 @@ def last_number(text: str) -> str | None:
 
 
 def _spelled(match: re.Match[str]) -> str:
-    """A number without LaTeX, blanks and times signs; as it stands where it has none."""
+    """A number without LaTeX, blanks and times signs; a number that has none of these as it stands."""
     part = match.groupdict()
     if part["whole"] is not None:
         value = value_of(match)

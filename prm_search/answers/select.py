@@ -75,7 +75,8 @@ def select(
 
     A node casts `count` votes, one for each merged duplicate, and is represented in the result by the best node of its
     answer. Answers are the same where `equivalent` says so of the first that came up. A candidate without an answer,
-    such as one cut by its length, does not vote; where none has an answer, "best" decides and `fallback` says so.
+    such as one cut by its length, does not vote. If all candidates are without an answer, "best" decides and `fallback`
+    says so.
 
     Args:
         candidates: nodes with a value, each the end of a response; one that is listed twice is one candidate.

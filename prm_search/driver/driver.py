@@ -141,7 +141,7 @@ class Driver:
         return list(search.requests)
 
     def seconds_left(self, tree: SearchTree) -> float:
-        """Seconds until a search's time budget bites: negative where it has, infinite where it has none."""
+        """Seconds until a search's time budget bites: negative once it has bitten, infinite without a time budget."""
         return self._searches[tree].deadline - self._clock()
 
     def ended(self) -> list[Outcome]:

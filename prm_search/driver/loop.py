@@ -138,7 +138,7 @@ class SearchLoop:
                 yield running.pop(result.tree), result
 
     def cancel(self, tree: SearchTree) -> Result | None:
-        """End a search now. Returns the result of what it has finished, or None where it has ended already."""
+        """End a search now. Returns the result of its finished nodes, or None for a search that has ended already."""
         if tree not in self._settings:
             return None
         self._submitted.difference_update(self._driver.cancel(tree))

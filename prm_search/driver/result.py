@@ -37,7 +37,7 @@ class Result:
 
     @property
     def text(self) -> str:
-        """The chosen response, without special tokens; empty where there is none."""
+        """The chosen response, without special tokens; empty without candidates."""
         return "" if self.node is None else self.node.path_text()
 
     @property

@@ -107,7 +107,7 @@ class SearchSettings:
         )
 
     def eligible(self, finished: Sequence[Node]) -> list[Node]:
-        """Of the finished nodes of a running search, those that `choose` may still come to."""
+        """The finished nodes of a running search that `choose` may still come to."""
         rivals = _complete(finished)
         if self.select != "best" or not rivals:
             return rivals

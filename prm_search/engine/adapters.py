@@ -54,11 +54,11 @@ def refuse_kind(name: str, config: Any) -> None:
         )
 
 
-def wrapper_of(given: Any) -> Any:
+def wrapper_of(module: Any) -> Any:
     """The PeftModel around or in what the user passed, or None."""
-    while hasattr(given, "_orig_mod") or isinstance(given, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        given = given._orig_mod if hasattr(given, "_orig_mod") else given.module
-    return given if hasattr(given, "get_base_model") and hasattr(given, "peft_config") else None
+    while hasattr(module, "_orig_mod") or isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
+    return module if hasattr(module, "get_base_model") and hasattr(module, "peft_config") else None
 
 
 @contextmanager
@@ -77,18 +77,18 @@ def tuner_layers(module: Any) -> list[Any]:
     return [m for m in module.modules() if hasattr(m, "_disable_adapters") and hasattr(m, "_active_adapter")]
 
 
-def adapter_state(given: Any, adapter: str | None) -> tuple[str, ...] | None:
+def adapter_state(module: Any, adapter: str | None) -> tuple[str, ...] | None:
     """The adapters a model part runs with: None for the base weights.
 
     Args:
-        given: the module as the user passed it, wrappers and all.
+        module: the module as the user passed it, wrappers and all.
         adapter: "auto", an adapter's name, or None for the base weights.
 
     Raises:
         ValueError: the adapter does not exist, other adapters are merged in place, or a bare module carries injected
             adapters and it is not said whether they are meant.
     """
-    layers = tuner_layers(unwrap(given))
+    layers = tuner_layers(unwrap(module))
     if adapter is None:
         refuse_merged(layers, None)
     if adapter is None or not layers:
@@ -101,7 +101,7 @@ def adapter_state(given: Any, adapter: str | None) -> tuple[str, ...] | None:
             raise ValueError(f"adapter={adapter!r} is not loaded; the model has {names}")
         refuse_merged(layers, (adapter,))
         return (adapter,)
-    inner = given
+    inner = module
     while hasattr(inner, "_orig_mod"):
         inner = inner._orig_mod
     if not hasattr(inner, "peft_config") or not hasattr(inner, "get_base_model"):

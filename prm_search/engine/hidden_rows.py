@@ -93,7 +93,7 @@ class WaveRows:
             rows.append(hidden[at + low : at + high - 1])
         return torch.cat(rows) if rows else None
 
-    def hand_out(self, logprobs: np.ndarray, found: Mapping[int, list[np.ndarray]]) -> None:
+    def hand_out(self, logprobs: np.ndarray, by_branch: Mapping[int, list[np.ndarray]]) -> None:
         """Append the targets' log-probabilities, [N], to the lists of their branches; NaN where there is none."""
         position = 0
         for i, low, high in self.targets.parts:
@@ -101,7 +101,7 @@ class WaveRows:
             blind = branch.start + low == 0
             values = logprobs[position : position + high - low - blind]
             position += high - low - blind
-            found[id(branch)].append(np.concatenate(([np.nan], values)).astype(logprobs.dtype) if blind else values)
+            by_branch[id(branch)].append(np.concatenate(([np.nan], values)).astype(logprobs.dtype) if blind else values)
 
     def keep(self, hidden: torch.Tensor, ends: torch.Tensor, model: Hashable) -> None:
         """Keep each branch's newest row (never an older one again) and count the tokens for the model's id.

@@ -307,8 +307,8 @@ class KVTree:
     def _pop_leaf(self) -> Branch | None:
         """The least recently used branch that may be evicted. Entries of the heap may be out of date."""
         pinned: list[Branch] = []
-        found = None
-        while self._leaves and found is None:
+        oldest = None
+        while self._leaves and oldest is None:
             tick, _, branch = heapq.heappop(self._leaves)
             branch.queued = False
             if branch.pins:
@@ -316,7 +316,7 @@ class KVTree:
             elif tick != branch.tick:  # used since it was queued: try again at its present age
                 self._offer(branch)
             elif branch.encoded and not branch.resident_children:
-                found = branch
+                oldest = branch
         for branch in pinned:
             self._offer(branch)
-        return found
+        return oldest

@@ -103,23 +103,23 @@ class LanguageModel(Encoder):
         state = adapters.adapter_state(module, adapter)
         with _interning:
             known = _interned.setdefault(base, {})
-            found = known[state]() if state in known else None
-            if found is None:
+            lm = known[state]() if state in known else None
+            if lm is None:
                 width = admission.check(base, state, cls)
                 wrapper = adapters.wrapper_of(module)
                 if wrapper is not None and state is not None:
                     admission.check_wrapper(wrapper, base, state)
                 device = adapters.device_of(base)
-                found = cls(base, state, capacity=capacity or default_capacity(device, width, promised_on(device)))
-                if found.head.vocab < 2:
-                    raise ValueError(f"{found.id} has a vocabulary of {found.head.vocab} token: at least 2 are needed")
-                found.token_bytes = width
-                known[state] = weakref.ref(found)
-            elif capacity is not None and capacity != found.tree.capacity:
+                lm = cls(base, state, capacity=capacity or default_capacity(device, width, promised_on(device)))
+                if lm.head.vocab < 2:
+                    raise ValueError(f"{lm.id} has a vocabulary of {lm.head.vocab} token: at least 2 are needed")
+                lm.token_bytes = width
+                known[state] = weakref.ref(lm)
+            elif capacity is not None and capacity != lm.tree.capacity:
                 raise ValueError(
-                    f"capacity={capacity}: this model is in use with {found.tree.capacity} tokens of KV already"
+                    f"capacity={capacity}: this model is in use with {lm.tree.capacity} tokens of KV already"
                 )
-            return found
+            return lm
 
     @property
     def promised(self) -> int:

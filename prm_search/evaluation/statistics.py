@@ -128,7 +128,7 @@ def paired_bootstrap(
 
 
 def bootstrap_interval(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of a figure a problem. Raises ValueError where there are none."""
+    """95 % percentile bootstrap interval of the mean of a figure a problem. Raises ValueError without problems."""
     if not len(values):
         raise ValueError("values is empty: at least one problem is needed")
     low, high = np.quantile(_resampled(np.asarray(values, np.float64), resamples, seed), (0.025, 0.975))

@@ -35,7 +35,7 @@ def fit_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> f
         labels: for each the first wrong step, or -1.
 
     Raises:
-        ValueError: there are no solutions with an error, or none without.
+        ValueError: solutions with an error, or solutions without, are missing.
     """
     low, high, lowest = [], [], []
     wrong = 0
@@ -130,8 +130,8 @@ def summarise_steps(
 ) -> StepSummary:
     """The table of the records of score_steps.
 
-    Thresholds are crossed: problems are dealt into folds, all solutions to one problem into the same, and each fold is
-    judged by the threshold with the best F1 on the others. Or they come from other records, or are given.
+    Thresholds are crossed: problems are dealt into folds, all solutions to one problem into the same. Each fold is
+    judged by the threshold with the best F1 on the other folds. Or they come from other records, or are given.
 
     Args:
         records: what is reported.
@@ -141,8 +141,8 @@ def summarise_steps(
         threshold: one for all scores, chosen beforehand.
 
     Raises:
-        ValueError: there are no solutions with an error or none without (in the records, or in what a threshold is
-            chosen on), or an argument is out of range.
+        ValueError: solutions with an error, or solutions without, are missing (in the records, or in the records that a
+            threshold is chosen on), or an argument is out of range.
     """
     labels = [record["label"] for record in records]
     erroneous = sum(label >= 0 for label in labels)

@@ -56,9 +56,9 @@ def score_steps(
 ) -> Iterator[dict[str, Any]]:
     """Score every step of solutions. One record each, in order.
 
-    A solution is scored as one response, its steps joined by the delimiter, which belongs to the step before it; the
-    end of sequence belongs to the last step. Where a step ends is told by characters, so a delimiter inside a step ends
-    none.
+    A solution is scored as one response, its steps joined by the delimiter. A delimiter belongs to the step before it;
+    the end of sequence belongs to the last step. Where a step ends is told by characters, so a delimiter inside a step
+    ends none.
 
     Args:
         solutions: see Solution.

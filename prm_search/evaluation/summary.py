@@ -54,12 +54,12 @@ class SummaryRow:
         cut: share of the answers whose search the budget cut.
         full: share of the answers that ended at the length limit, which are wrong.
         shared: whether the seconds are a share of those that more samples took together.
-        oracle_gap: what a perfect choice would add, over the problems that have samples; None without any. Of a vote:
-            the share of problems with a right one among the n samples it chose from, minus its accuracy, never below 0.
-            Of a search or greedy: pass@n minus its accuracy.
+        oracle_gap: what a perfect choice would add, over the problems that have samples; None without any. For a vote:
+            the share of problems with a right sample among the n it chose from, minus its accuracy, never below 0. For
+            a search or greedy: pass@n minus its accuracy.
         against_majority: paired bootstrap of the accuracy minus that of majority at the same budget; None without it.
-        against_best_of_n: the same for searches, against best_of_n of the same pair and budget: of several values,
-            the one that is right most often, which is the hardest to beat.
+        against_best_of_n: the same for searches, against best_of_n of the same pair and budget. With several values,
+            against the one that is right most often: the hardest to beat.
         rival: the value of that best_of_n.
     """
 
@@ -118,7 +118,7 @@ class Summary:
         weight).
 
         Raises:
-            KeyError: there is none, or there are several.
+            KeyError: no row fits, or several do.
         """
         named = {"strategy": strategy, "n": n, **which}
         matching = [row for row in self.rows if all(getattr(row.cell, k) == v for k, v in named.items())]
@@ -186,7 +186,7 @@ def _of_samples(record: Mapping[str, Any]) -> Iterator[tuple[Cell, Outcome]]:
 
 
 def compare(a: Sequence[Outcome], b: Sequence[Outcome]) -> Comparison | None:
-    """Paired bootstrap of two cells' accuracies over the problems that both have; None where there is none.
+    """Paired bootstrap of two cells' accuracies over the problems that both have; None without common problems.
 
     Problems are resampled, each with the mean of its seeds.
     """
@@ -265,7 +265,7 @@ def _row(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]], best_choice: Mappi
 
 
 def _best_of_n(cell: Cell, cells: Mapping[Cell, Sequence[Outcome]]) -> Cell | None:
-    """The best_of_n of this cell's pair and budget that is right most often; None where there is none."""
+    """The best_of_n of this cell's pair and budget that is right most often; None if there was no best_of_n."""
     rivals = [rival for rival in cells if (rival.strategy, rival.n, rival.pair) == ("best_of_n", cell.n, cell.pair)]
     return max(rivals, key=lambda rival: fmean(outcome.right for outcome in cells[rival]), default=None)
 

@@ -27,18 +27,18 @@ class Checkpoint:
     gguf_file: str | None = None
 
     @classmethod
-    def of(cls, given: str | PathLike[str], revision: str | None = None, gguf_file: str | None = None) -> Checkpoint:
+    def of(cls, location: str | PathLike[str], revision: str | None = None, gguf_file: str | None = None) -> Checkpoint:
         """From what users pass: a hub id, a folder, or a GGUF file.
 
         Raises:
             OSError: it looks like a path, and nothing is there.
         """
-        path = os.path.expanduser(os.fspath(given))
+        path = os.path.expanduser(os.fspath(location))
         if path.endswith(".gguf") and gguf_file is None:
             path, gguf_file = os.path.split(path)
             path = path or "."
         if not os.path.isdir(path) and (path.startswith((".", os.sep)) or path.count("/") > 1 or os.path.exists(path)):
-            raise FileNotFoundError(f"{os.fspath(given)!r} is not a folder with a model (and no hub id either)")
+            raise FileNotFoundError(f"{os.fspath(location)!r} is not a folder with a model (and no hub id either)")
         source = cls(path, revision, "", gguf_file)
         if gguf_file is not None and source.local and not os.path.isfile(os.path.join(path, gguf_file)):
             raise FileNotFoundError(f"there is no file {gguf_file!r} in {path!r}")
@@ -69,7 +69,7 @@ class Checkpoint:
             return path if os.path.isfile(path) else None
         from transformers.utils import cached_file
 
-        found: str | None = cached_file(
+        local_path: str | None = cached_file(
             self.path,
             name,
             revision=self.revision,
@@ -79,7 +79,7 @@ class Checkpoint:
             _raise_exceptions_for_connection_errors=False,
             **{key: value for key, value in hub.items() if key != "trust_remote_code"},
         )
-        return found
+        return local_path
 
     def check_config(self) -> None:
         """Raises ValueError where a local config.json holds anything but a JSON object."""

@@ -76,18 +76,19 @@ def load(
     with _loading:
         adapter = None if source.gguf_file else source.file("adapter_config.json", hub)
         if adapter is not None:
-            lm, words = _load_adapter(source, Path(adapter), base, capacity, options)
+            lm, model_tokenizer = _load_adapter(source, Path(adapter), base, capacity, options)
         elif base is not None:
             raise ValueError(f"base={base!r}: {source.name!r} is no adapter, so there is nothing to put on a base")
         else:
-            lm, words = LanguageModel.of(_load_module(source, options, heads), adapter=None, capacity=capacity), None
+            lm = LanguageModel.of(_load_module(source, options, heads), adapter=None, capacity=capacity)
+            model_tokenizer = None
         if isinstance(tokenizer, str | PathLike):
-            words = _load_tokenizer(Checkpoint.of(tokenizer), hub)
+            model_tokenizer = _load_tokenizer(Checkpoint.of(tokenizer), hub)
         elif tokenizer is not None:
-            words = tokenizer
+            model_tokenizer = tokenizer
         else:
-            words = _own_tokenizer(source, hub) or words
-    return Loaded(lm, words)
+            model_tokenizer = _own_tokenizer(source, hub) or model_tokenizer
+    return Loaded(lm, model_tokenizer)
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,13 +108,13 @@ def _load_module(source: Checkpoint, options: Mapping[str, Any], heads: tuple[st
     module = _modules.get(key)
     if module is not None:
         return module
-    given = dict(options) | source.where() | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
+    arguments = dict(options) | source.where() | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
     with _named("the model", source):
         if heads:  # the body of another class: what would be its output embedding stands in for one that is missing
             config = AutoConfig.from_pretrained(source.path, **hub_options(options), **source.where())
             config.tie_word_embeddings = not any(name.startswith("lm_head.") for name in tensor_files(source, options))
-            given["config"] = config
-        made, report = AutoModelForCausalLM.from_pretrained(source.path, output_loading_info=True, **given)
+            arguments["config"] = config
+        made, report = AutoModelForCausalLM.from_pretrained(source.path, output_loading_info=True, **arguments)
     check_report(source.name, made, report, heads)
     made.eval()
     if source.gguf_file is not None:  # plain weights by now, though they still say otherwise and refuse to be saved
@@ -140,12 +141,12 @@ def _load_adapter(
     refuse_kind(repr(source.name), config)
     if base is None and not config.base_model_name_or_path:
         raise ValueError(f"{source.name!r} names no base model: pass base=")
-    words = getattr(base, "tokenizer", None)
+    tokenizer = getattr(base, "tokenizer", None)
     if base is None or isinstance(base, str | PathLike):
         below = Checkpoint.of(config.base_model_name_or_path if base is None else base)
         if below.gguf_file is None and below.file("adapter_config.json", hub_options(options)):
             raise ValueError(f"the base {below.name!r} of {source.name!r} is an adapter itself; merge it first")
-        module, words = _load_module(below, options), _own_tokenizer(below, hub_options(options))
+        module, tokenizer = _load_module(below, options), _own_tokenizer(below, hub_options(options))
     else:
         lm = base if isinstance(base, LanguageModel) else getattr(base, "lm", None)
         module = lm.module if isinstance(lm, LanguageModel) else base
@@ -178,7 +179,7 @@ def _load_adapter(
         host.prm_search_names = names
         module.__dict__["_prm_search_adapters"] = host
         names[key] = name
-    return LanguageModel.of(module if host is None else host, adapter=names[key], capacity=capacity), words
+    return LanguageModel.of(module if host is None else host, adapter=names[key], capacity=capacity), tokenizer
 
 
 def _normal(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,13 +206,13 @@ def _load_tokenizer(source: Checkpoint, hub: Mapping[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     key = _key(source, hub)
-    found = _tokenizers.get(key)
-    if found is None:
-        given = dict(hub) | source.where() | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
+    tokenizer = _tokenizers.get(key)
+    if tokenizer is None:
+        arguments = dict(hub) | source.where() | ({"gguf_file": source.gguf_file} if source.gguf_file else {})
         with _named("the tokenizer", source):
-            found = AutoTokenizer.from_pretrained(source.path, **given)
-        _tokenizers[key] = found
-    return found
+            tokenizer = AutoTokenizer.from_pretrained(source.path, **arguments)
+        _tokenizers[key] = tokenizer
+    return tokenizer
 
 
 def _key(source: Checkpoint, options: Mapping[str, Any]) -> tuple[object, ...]:

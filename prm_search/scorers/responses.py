@@ -150,9 +150,9 @@ def _response_ids(scorer: Reader, place: int, response: Any, close: bool) -> lis
     return ids
 
 
-def _prompt_ids(scorer: Reader, place: int, given: Any) -> tuple[int, ...]:
+def _prompt_ids(scorer: Reader, place: int, prompt: Any) -> tuple[int, ...]:
     try:
-        return scorer.encode_prompt(Prompt.of(_plain(given)))
+        return scorer.encode_prompt(Prompt.of(_plain(prompt)))
     except (ValueError, TypeError) as error:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(f"prompts[{place}]: {error}") from error
@@ -198,13 +198,13 @@ def _step_ends(scorer: Reader, ids: Sequence[Sequence[int]], steps: Steps) -> li
 ROUNDING = 1e-5  # nats: by so much a log-softmax in fp32 may lie above 0
 
 
-def _logprobs(place: int, given: Any, tokens: int) -> np.ndarray:
+def _logprobs(place: int, values: Any, tokens: int) -> np.ndarray:
     name = f"logprobs[{place}]"
     try:
         with np.errstate(over="ignore"):
-            known = np.asarray(given, np.float32)
+            known = np.asarray(values, np.float32)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be numbers, one a token, got {given!r:.80}") from error
+        raise TypeError(f"{name} must be numbers, one a token, got {values!r:.80}") from error
     if known.shape != (tokens,):
         raise ValueError(f"{name} has shape {known.shape} for a response of {tokens} tokens")
     if np.isnan(known).any():

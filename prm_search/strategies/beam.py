@@ -16,10 +16,10 @@ from .base import Expand, Run, at_least, distinct
 class Beam:
     """Keep the `width` best prefixes, each continued by `expansions` steps.
 
-    The root gets width * expansions children. Unfinished and finished answers compete for the slots by value; a
-    finished one holds its slot until better ones take it, and stays a candidate even then. The search ends when no
-    slot is unfinished. Ties keep the order in which they were drawn. With expansions=1 nothing is ever pruned, and
-    the search is BestOfN(width).
+    The root gets width * expansions children. Unfinished and finished answers compete for the slots by value. A
+    finished answer holds its slot until better ones take it, and stays a candidate even then. The search ends when no
+    slot is unfinished. Ties keep the order in which they were drawn. With expansions=1 nothing is ever pruned, and the
+    search is BestOfN(width).
 
     Args:
         width: slots.

@@ -29,8 +29,8 @@ class MCTS:
 
     Values enter the rules on a scale of [0, 1]: Q = (v - low) / (high - low) between the lowest and the highest value
     seen in the tree so far (J. Schrittwieser et al., "MuZero", arXiv 1911.08265, eq. 5), whatever the scorer. Prefixes
-    of different depth are compared, so a value that falls with the depth, as q does, makes a search broad;
-    value="min" or "mean" makes it deep.
+    of different depth are compared. So a value that falls with the depth, as q does, makes a search broad; value="min"
+    or "mean" makes a search deep.
 
     Rules, over a child with n visits of a parent with N:
         puct: Q + c P sqrt(N) / (1 + n), P the policy's probability of the step among its siblings (D. Silver et al.,

@@ -18,7 +18,7 @@ class Rebase:
     """Spread a width over the open prefixes in proportion to the softmax of their values.
 
     At each depth the open prefixes, best first, get ceil(W * e_i / sum of the e_j not served yet) children each, with
-    e_i = exp(v_i / temperature) and W what is left of the width; a finished answer takes 1 off the width for good.
+    e_i = exp(v_i / temperature) and W the rest of the width. A finished answer takes 1 off the width for good.
     Source: Y. Wu et al., "Inference Scaling Laws" (arXiv 2408.00724), and its released code, thu-wyz/inference_scaling,
     whose values are step scores in [0, 1] (`value="last"`) and whose answers vote by weight.
 

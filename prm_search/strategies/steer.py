@@ -46,7 +46,7 @@ class Steer:
             pair: an ImplicitPRM.
 
         Raises:
-            ValueError: there is no pair, or the policy is steered already.
+            ValueError: the pair is missing, or the policy is steered already.
             TypeError: the policy is not an HFPolicy.
         """
         if pair is None:

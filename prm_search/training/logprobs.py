@@ -222,8 +222,8 @@ def sampled_reference(module: Any, rows: Sequence[LabelledResponse], *, bf16: bo
         bf16: see row_logprobs.
 
     Raises:
-        ValueError: a row has no log-probabilities, or those of the eight longest rows are not the module's: they differ
-            by a mean of more than 0.1 nat a token.
+        ValueError: a row has no log-probabilities, or those of the eight longest rows differ from the module's by a
+            mean of more than 0.1 nat a token.
     """
     lacking = sum(row.logprobs is None for row in rows)
     if lacking:

@@ -16,8 +16,9 @@ def cross_prompt(
     """Rows that join the prompt of a row with the response to another prompt, labelled wrong.
 
     However good a response, it does not answer another question. A model that learns from such negatives cannot live on
-    what good responses to all questions have in common, such as length or form. It is the augmentation of arXiv
-    2409.13156 (RRM) for outcome labels: of its triplets, those of a response to the prompt and one to another prompt.
+    what good responses to all questions have in common, such as length or form. The source is the augmentation of arXiv
+    2409.13156 (RRM), here for outcome labels. Of its triplets we take a response to the prompt and one to another
+    prompt.
 
     Args:
         rows: with at least two prompts.

@@ -73,7 +73,7 @@ def kto(reward: Tensor, label: Tensor, baseline: Tensor) -> Tensor:
     Args:
         reward: [B].
         label: [B].
-        baseline: [] or [B], z = beta * KL(pi_phi || pi_ref) >= 0, which no gradient reaches; the paper estimates it by
+        baseline: [] or [B], z = beta * KL(pi_phi || pi_ref) >= 0, which no gradient reaches. The paper estimates z by
             the mean reward of responses to other prompts, cut off at 0.
 
     Returns:

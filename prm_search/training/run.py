@@ -110,15 +110,15 @@ def train(
         delimiter: of steps, noted in the card.
         arguments: further transformers.TrainingArguments (fsdp, gradient_checkpointing, warmup_steps, ...).
         log: is called with a line now and then.
-        progress: is called often, in the main process, with what is being done ("reference", "training", "held out"),
-            how much of it, and how much there is.
+        progress: is called often, in the main process, with the name of the phase ("reference", "training", "held
+            out"), the work done, and the work in all.
 
     Returns:
         The card.
 
     Raises:
-        ValueError: a number of the recipe is out of range, the rollouts do not suit it, `out` holds a pair or another
-            run, another process trains there, or the model's head is not understood.
+        ValueError: a number of the recipe is out of range, or the rollouts do not suit the recipe; `out` holds a pair
+            or another run, or another process trains there; or the model's head is not understood.
         OSError: model or rollouts cannot be read, or out not be written.
         ImportError: accelerate, or for LoRA peft, is missing.
     """
@@ -265,11 +265,11 @@ def _run(
             _add_reference(lm, data, recipe, identity, cache, log, told("reference"))
         trained = lm if recipe.lora is None else _adapted(lm, recipe.lora, source)
         freeze(lm, recipe.freeze_layers)
+        use_cache = getattr(lm.config, "use_cache", True)
         trainer = PRMTrainer(
             trained, args, made, objective=recipe.objective, beta=recipe.scale, margin=recipe.margin, log=log,
             progress=told("training"),
         )  # fmt: skip
-        use_cache = getattr(lm.config, "use_cache", True)
         trainer.train(resume_from_checkpoint=last)
         lm.config.use_cache = use_cache  # the Trainer switches it off, which the saved config would repeat
         trained.eval()
@@ -323,8 +323,8 @@ def _add_reference(
 
 
 def steps_logged(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """A Trainer's log without its summary, whose mean loss and runtime are wrong after a resume: they leave out, or
-    count as 0, what came before."""
+    """A Trainer's log without its summary. The summary's mean loss and runtime are wrong after a resume: they leave
+    out, or count as 0, the steps before."""
     return [entry for entry in history if "train_runtime" not in entry]
 
 
@@ -348,7 +348,7 @@ def count_pairs(rows: Sequence[LabelledResponse]) -> int:
 def pair_accuracy(rows: Sequence[LabelledResponse], rewards: Sequence[float]) -> float | None:
     """The share of all pairs of a right and a wrong response to one prompt in which the right one has more reward.
 
-    Equal rewards count half. None where there is no pair.
+    Equal rewards count half. None without pairs.
     """
     value = {id(row): reward for row, reward in zip(rows, rewards, strict=True)}
     won = total = 0.0

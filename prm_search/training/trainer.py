@@ -112,7 +112,7 @@ def _halves(inputs: dict[str, Tensor], items: int) -> tuple[dict[str, Tensor], d
 class _Means(TrainerCallback, ExportableState):
     """Mean loss and accuracy of the steps since the last line of the log.
 
-    Trainer's own mean begins anew with each run, so the first line after a resume would leave out the steps between the
+    Trainer's own mean begins anew with each run. So the first line after a resume would leave out the steps between the
     last line and the checkpoint. These sums are a part of the checkpoint's state.
 
     Args:

@@ -6,9 +6,9 @@ released code computes them for a whole tree. With v_0 = 0 at the prompt,
     v_k = max(0, v_{k-1} + w_k)          w_k = (1 - v_{k-1}) / (m_k + 1) * (1 - 2 r_k)
 
 where r_k is 0 if the tree holds a right answer below step k, else 1, and the reasoning distance m_k is the number of
-steps from step k to the nearest right answer below it; where there is none, from the last step before it that has one
-below. So the value is 1 at a right answer, grows evenly on the shortest way there, and falls with every step after the
-first wrong turn.
+steps from step k to the nearest right answer below it. Without a right answer below step k, m_k counts from the last
+step before it that has one below. So the value is 1 at a right answer, grows evenly on the shortest way there, and
+falls with every step after the first wrong turn.
 """
 
 from __future__ import annotations

@@ -85,14 +85,14 @@ def check(module: nn.Module, state: tuple[str, ...] | None, make: Make) -> int:
     with _undisturbed(adapters.device_of(module).type):
         refusal = _verdict(module, make)
         try:
-            found = refusal or _look_at(module, state, make)
+            verdict = refusal or _look_at(module, state, make)
         except _OUT_OF_MEMORY:
             raise
         except Exception as problem:
             raise ValueError(f"{name} is not supported: its forward fails: {_short(problem)}") from problem
-    if isinstance(found, str):
-        raise ValueError(f"{name} is not supported: {found}")
-    return found
+    if isinstance(verdict, str):
+        raise ValueError(f"{name} is not supported: {verdict}")
+    return verdict
 
 
 def check_wrapper(wrapper: Any, module: nn.Module, state: tuple[str, ...]) -> None:
@@ -111,11 +111,11 @@ def check_wrapper(wrapper: Any, module: nn.Module, state: tuple[str, ...]) -> No
     ids = torch.from_numpy(np.random.default_rng(3).choice(min(size, 10_000), (1, 24)))
     ids = ids.to(adapters.device_of(module))
 
-    def said(run: Any) -> torch.Tensor:
+    def log_softmax(run: Any) -> torch.Tensor:
         return torch.log_softmax(run(input_ids=ids, use_cache=False).logits.double(), dim=-1)
 
     with _undisturbed(ids.device.type), adapters.switched(layers, state), adapters.activated(wrapper, state):
-        once, again, wrapped = said(module), said(module), said(wrapper)
+        once, again, wrapped = log_softmax(module), log_softmax(module), log_softmax(wrapper)
     off, noise = (wrapped - once).abs().max().item(), (again - once).abs().max().item()
     if not off <= TOLERANCE + 10 * noise:
         raise ValueError(
@@ -161,12 +161,12 @@ def compare(lm: Encoder, length: int, seed: int = 0) -> Fault:
     draw = _token_source(lm, seed)
     cut = [max(1, round(length * part)) for part in (0.3, 0.07, 0.18, 0.15, 0.11)]
     prompt = lm.tree.root()
-    found: dict[int, np.ndarray] = {}
+    logprobs: dict[int, np.ndarray] = {}
 
     def grow(branches: list[Branch], counts: list[int]) -> None:
         ids = [draw(count) for count in counts]
         for branch, values in zip(branches, lm.extend(branches, ids, want="target") or (), strict=True):
-            found[id(branch)] = np.concatenate((found.get(id(branch), np.zeros(0)), np.asarray(values)))
+            logprobs[id(branch)] = np.concatenate((logprobs.get(id(branch), np.zeros(0)), np.asarray(values)))
 
     grow([prompt], [cut[0]])
     first, second = lm.tree.fork(prompt), lm.tree.fork(prompt)
@@ -184,7 +184,7 @@ def compare(lm: Encoder, length: int, seed: int = 0) -> Fault:
     chosen = np.take_along_axis(plain[:, :-1], ids.numpy()[:, 1:, None], axis=-1)[..., 0]
     for row, leaf in enumerate(leaves):
         for branch in leaf.lineage():
-            values = found[id(branch)]
+            values = logprobs[id(branch)]
             stop = min(leaf.length, branch.length)
             scored = range(stop - len(values), stop)  # positions of these tokens on the path, where it goes that far
             if leaf is leaves[3] and branch is prompt:  # left in its middle
@@ -344,10 +344,10 @@ def _token_source(lm: Encoder, seed: int) -> Callable[[int], list[int]]:
         if miniature.is_token(name):
             special.update(v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int))
     size = min(lm.head.vocab, getattr(lm.config, "vocab_size", lm.head.vocab))
-    words = np.setdiff1d(np.arange(size), sorted(special))
-    words = words[min(miniature.FIRST_WORD, len(words) // 2) :]
+    ordinary = np.setdiff1d(np.arange(size), sorted(special))
+    ordinary = ordinary[min(miniature.FIRST_WORD, len(ordinary) // 2) :]
     random = np.random.default_rng(seed)
-    return lambda count: [int(i) for i in random.choice(words, count)]
+    return lambda count: [int(i) for i in random.choice(ordinary, count)]
 
 
 def _flat(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:

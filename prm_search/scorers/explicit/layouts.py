@@ -98,9 +98,9 @@ def needs_template(tokenizer: Any) -> None:
 
 def keeps_answers(tokenizer: Any) -> None:
     """Raise ValueError where a template drops or alters what the assistant said."""
-    said = "one two"
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": said}]
-    if said not in tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False):
+    answer = "one two"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+    if answer not in tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False):
         raise ValueError("the chat template drops the assistant's text, which holds the steps")
 
 
@@ -198,14 +198,14 @@ class VerdictTurns:
 
     def ids(self, tokenizer: Any, question: Messages, steps: Sequence[str]) -> list[int]:
         """See Layout."""
-        asked = plain_question([message for message in question if message.get("role") != "system"])
+        question_text = plain_question([message for message in question if message.get("role") != "system"])
         messages = [message for message in question if message.get("role") == "system"]
         for i, step in enumerate(steps):
             form = self.later if i else self.first
             if i:
                 messages.append({"role": "assistant", "content": self.verdict})
             # Not str.format: a step may hold braces.
-            messages.append({"role": "user", "content": _fill(form, question=asked, step=step)})
+            messages.append({"role": "user", "content": _fill(form, question=question_text, step=step)})
         return chat_ids(tokenizer, messages, generation=True)
 
 
@@ -278,8 +278,8 @@ class EndOfPrefix:
 
     def ids(self, tokenizer: Any, question: Messages, steps: Sequence[str]) -> list[int]:
         """See Layout."""
-        asked = _fill(self.asked, question=plain_question(question))
-        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": asked}]
+        message = _fill(self.asked, question=plain_question(question))
+        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": message}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         text = prompt + self.joint.join(steps)
         ids = [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -125,8 +125,8 @@ class Words:
     def reader(self, head: Head, tensors: Mapping[str, Tensor], tokenizer: Any, width: int) -> Reader:
         """See Reading."""
         find = one_token if self.whole else last_token
-        words: Sequence[str] = [self.good] if self.bad is None else [self.good, self.bad]
-        ids = [find(tokenizer, word) for word in words]
+        labels: Sequence[str] = [self.good] if self.bad is None else [self.good, self.bad]
+        ids = [find(tokenizer, label) for label in labels]
         if len(set(ids)) < len(ids):
             raise ValueError(f"{self.good!r} and {self.bad!r} end with the same token")
 

@@ -48,14 +48,14 @@ def score_texts(
         raise TypeError(
             f"steps must be a StepRule, got {type(steps).__name__}: give steps of your own as lists of texts"
         )
-    asked, answers = _listed("prompts", prompts), _listed("responses", responses)
-    if len(asked) != len(answers):
+    prompt_list, answers = _listed("prompts", prompts), _listed("responses", responses)
+    if len(prompt_list) != len(answers):
         raise ValueError(
-            f"prompts has {len(asked)} entries and responses {len(answers)}: one prompt a response is needed"
+            f"prompts has {len(prompt_list)} entries and responses {len(answers)}: one prompt a response is needed"
         )
     trees: dict[Any, SearchTree] = {}
     ends: list[Node] = []
-    for place, (prompt, response) in enumerate(zip(asked, answers, strict=True)):
+    for place, (prompt, response) in enumerate(zip(prompt_list, answers, strict=True)):
         tree = _tree(trees, place, prompt)
         tree.primary = scorer.name
         end = _plant(scorer, tree, place, response, None if whole else steps or StepRule())
@@ -84,10 +84,10 @@ def _listed(name: str, items: Any) -> list[Any]:
     return list(items)
 
 
-def _tree(trees: dict[Any, SearchTree], place: int, given: Any) -> SearchTree:
+def _tree(trees: dict[Any, SearchTree], place: int, entry: Any) -> SearchTree:
     """Return the tree of a prompt; equal ones share theirs."""
     try:
-        prompt = Prompt.of(given)
+        prompt = Prompt.of(entry)
     except (ValueError, TypeError) as error:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(f"prompts[{place}]: {error}") from error

@@ -118,16 +118,16 @@ def eurus_score(
     for place, steps in enumerate(cut):
         if not steps:
             raise ValueError(f"responses[{place}] is empty: at least one step is needed")
-    found = [boundaries(tokenizer, query, steps) for query, steps in zip(queries, cut, strict=True)]
-    starts = [max(places[0], 1) for _, places in found]
+    encoded = [boundaries(tokenizer, query, steps) for query, steps in zip(queries, cut, strict=True)]
+    starts = [max(places[0], 1) for _, places in encoded]
     if parity:
-        ratios = [_plain_ratios(pair, ids)[start - 1 :] for (ids, _), start in zip(found, starts, strict=True)]
+        ratios = [_plain_ratios(pair, ids)[start - 1 :] for (ids, _), start in zip(encoded, starts, strict=True)]
     else:
-        prompts = [ids[:start] for (ids, _), start in zip(found, starts, strict=True)]
-        answers = [ids[start:] for (ids, _), start in zip(found, starts, strict=True)]
+        prompts = [ids[:start] for (ids, _), start in zip(encoded, starts, strict=True)]
+        answers = [ids[start:] for (ids, _), start in zip(encoded, starts, strict=True)]
         ratios = [s.token_rewards / np.float32(pair.beta) for s in pair.score(prompts, answers)]
     scores = []
-    for steps, (_, places), start, ratio in zip(cut, found, starts, ratios, strict=True):
+    for steps, (_, places), start, ratio in zip(cut, encoded, starts, ratios, strict=True):
         sums = np.cumsum(coefficient * ratio.astype(np.float64))
         ends = [min(place + 1 - start, len(sums) - 1) for place in places[1:]]
         scores.append(EurusScores(tuple(steps), sums[ends].astype(np.float32)))
@@ -149,5 +149,5 @@ def _plain_logprobs(lm: LanguageModel, ids: Sequence[int], pad: int | None) -> n
     mask = torch.ones_like(tokens) if pad is None else (tokens != pad).long()
     with lm.exclusive(), torch.no_grad():
         logits = lm.module(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    found = log_softmax(logits[:, :-1]).gather(2, tokens[:, 1:, None].to(logits.device))
-    return found[0, :, 0].float().cpu().numpy()
+    logprobs = log_softmax(logits[:, :-1]).gather(2, tokens[:, 1:, None].to(logits.device))
+    return logprobs[0, :, 0].float().cpu().numpy()

@@ -343,14 +343,14 @@ class ImplicitPRM(Pair):
             lm.release(tree)
 
 
-def _model_of(given: Any) -> LanguageModel | None:
+def _model_of(model: Any) -> LanguageModel | None:
     """The LanguageModel that something is or, as a policy, has."""
-    lm = given if isinstance(given, LanguageModel) else getattr(given, "lm", None)
+    lm = model if isinstance(model, LanguageModel) else getattr(model, "lm", None)
     return lm if isinstance(lm, LanguageModel) else None
 
 
-def _language_model(name: str, given: Any, adapter: str | None, capacity: int | None) -> LanguageModel:
+def _language_model(name: str, model: Any, adapter: str | None, capacity: int | None) -> LanguageModel:
     try:
-        return _model_of(given) or LanguageModel.of(given, adapter=adapter, capacity=capacity)
+        return _model_of(model) or LanguageModel.of(model, adapter=adapter, capacity=capacity)
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from error
