@@ -21,11 +21,11 @@ def test_rollout_train_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Half a minute of training: best-of-16 and the beam by the new PRM beat majority on held-out, longer problems."""
     monkeypatch.chdir(tmp_path)
     write("train.jsonl", [p for length, n in ((2, 150), (3, 250)) for p in problems(n, split="prm", length=length)])
-    write("test.jsonl", problems(40, split="test", seed=77, length=6))
+    write("test.jsonl", problems(80, split="test", seed=77, length=6))
     policy = ["--policy", "demo"]
     assert main(["rollout", *policy, "--data", "train.jsonl", "--n", "4", *ANSWER, "--out", "rollouts.jsonl"]) == 0
     status = main(
-        ["train", "--model", "demo", "--rollouts", "rollouts.jsonl", "--out", "prm", "--lr", "3e-3", "--epochs", "3",
+        ["train", "--model", "demo", "--rollouts", "rollouts.jsonl", "--out", "prm", "--lr", "1e-3", "--epochs", "4",
          "--micro-batch", "64", "--delimiter", ";"]
     )  # fmt: skip
     assert status == 0
@@ -37,7 +37,7 @@ def test_rollout_train_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert status == 0
     assert Path("table/report.md").is_file()
     rows = {row["strategy"]: row for row in json.loads(Path("table/report.json").read_text())["rows"]}
-    assert rows["majority"]["problems"] == 40
+    assert rows["majority"]["problems"] == 80
     assert rows["beam"]["policy_tokens"] <= rows["majority"]["policy_tokens"]
     for name in ("best_of_n", "beam"):
         assert rows[name]["accuracy"] > rows["majority"]["accuracy"]

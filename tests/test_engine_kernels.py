@@ -47,7 +47,7 @@ for config in (
             lm.extend([lm.tree.fork(tips[0], at=5)], [ids(3)])
     assert worst < 1e-4, (config.model_type, worst)
 
-    from prm_search.engine import static_step
+    from prm_search.engine.graph_step import static_step
     from prm_search.triton_kernels import tiles
     static_step.LEAST_PATH, tiles.PREFIX_LEAST = 16, 8  # several tables, and prefixes that are read once
     root = lm.tree.root(ids(11))

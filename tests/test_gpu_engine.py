@@ -92,6 +92,9 @@ class _Ids:
     all_special_ids = (0,)
     eos_token_id = 0
 
+    def __call__(self, text: str, **kwargs: object) -> dict[str, list[int]]:
+        return {"input_ids": [1]}
+
     def convert_ids_to_tokens(self, token_id: int) -> str:
         return f"<{token_id}>"
 

@@ -125,8 +125,6 @@ def test_bad_guidance_is_refused_by_name(core: Served) -> None:
     ):
         status, _, said = core.send("/v1/completions", {"prompt": [65], "prm_guidance": guidance})
         assert (status, json.loads(said)["error"]["param"]) == (400, param)
-    status, _, said = core.send("/v1/completions", {"prompt": [65], "stop": "x", "prm_guidance": {}})
-    assert (status, json.loads(said)["error"]["param"]) == (400, "stop")
 
 
 def test_chats_are_rendered_with_the_servers_options() -> None:
