@@ -45,6 +45,7 @@ def integer(name: str, value: object, least: int, needed: str, most: float = mat
     number(name, value, needed, lambda x: whole and least <= x <= most)
 
 
+ROUNDING = 1e-5  # nats: by so much a log-softmax in fp32 may lie above 0
 MANY = 1 << 20  # children, steps and the like: more is a slip of the keyboard, and never ends
 
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from operator import index
 from typing import Any
 
 import numpy as np
 
 from .prompt import Prompt, plain_ids
 from .rng import stream
+from .tree_record import FINISHES, check_tree
 from .usage import Meter
 
 __all__ = ["FINISHES", "Node", "Prompt", "SearchTree", "plain_ids"]
-
-FINISHES = ("step", "stop", "length", "budget")
 
 
 class Node:
@@ -306,23 +304,26 @@ class SearchTree:
 
     @classmethod
     def from_json(cls, source: str) -> SearchTree:
-        """The tree that to_json wrote. Raises ValueError where the text is not one."""
+        """The tree that to_json wrote.
+
+        Raises:
+            ValueError: the text is not one. The message names the field, and the node's index: "nodes[3].drawn".
+        """
         try:
+            if not isinstance(source, str):
+                raise TypeError(f"a text is needed, got {type(source).__name__}")
             record = json.loads(source)
-            version, nodes = record["version"], record["nodes"]
-            prompt_fields = {k: v for k, v in record["prompt"].items() if v is not None}
-            if version != 1 or not nodes or nodes[0]["parent"] is not None:
-                raise ValueError(f"version {version!r} with {len(nodes)} nodes")
-            tree = cls(Prompt(**prompt_fields), occurrence=record["occurrence"])
+            check_tree(record)
+            tree = cls(_read_prompt(record["prompt"]), occurrence=record["occurrence"])
             tree.primary = record["primary"]
             tree.notes = list(record.get("notes", ()))
             tree.log_z = record.get("log_z")  # trees of older versions have none, and no weights
-            _restore(tree.root, nodes[0])
-            for item in nodes[1:]:
+            _restore(tree.root, record["nodes"][0])
+            for item in record["nodes"][1:]:
                 node = Node(tree, tree.nodes[item["parent"]], item["token_ids"])
                 _restore(tree._append(node), item)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(f"not a search tree in JSON: {error}") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"source is not a search tree in JSON: {error}") from error
         return tree
 
 
@@ -376,12 +377,20 @@ def _node_record(node: Node) -> dict[str, Any]:
     }
 
 
+def _read_prompt(fields: Mapping[str, Any]) -> Prompt:
+    try:
+        return Prompt(**{name: value for name, value in fields.items() if value is not None})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"prompt is {fields!r:.80}: {error}") from error
+
+
 def _restore(node: Node, item: Mapping[str, Any]) -> None:
-    node.text, node.hidden = item["text"], index(item.get("hidden", 0))
+    node.text, node.hidden = item["text"], item.get("hidden", 0)
     if "text_bytes" in item:
         node.text_bytes = bytes.fromhex(item["text_bytes"])
         if node.text != item["text"]:
-            raise ValueError(f"text_bytes {item['text_bytes']!r} do not spell the text {item['text']!r}")
+            where = f"nodes[{node.index}].text_bytes"
+            raise ValueError(f"{where} {item['text_bytes']!r} do not spell the text {item['text']!r}")
     node.value, node.finish, node.weight = item["value"], item["finish"], item.get("weight")
     node.logprobs = None if item["logprobs"] is None else np.asarray(item["logprobs"], np.float32)
     node.sampler = item["sampler"]

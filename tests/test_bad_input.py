@@ -127,7 +127,8 @@ MADE: list[tuple[Callable[[], object], type[Exception], str]] = [
     ),  # type: ignore[arg-type]
     (lambda: ps.HFPolicy(llama(), TOKENIZER, stop="x"), TypeError, "stop='x': a function of rows, or None"),  # type: ignore[arg-type]
     (lambda: ps.Steered(ps.HFPolicy(llama(), TOKENIZER), None, 1), TypeError, "pair must be an ImplicitPRM, got NoneT"),  # type: ignore[arg-type]
-    (lambda: ps.HFPolicy("gpt2", TOKENIZER), TypeError, "a causal LM .* is needed, got str"),
+    (lambda: ps.HFPolicy("gpt2", TOKENIZER), TypeError, "model: a causal LM .* is needed, got str"),
+    (lambda: ps.HFPolicy(None, TOKENIZER), TypeError, "model: a causal LM .* is needed, got NoneType"),  # type: ignore[arg-type]
     (lambda: ps.HFPolicy(TOKENIZER, llama), TypeError, "tokenizer must be a transformers tokenizer, got function"),
     (lambda: ps.HFPolicy(llama(), None), TypeError, "tokenizer must be a transformers tokenizer, got NoneType"),
     (lambda: ps.HFPolicy(llama(), TOKENIZER, max_rows=0), ValueError, "max_rows=0: a number of rows >= 1"),

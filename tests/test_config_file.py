@@ -110,6 +110,8 @@ BAD = {
     "text for a flag": ({"chat": "yes"}, "c.yaml: chat is 'yes': true or false is needed"),
     "an object for a text": ({"policy": {"a": 1}}, "c.yaml: policy is {'a': 1}"),
     "list": ([1], "c.yaml: keys and values are needed, got list"),
+    "a list for a number": ({"batch": [1]}, "c.yaml: batch (--batch) is [1]: one value is needed, not a list"),
+    "a list for a text": ({"policy": ["demo"]}, "c.yaml: policy (--policy) is ['demo']: one value is needed"),
     "itself": ({"config": "x.yaml"}, "c.yaml: config is unknown"),
 }
 

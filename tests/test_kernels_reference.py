@@ -130,7 +130,8 @@ Q, POOL, ROWS = torch.zeros(1, 2, 8), torch.zeros(4, 1, 8), torch.zeros(2, 5)
         (lambda: linear_logprob(HIDDEN, WEIGHT, TARGETS, torch.zeros(4)), r"bias is \[4\]"),
         (lambda: linear_logprob(HIDDEN, WEIGHT, TARGETS, softcap=0.0), "softcap is 0.0"),
         (lambda: linear_logprob(HIDDEN, WEIGHT, TARGETS, scale=float("nan")), "scale is nan"),
-        (lambda: choice(linear_logprob, HIDDEN, WEIGHT, TARGETS, scale=None), "scale is None"),
+        (lambda: linear_logprob(HIDDEN, WEIGHT, TARGETS, scale=10**400), "scale is an integer beyond"),
+        (lambda: linear_logprob(HIDDEN, WEIGHT, TARGETS, softcap=10**400), "softcap is an integer beyond"),
         (lambda: linear_logprob(HIDDEN, WEIGHT, TARGETS, backend="cuda"), "backend is 'cuda'"),
         (lambda: guide_logits(ROWS, ROWS[:1], ROWS, 1.0), "prm is"),
         (lambda: guide_logits(ROWS, ROWS, ROWS, torch.ones(3)), r"alpha is \[3\]"),
@@ -160,6 +161,15 @@ def test_what_is_not_a_tensor_is_a_type_error():
         linear_logprob(HIDDEN, [[0.0]], TARGETS)
     with pytest.raises(TypeError, match="slots is list"):
         write_kv(POOL, POOL, Q[:, :1], Q[:, :1], [0])
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+@pytest.mark.parametrize("wrong", ["", "1", True, [1.0], 1j, np.array("x")])
+def test_what_is_not_a_number_is_a_type_error(name, wrong):
+    with pytest.raises(TypeError, match=f"{name} is .*a finite number is needed, not"):
+        linear_logprob(HIDDEN, WEIGHT, TARGETS, **{name: wrong})
+    with pytest.raises(TypeError, match="scale is None"):
+        choice(linear_logprob, HIDDEN, WEIGHT, TARGETS, scale=None)
 
 
 # ----------------------------------------------------------------------------------------------------------- choice

@@ -42,6 +42,12 @@ def test_wilson_refuses_what_is_no_share(right, n):
         wilson(right, n)
 
 
+@pytest.mark.parametrize(("right", "n"), [(True, 5), (1, True), (1, 10**400), ("1", 5)])
+def test_wilson_refuses_what_is_no_count(right, n):
+    with pytest.raises((TypeError, ValueError), match="successes="):
+        wilson(right, n)
+
+
 def test_clusters_of_one_are_plain_wilson():
     assert clustered_wilson([[True]] * 30 + [[False]] * 70) == wilson(30, 100)
 

@@ -37,6 +37,25 @@ def record(index: int, **given: object) -> str:
     return json.dumps({"index": index, "prompt_ids": [1, 2], "response_ids": [index, 9], "label": 1} | given) + "\n"
 
 
+@pytest.mark.parametrize("wrong", [[0.5, -1], [-1e39, 0], [float("nan"), 0], [True, 0], ["-1", 0], [-1], "x", 5, {}])
+def test_log_probabilities_that_are_none_are_refused(tmp_path: Path, wrong: object):
+    (tmp_path / "r.jsonl").write_text(record(0, logprobs=[-0.5, 1e-7]) + record(1, logprobs=wrong))
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 2: .*logprobs.* <= 0"):
+        read_rollouts(tmp_path / "r.jsonl")
+
+
+@pytest.mark.parametrize("name", ["batch", "micro_batch", "max_length", "save_steps", "epochs"])
+def test_a_recipe_needs_each_count(name: str):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}=None"):
+        Recipe(**{name: None})
+
+
+@pytest.mark.parametrize("name", ["objective", "balanced", "margin"])
+def test_a_recipe_names_what_has_no_truth(name: str):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}="):
+        Recipe(**{name: np.array([1, 2])})
+
+
 def test_order_is_that_of_the_problems_not_of_finishing(tmp_path: Path):
     path = tmp_path / "r.jsonl"
     path.write_text(record(2) + "\n" + record(0, label=0) + record(1))

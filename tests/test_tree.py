@@ -143,6 +143,52 @@ def test_from_json_refuses_what_is_not_a_tree(text: str) -> None:
         SearchTree.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("index", "field", "wrong"),
+    [
+        (1, "parent", 2), (1, "parent", 1), (1, "parent", -1), (1, "parent", None), (1, "parent", True),
+        (0, "finish", "step"), (1, "finish", "done"), (0, "token_ids", [5]), (1, "token_ids", 1.5),
+        (1, "token_ids", [-1]), (1, "token_ids", [1.0, 2]), (1, "text", 5), (2, "lineages", []), (2, "lineages", {}),
+        (2, "lineages", [None]), (2, "lineages", [-1]), (1, "drawn", "x"), (1, "drawn", -7), (1, "drawn", True),
+        (1, "rollout", 0), (1, "logprobs", [-0.5]), (1, "logprobs", "x"), (1, "logprobs", ["x", "y"]),
+        (1, "rewards", []), (1, "rewards", {"prm": 1}), (1, "rewards", {"prm": [0.5]}), (1, "reward", {}),
+        (1, "q", {"prm": "x"}), (1, "q", {"other": 1.0}), (1, "reward_ids", {"prm": [1.5]}), (1, "value", "x"),
+        (1, "weight", []), (1, "hidden", -1), (1, "hidden", 1.5), (1, "text_bytes", "x"), (1, "text_bytes", "ff"),
+        (1, "sampler", 5), (0, "parent", 0),
+    ],
+)  # fmt: skip
+def test_from_json_names_the_field_and_the_node(index: int, field: str, wrong: object) -> None:
+    tree, a, _, _ = small_tree()
+    a.set_rewards("prm", np.array([0.1, 0.2], np.float32))
+    record = json.loads(tree.to_json())
+    SearchTree.from_json(json.dumps(record))
+    record["nodes"][index][field] = wrong
+    with pytest.raises(ValueError, match=rf"nodes\[{index}\]\.{field}\b"):
+        SearchTree.from_json(json.dumps(record))
+
+
+@pytest.mark.parametrize("field", ["parent", "token_ids", "text", "rewards", "q", "lineages", "finish"])
+def test_from_json_names_a_field_that_is_missing(field: str) -> None:
+    record = json.loads(small_tree()[0].to_json())
+    del record["nodes"][2][field]
+    with pytest.raises(ValueError, match=rf"nodes\[2\]\.{field} is missing"):
+        SearchTree.from_json(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("nodes", 1.5), ("nodes", {}), ("nodes", []), ("occurrence", "x"), ("primary", None), ("notes", [1]),
+        ("log_z", "x"), ("version", True), ("prompt", []), ("prompt", {}), ("prompt", {"token_ids": [1.5]}),
+        ("prompt", {"other": 1}),
+    ],
+)  # fmt: skip
+def test_from_json_names_the_field_of_the_tree(field: str, wrong: object) -> None:
+    record = json.loads(small_tree()[0].to_json()) | {field: wrong}
+    with pytest.raises(ValueError, match=rf"JSON: {field} is "):
+        SearchTree.from_json(json.dumps(record))
+
+
 # -- requests and commits ---------------------------------------------------------------------------------------------
 
 

@@ -230,16 +230,21 @@ def check_index(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch
 
 
 def finite(name: str, value: float) -> float:
-    """The number as a float. Raises ValueError unless it is finite."""
+    """The number as a float. Raises TypeError for anything but a number, and ValueError unless it is finite."""
     try:
-        if math.isfinite(value):
+        kind = bool if isinstance(value, bool) else None
+        if kind is None and math.isfinite(value):
             return float(value)
-    except TypeError:
-        pass
+    except OverflowError as error:
+        raise ValueError(f"{name} is an integer beyond all floats; a finite number is needed") from error
+    except (TypeError, ValueError):
+        kind = type(value)
+    if kind is not None:
+        raise TypeError(f"{name} is {value!r:.80}; a finite number is needed, not {kind.__name__}")
     raise ValueError(f"{name} is {value!r}; a finite number is needed")
 
 
 def check_positive(name: str, value: float | None) -> None:
-    """Raise unless `value` is None or a finite number above 0."""
-    if value is not None and not (math.isfinite(value) and value > 0):
+    """Raise unless `value` is None or a finite number above 0: TypeError for anything but a number, else ValueError."""
+    if value is not None and finite(name, value) <= 0:
         raise ValueError(f"{name} is {value!r}; None or a finite number above 0 is needed")

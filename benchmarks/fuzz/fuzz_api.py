@@ -395,7 +395,7 @@ def _particular() -> Iterator[Case]:
     )
     for given in ("x", 5, [], {}):
         yield Case(
-            "api", "SearchTree.from_json", "json", repr(given), lambda given=given: ps.SearchTree.from_json(given)
+            "api", "SearchTree.from_json", "source", repr(given), lambda given=given: ps.SearchTree.from_json(given)
         )  # type: ignore[misc]
     for name in ("text", "messages", "token_ids"):
         for wrong in ("" if name == "text" else [], 5, b"x", {}, [None], [[1]], {"role": 1}):

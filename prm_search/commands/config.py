@@ -32,6 +32,7 @@ SECTIONS: dict[str, dict[str, str]] = {
 ALIASES = {"shapes": "shape"}  # of evaluation.Plan
 NEGATED = {"capped": "uncapped"}  # fields whose option says the opposite
 OBJECTS = ("strategy", "engine_options", "arguments")  # options that take a JSON object as their text
+LISTED = ("strategies", "budgets", "seeds", "values", "search_values", "weights")  # one text, with commas
 UNREAD = ("config", "debug", "help")
 
 
@@ -134,7 +135,11 @@ def _text(where: str, value: Any, option: Any, name: str) -> Any:
         if isinstance(part, bool) or not isinstance(part, str | int | float):
             raise BadInput(f"{where} is {part!r:.80}: a text or a number is needed")
     texts = [str(part) for part in parts]
-    return texts if getattr(option, "multiple", False) else ",".join(texts)
+    if getattr(option, "multiple", False):
+        return texts
+    if isinstance(value, list) and name not in LISTED:
+        raise BadInput(f"{where} ({option.opts[0]}) is {value!r:.80}: one value is needed, not a list")
+    return ",".join(texts)
 
 
 def _pair(where: str, value: Any) -> str:

@@ -22,7 +22,7 @@ from .grouped import grouped
 from .options import DATA, listed
 from .problems import PROMPTS, read_rows
 from .progress import Bar
-from .records import Item, RecordFile, digests, finished, prompt_of, reason, report
+from .records import Item, RecordFile, asked_in, digests, finished, prompt_of, reason, report
 
 _THRESHOLD = "Thresholds"
 RECORDS, FIT, RUN = "steps.jsonl", "fit.jsonl", "run.json"
@@ -228,7 +228,7 @@ def read_solutions(
         fields = [name for name in PROMPTS if record.get(name) is not None]
         if len(fields) != 1:
             raise BadInput(f"{where}: one of {', '.join(PROMPTS)} is needed, got {fields or list(record)}")
-        problem = record[fields[0]]
+        problem = asked_in(record, fields[0], where)
         if template is not None:
             if not isinstance(problem, str) or template.count("{}") != 1:
                 raise BadInput(f"{where}: --template needs {{}} once, where the problem goes, which must be a text")

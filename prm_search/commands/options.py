@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +16,7 @@ from ..models.placement import DEMO, shipped
 from ..steps import StepRule
 from ..strategies import STRATEGIES, Strategy, resolve_strategy
 from . import BadInput
+from .config import SECTIONS
 
 # Panels of --help. Rare options stand in the last one.
 MODELS, PROMPTS, DATA, LABELS, STEPS, OUTPUT = "Models", "Prompts", "Data", "Labels", "Steps", "Output"
@@ -110,6 +113,26 @@ def make_strategy(name: str, values: Mapping[str, Any]) -> Strategy:
     return STRATEGIES[key](**chosen, **fields)
 
 
+@contextmanager
+def named(flags: Mapping[str, str]) -> Iterator[None]:
+    """Let a refusal of the library name the option that was typed.
+
+    Args:
+        flags: argument -> option.
+
+    Raises:
+        BadInput: a ValueError or TypeError says "argument=..."; the option stands before it.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        named_argument = re.match(r"(?:\w+: )?(\w+)=", str(error))
+        flag = flags.get(named_argument[1]) if named_argument else None
+        if flag is None:
+            raise
+        raise BadInput(f"{flag}: {error}") from error
+
+
 def make_steps(
     delimiter: Sequence[str] | None,
     max_tokens: int | None,
@@ -134,12 +157,14 @@ def make_steps(
     elif regex is not None:
         ends = None
     tokens = rule.max_tokens if max_tokens is None else None if max_tokens == 0 else max_tokens
-    return StepRule(delimiter=ends, max_tokens=tokens, regex=regex, confidence=confidence)
+    with named({argument: _flag(option) for argument, option in SECTIONS["steps"].items()}):
+        return StepRule(delimiter=ends, max_tokens=tokens, regex=regex, confidence=confidence)
 
 
 def make_budget(tokens: int | None, nodes: int | None, depth: int | None, seconds: float | None) -> Budget:
     """A Budget from options. Raises ValueError as Budget does."""
-    return Budget(tokens=tokens, nodes=nodes, depth=depth, seconds=seconds)
+    with named({argument: _flag(option) for argument, option in SECTIONS["budget"].items()}):
+        return Budget(tokens=tokens, nodes=nodes, depth=depth, seconds=seconds)
 
 
 def card_delimiter(pair: str | None) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 from ..answers import ANSWERS as EXTRACTORS
 from ..problems import LABELS, Judge, Problem, stated_answer
 from . import BadInput
-from .records import Item, json_lines, prompt_of, reason
+from .records import Item, asked_in, json_lines, prompt_of, reason
 
 PROMPTS = ("prompt", "messages", "question", "problem")
 ANSWERS = ("answer", "solution")
@@ -79,7 +79,7 @@ def _problem(
     present = [name for name in PROMPTS if record.get(name) is not None]
     if len(present) != 1:
         raise BadInput(f"{where}: one of {', '.join(PROMPTS)} is needed, got {present or list(record)}")
-    question = record[present[0]]
+    question = asked_in(record, present[0], where)
     if template is not None:
         if not isinstance(question, str):
             raise BadInput(f"{where}: --template needs a prompt that is a text")

@@ -105,7 +105,7 @@ def _item(where: str, record: dict[str, Any], chat: bool, system: str | None, re
     present = [name for name in ("prompt", "messages", "question") if name in record]
     if len(present) != 1:
         raise BadInput(f'{where}: one of "prompt", "messages" and "question" is needed, got {present or list(record)}')
-    prompt = prompt_of(record[present[0]], where, chat, system)
+    prompt = prompt_of(asked_in(record, present[0], where), where, chat, system)
     response = None
     if responses:
         if "response" not in record:
@@ -114,6 +114,14 @@ def _item(where: str, record: dict[str, Any], chat: bool, system: str | None, re
         if not (isinstance(response, str) or _is_ids(response)) or not response:
             raise BadInput(f'{where}: "response" must be a text or a list of token ids, and not empty')
     return Item(where, prompt, response, {k: v for k, v in record.items() if k not in (*present, "response")})
+
+
+def asked_in(record: Mapping[str, Any], name: str, where: str) -> Any:
+    """The value of a record's field that holds its prompt. Raises BadInput for "messages" that are none."""
+    value = record[name]
+    if name == "messages" and not (isinstance(value, list) and value and all(map(_is_message, value))):
+        raise BadInput(f'{where}: "messages" is {value!r:.80}: a list of objects with "role" and "content" is needed')
+    return value
 
 
 def prompt_of(value: object, where: str, chat: bool = False, system: str | None = None) -> Prompt:

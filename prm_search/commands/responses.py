@@ -12,7 +12,7 @@ from ..problems import stated_answer
 from ..tree import Prompt
 from . import BadInput
 from .problems import ANSWERS, PROMPTS
-from .records import Item, json_lines, prompt_of
+from .records import Item, asked_in, json_lines, prompt_of
 
 
 @dataclass
@@ -78,7 +78,7 @@ def _prompt(where: str, record: Mapping[str, Any], chat: bool, system: str | Non
         fields.remove("problem")
     if len(fields) != 1:
         raise BadInput(f"{where}: one of prompt_ids, {', '.join(PROMPTS)} is needed, got {fields or list(record)}")
-    return prompt_of(record[fields[0]], where, chat, system)
+    return prompt_of(asked_in(record, fields[0], where), where, chat, system)
 
 
 def _answer(record: Mapping[str, Any]) -> str | None:

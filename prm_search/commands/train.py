@@ -107,7 +107,8 @@ class RecipeOptions:
     def recipe(self) -> Recipe:
         """The Recipe. Raises ValueError as it does."""
         options.one_of("--objective", self.objective, OBJECTIVES)
-        return Recipe(**asdict(self))
+        with options.named({"learning_rate": "--lr"}):
+            return Recipe(**asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,14 @@ count as further problems.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
 
-from ..checks import integer
+from ..checks import integer, shown
 
 Z95 = 1.959964
 RESAMPLES = 10_000
@@ -30,10 +31,11 @@ def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     Raises:
         ValueError: n is not above 0, or successes lies outside it.
     """
-    if not isinstance(successes, Real) or not isinstance(n, Real):
-        raise TypeError(f"successes={successes!r} of n={n!r}: numbers are needed")
-    if not n > 0 or not 0 <= successes <= n:
-        raise ValueError(f"successes={successes!r} of n={n!r}: n > 0 and 0 <= successes <= n are needed")
+    said = f"successes={shown(successes)} of n={shown(n)}"
+    if any(isinstance(given, bool) or not isinstance(given, Real) for given in (successes, n)):
+        raise TypeError(f"{said}: numbers are needed")
+    if not 0 < n <= sys.float_info.max or not 0 <= successes <= n:
+        raise ValueError(f"{said}: n > 0 and 0 <= successes <= n are needed")
     p, d = successes / n, 1 + z * z / n
     centre, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
     return max(0.0, centre - half), min(1.0, centre + half)

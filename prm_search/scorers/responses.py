@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..checks import integer
+from ..checks import ROUNDING, integer
 from ..steps import StepRule
 from ..tokens import TokenText, encode_text
 from ..tree import Prompt
@@ -67,8 +67,9 @@ def read_responses(
     count = len(responses)
     if len(prompts) != count:
         raise ValueError(f"prompts has {len(prompts)} entries and responses {count}: one prompt a response is needed")
+    known_logprobs = None if logprobs is None else _listed("logprobs", logprobs)
     close = [append_eos] * count if isinstance(append_eos, bool | np.bool_) else _listed("append_eos", append_eos)
-    for name, items in (("append_eos", close), ("logprobs", logprobs)):
+    for name, items in (("append_eos", close), ("logprobs", known_logprobs)):
         if items is not None and len(items) != count:
             raise ValueError(f"{name} has {len(items)} entries for {count} responses")
     for place, flag in enumerate(close):
@@ -82,7 +83,7 @@ def read_responses(
         _check_vocabulary(scorer, f"prompts[{place}]", prompt_ids)
         _check_vocabulary(scorer, f"responses[{place}]", ids[place])
         _check_context(scorer, place, len(prompt_ids) + len(ids[place]))
-        known = None if logprobs is None else _logprobs(place, logprobs[place], len(ids[place]))
+        known = None if known_logprobs is None else _logprobs(place, known_logprobs[place], len(ids[place]))
         read.append(Response(prompt_ids, tuple(ids[place]), ends[place], known))
     return read
 
@@ -193,9 +194,6 @@ def _step_ends(scorer: Reader, ids: Sequence[Sequence[int]], steps: Steps) -> li
             )
         read.append(tuple(int(end) for end in ends))
     return read
-
-
-ROUNDING = 1e-5  # nats: by so much a log-softmax in fp32 may lie above 0
 
 
 def _logprobs(place: int, values: Any, tokens: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checks import ROUNDING
 from ..files import Distinct, parse_json
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def read_rollouts(path: str | PathLike[str]) -> list[LabelledResponse]:
     Raises:
         OSError: it cannot be read.
         ValueError: the file holds no rollouts, a record stands in it twice, or a record lacks prompt_ids, response_ids
-            or label (0 or 1). The message names the line.
+            or label (0 or 1), or has log-probabilities that are none. The message names the line.
     """
     indexed = []
     once = Distinct()
@@ -93,9 +94,7 @@ def _row(line: bytes, where: str, number: int, once: Distinct) -> tuple[int, Lab
         lists = all(part.ndim == 1 and part.dtype.kind == "i" for part in ids)
         if not lists or any(part.min() < 0 or part.max() >= 1 << 31 for part in ids) or label not in (0, 1):
             raise ValueError
-        logprobs = None if record.get("logprobs") is None else np.array(record["logprobs"], np.float32)
-        if logprobs is not None and (logprobs.shape != ids[1].shape or not np.isfinite(logprobs).all()):
-            raise ValueError
+        logprobs = _logprobs(record.get("logprobs"), len(response))
         count = record.get("count", 1)  # of export-tree
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 1 << 31:
             raise ValueError
@@ -104,10 +103,24 @@ def _row(line: bytes, where: str, number: int, once: Distinct) -> tuple[int, Lab
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(
             f"{where}: no rollout: prompt_ids and response_ids, lists of at least one id, and label, 0 or 1, are "
-            "needed; logprobs, where there are any, are a finite number a response id, and count is an integer >= 1"
+            "needed; logprobs, if any, are a finite number <= 0 a response id, and count is an integer >= 1"
         ) from error
     once.add(where, record)
     return index, row
+
+
+def _logprobs(values: Any, tokens: int) -> np.ndarray | None:
+    """Log-probabilities of a record, one a token. Raises ValueError where one is none, but for the rounding of fp32."""
+    if values is None:
+        return None
+    numbers = isinstance(values, list) and all(type(each) in (int, float) for each in values)
+    if not numbers:
+        raise ValueError
+    with np.errstate(over="ignore"):
+        logprobs = np.array(values, np.float32)
+    if logprobs.shape != (tokens,) or not np.isfinite(logprobs).all() or (logprobs > ROUNDING).any():
+        raise ValueError
+    return logprobs
 
 
 def by_prompt(rows: Iterable[LabelledResponse]) -> dict[tuple[int, ...], list[LabelledResponse]]:

@@ -11,6 +11,14 @@ BETA = 0.05  # what the released pairs were trained with, and what a pair withou
 IPVRM_BETA = 10.0  # of its paper: a prefix's value is divided by its length
 
 
+_MOST = (1 << 31) - 1
+_COUNTS = {
+    "lora": 1 << 16, "batch": checks.MANY, "micro_batch": checks.MANY, "max_length": _MOST, "problems": _MOST,
+    "per_problem": _MOST, "save_steps": _MOST,
+}  # fmt: skip
+_OPTIONAL = ("lora", "problems", "per_problem")  # None leaves them out
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Settings of training. The defaults are those of the released pairs (arXiv 2412.01981) where it says.
@@ -64,16 +72,17 @@ class Recipe:
     save_steps: int = 200
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
+        checks.number("margin", self.margin, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
+        if not checks.is_one_of(self.objective, OBJECTIVES):
             raise ValueError(f"objective={self.objective!r} is unknown; it is one of {', '.join(OBJECTIVES)}")
-        if self.balanced not in (None, "none", "dataset", "instance"):
+        if self.balanced is not None and not checks.is_one_of(self.balanced, ("none", "dataset", "instance")):
             raise ValueError(f"balanced={self.balanced!r} is unknown; it is one of none, dataset, instance")
         if self.balanced not in (None, "none") and self.objective not in ("ce", "kto"):
             raise ValueError(f"balanced={self.balanced!r}: only the objectives ce and kto have balanced forms")
         if self.margin and self.objective != "ipvrm":
             raise ValueError(f"margin={self.margin!r}: only objective='ipvrm' has a margin")
         for name in ("learning_rate", "epochs"):
-            if getattr(self, name) is not None:
+            if name != "learning_rate" or self.learning_rate is not None:
                 checks.number(
                     name, getattr(self, name), "a number > 0, and at most 1e6,", lambda value: 0 < value <= 1e6
                 )
@@ -82,17 +91,13 @@ class Recipe:
         for name in ("beta", "learning_rate", "epochs"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))  # 3 and 3.0 are one recipe
-        for name, most in (("lora", 1 << 16), ("batch", checks.MANY), ("micro_batch", checks.MANY)):
-            if getattr(self, name) is not None:
+        for name, most in _COUNTS.items():
+            if name not in _OPTIONAL or getattr(self, name) is not None:
                 checks.count(name, getattr(self, name), 1, most)
-        for name in ("max_length", "problems", "per_problem", "save_steps"):
-            if getattr(self, name) is not None:
-                checks.count(name, getattr(self, name), 1, (1 << 31) - 1)
         checks.count("freeze_layers", self.freeze_layers, 0)
         checks.integer("seed", self.seed, 0, "an integer from 0 to 2**32 - 1", (1 << 32) - 1)
         for name in ("bf16", "pack", "sampled_reference"):
             checks.flag(name, getattr(self, name))
-        checks.number("margin", self.margin, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
         checks.number("negatives", self.negatives, "a number from 0 to 1e6", lambda value: 0 <= value <= 1e6)
         checks.number("holdout", self.holdout, "a share in [0, 1)", lambda value: 0 <= value < 1)
 
