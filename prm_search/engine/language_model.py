@@ -96,7 +96,7 @@ class LanguageModel(Encoder):
         if isinstance(module, LanguageModel):
             return module
         if not isinstance(module, nn.Module):
-            raise TypeError(f"model: a causal LM (nn.Module) is needed, got {type(module).__name__}")
+            raise TypeError(f"a causal LM (nn.Module) as model is needed, got {type(module).__name__}")
         base = adapters.unwrap(module)
         if not hasattr(base, "config") or not hasattr(base, "get_output_embeddings"):
             raise TypeError(f"{type(base).__name__} is not a transformers causal LM")
