@@ -164,7 +164,7 @@ MADE: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: ps.ImplicitPRM(llama(), llama(1), capacity=0.5), ValueError, "capacity=0.5: a number of tokens >= 1"),
     (lambda: ps.ImplicitPRM(LanguageModel.of(llama()), llama(1), capacity="x"), TypeError, "capacity='x': a number of"),
     (lambda: ps.ImplicitPRM(llama(), llama(1), name=5), TypeError, "name=5: a non-empty string"),  # type: ignore[arg-type]
-    (lambda: ps.ImplicitPRM(5, llama(1)), TypeError, "a causal LM .* as model is needed, got int"),
+    (lambda: ps.ImplicitPRM(5, llama(1)), TypeError, "model: a causal LM .* is needed, got int"),
     (lambda: ps.ImplicitPRM(llama(), 5), TypeError, "reference: a causal LM .* is needed, got int"),
     (lambda: ps.ImplicitPRM(llama(), llama(1)).score_nodes([1]), TypeError, r"nodes\[0\] must be a Node .*, got int"),  # type: ignore[list-item]
     (

@@ -232,7 +232,7 @@ def check_index(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch
 def finite(name: str, value: float) -> float:
     """The number as a float. Raises TypeError for anything but a number, and ValueError unless it is finite."""
     try:
-        kind = bool if isinstance(value, bool) else None
+        kind: type | None = bool if isinstance(value, bool) else None
         if kind is None and math.isfinite(value):
             return float(value)
     except OverflowError as error:
