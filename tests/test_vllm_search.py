@@ -152,7 +152,7 @@ def test_both_halves_from_engines_for_another_policy(engines: Engines) -> None:
     finally:
         for half in (pair.prm, pair._reference):
             del half.begin  # type: ignore[method-assign]
-    assert set(asked) == {"Span", "Next", "whole"}
+    assert set(asked) == {"SpanRequest", "NextTokenRequest", "whole"}
 
 
 def test_an_hf_pair_scores_a_vllm_policy(engines: Engines) -> None:
