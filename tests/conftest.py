@@ -5,7 +5,6 @@ PRM_SEARCH_SOAK=N makes it a soak: N times as many examples, drawn anew each tim
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import re
@@ -158,8 +157,3 @@ def _slow_files_first(items: list[pytest.Item]) -> None:
     """Workers take whole files, in order: one that takes a minute must not be the last to begin."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("vllm"):  # models that a test before shared, and only a cycle still holds
-        gc.collect()

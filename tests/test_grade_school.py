@@ -11,9 +11,9 @@ from pathlib import Path
 
 import events
 import hf_models
-import page
 import pytest
 import run
+import run_page
 import score
 import typer
 from events import LARGEST, SPLITS, problems, split_of
@@ -205,7 +205,7 @@ def test_the_whole_recipe_goes_on_where_it_stopped_and_makes_its_page(tmp_path, 
     kinds = [record["kind"] for record in run.lines(out / "eval" / "records.jsonl")]
     assert sorted(kinds) == ["greedy"] * 2 + ["samples"] * 2 + ["search"] * 2
     assert run.lines(out / "steps" / "steps.jsonl")
-    assert page.main(["--run", str(out), "--out", str(tmp_path / "page")]) == 0
+    assert run_page.main(["--run", str(out), "--out", str(tmp_path / "page")]) == 0
     text = (tmp_path / "page" / "report.md").read_text()
     for part in (
         "Word problems of 3 steps",
@@ -217,7 +217,7 @@ def test_the_whole_recipe_goes_on_where_it_stopped_and_makes_its_page(tmp_path, 
         assert part in text
     assert str(tmp_path) not in text + (tmp_path / "page" / "report.json").read_text()
     with pytest.raises(SystemExit, match="2"):
-        page.main(["--run", str(tmp_path), "--out", str(tmp_path / "page")])
+        run_page.main(["--run", str(tmp_path), "--out", str(tmp_path / "page")])
 
 
 # -- the tutorial ------------------------------------------------------------------------------------------------------

@@ -310,11 +310,12 @@ def test_equal_prompts_are_encoded_once_and_batches_change_nothing(pair, encoded
     texts = [*TEXTS, TEXTS[0], TEXTS[1]]
     whole = pair.score(prompts, texts)
     rendered = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)["input_ids"]
-    once = len(tokenizer(PROMPT)["input_ids"]) + len(rendered) + sum(len(s.token_ids) for s in whole)
+    distinct = {(repr(prompt), score.token_ids) for prompt, score in zip(prompts, whole, strict=True)}
+    once = len(tokenizer(PROMPT)["input_ids"]) + len(rendered) + sum(len(ids) for _, ids in distinct)
     assert encoded == {pair.prm.id: once, pair.reference.id: once}
     calls = pair.forward_calls
     parts = pair.score(prompts, texts, batch_tokens=8)
-    assert pair.forward_calls - calls == 2 * len(texts)
+    assert pair.forward_calls - calls == 2 * len(distinct)
     for a, b in zip(whole, parts, strict=True):
         assert a.token_ids == b.token_ids
         np.testing.assert_allclose(a.token_rewards, b.token_rewards, atol=1e-5)

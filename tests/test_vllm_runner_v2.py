@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,12 @@ pytestmark = pytest.mark.vllm
 models = vllm_models.models
 NAME = "prm_search.integrations.vllm.logits_processor:ImplicitPRMLogitsProcessor"
 BETA, EOS, LENGTH, VOCAB = 0.05, 2, 128, 38
+
+
+@pytest.fixture
+def pair_folder(tmp_path):
+    """A copy of the demo's pair: what another test in this process has loaded, with another capacity, is not it."""
+    return shutil.copytree(pair_dir(), tmp_path / "pair")
 
 
 def staged_writes(self: StagedWriteTensor) -> None:
@@ -145,11 +152,11 @@ def params(alpha: float | None, length: int, key: str | None = None) -> Sampling
 
 
 @pytest.mark.parametrize("reference", [None, "policy"])
-def test_any_order_of_calls_gives_the_tokens_of_plain_forwards(models, tmp_path, reference):
+def test_any_order_of_calls_gives_the_tokens_of_plain_forwards(models, tmp_path, pair_folder, reference):
     """Chunked prefill, waiting, preemption into another slot, reuse of slots, n > 1, aborts."""
     draw = random.Random(3)
     path = tmp_path / "rewards.jsonl"
-    section = {"model": str(pair_dir()), "report": str(path), "capacity": 400}
+    section = {"model": str(pair_folder), "report": str(path), "capacity": 400}
     runner = Runner(section | ({"reference": reference} if reference else {}), models)
     guide = runner.processor._slots.guide
     waiting: list[tuple[str, list[int], list[int], SamplingParams]] = []
@@ -224,8 +231,8 @@ def test_any_order_of_calls_gives_the_tokens_of_plain_forwards(models, tmp_path,
     assert whole >= len(every) - aborted
 
 
-def test_a_step_is_one_forward_and_declined_requests_none(models):
-    runner = Runner({"model": str(pair_dir())}, models)
+def test_a_step_is_one_forward_and_declined_requests_none(models, pair_folder):
+    runner = Runner({"model": str(pair_folder)}, models)
     lms = runner.processor._slots.guide.steering._lms
     assert runner.sampler.add_request(4, params(None, 5)) is None
     assert not runner.sampler.needs_logits_processing[4]
@@ -244,8 +251,8 @@ def test_a_step_is_one_forward_and_declined_requests_none(models):
     assert [lm.forwards - then for lm, then in zip(lms, before, strict=True)] == [4, 4]
 
 
-def test_penalties_and_the_policy_as_a_half_do_not_go_together(models):
-    guide = Runner({"model": str(pair_dir()), "reference": "policy"}, models).processor._slots.guide
+def test_penalties_and_the_policy_as_a_half_do_not_go_together(models, pair_folder):
+    guide = Runner({"model": str(pair_folder), "reference": "policy"}, models).processor._slots.guide
     plain, penalised = params(1.0, 9), params(1.0, 9)
     penalised.frequency_penalty = 0.5
     assert guide.begin(RequestOptions(1.0), plain, [5, 6], []).stream.fault is None

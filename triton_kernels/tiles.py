@@ -35,8 +35,8 @@ HOPPER_GRADIENT = MatmulTile(128, 128, 64, stages=3, warps=8, tma=True)
 POINTER_FEW = MatmulTile(16, 128, 64, stages=4, warps=4)
 POINTER_SOME = MatmulTile(64, 128, 32, stages=4, warps=4, resident=2)
 POINTER_MANY = MatmulTile(128, 128, 32, stages=4, warps=8)
-# fp32 operands are multiplied exactly (no tf32), without tensor cores.
-FULL = MatmulTile(64, 64, 32, stages=2, warps=4, resident=2)
+# fp32 operands are multiplied exactly (no tf32), without tensor cores; a depth of 32 spills on sm_80 with bias and cap.
+FULL = MatmulTile(64, 64, 16, stages=2, warps=4, resident=2)
 INTERPRETER = MatmulTile(16, 32, 32, stages=1, warps=1)
 
 

@@ -3,7 +3,7 @@
 Stages, each with its outputs in the folder as they come: fine-tune a policy on worked answers (`policy/`); find the
 length of problems at which a verifier can help (`gate.json`); sample and label rollouts; train a PRM on them (`prm/`);
 choose the temperature of the weighted vote (`vote.json`); evaluate on problems of which nothing was seen (`eval/`,
-`steps/`). `page.py` makes the page of `benchmarks/results/grade_school/` from the folder.
+`steps/`). `run_page.py` makes the page of `benchmarks/results/grade_school/` from the folder.
 """
 
 from __future__ import annotations

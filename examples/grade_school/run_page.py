@@ -1,4 +1,4 @@
-"""The page of a run, from its folder alone: ``python page.py --run FOLDER --out benchmarks/results/grade_school``."""
+"""The page of a run, from its folder: ``python run_page.py --run FOLDER --out benchmarks/results/grade_school``."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def page(folder: Path) -> str:
     samples = settings["samples"]
     parts = [
         f"# Word problems of {steps} steps, SmolLM2-135M",
-        "Made by `examples/grade_school/page.py` from the records of a run of "
+        "Made by `examples/grade_school/run_page.py` from the records of a run of "
         "[the recipe](../../../examples/grade_school/README.md). "
         f"One seed of the draws, {settings['seed']}, fixed beforehand; {summary.problems} test problems, {samples} "
         "samples each.",
