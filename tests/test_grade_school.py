@@ -233,7 +233,7 @@ def tutorial() -> list[list[str]]:
 
 
 def test_the_tutorial_has_the_whole_sequence():
-    scripts = [f"examples/grade_school/{name}.py" for name in ("run", "page", *["events"] * 3, "sft")]
+    scripts = [f"examples/grade_school/{name}.py" for name in ("run", "run_page", *["events"] * 3, "sft")]
     assert [command[1] for command in tutorial()] == [*scripts, "rollout", "train", "eval"]
 
 
