@@ -248,7 +248,7 @@ def test_the_policys_log_probabilities_are_the_reference(folder, sampled, tmp_pa
     ("change", "said"),
     [(lambda record: record.pop("logprobs"), "18 of 18 rollouts have no logprobs"),
      (lambda record: record.update(logprobs=[each - 1 for each in record["logprobs"]]), "differ from the model's by 1"),
-     (lambda record: record.update(logprobs=record["logprobs"][1:]), "a finite number a response id")],
+     (lambda record: record.update(logprobs=record["logprobs"][1:]), "a finite number <= 0 a response id")],
 )  # fmt: skip
 def test_log_probabilities_of_another_model_or_none_are_refused(folder, sampled, tmp_path, change, said):
     for record in sampled:
