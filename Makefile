@@ -22,7 +22,7 @@ SOURCES := $(shell find prm_search triton_kernels integrations -type f -not -nam
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-smollm2 test lint format typecheck pytest pytest-vllm soak fuzz bench report dist wheel clean clean-venv
+.PHONY: help demo demo-smollm2 test lint format typecheck pytest pytest-vllm soak fuzz bench report docs dist wheel clean clean-venv
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -78,6 +78,12 @@ bench: $(VENV)/.stamp-dev $(VENV)/.stamp-smollm2 ## the benchmark suites and the
 # Not a part of the tests: forty minutes of one core. Stopped, it goes on; seeds can run side by side (REPORT='--seeds 12').
 report: $(VENV)/.stamp-dev ## the method on three seeds from nothing: tables and plots in benchmarks/results/method
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/method/report.py $(REPORT)
+
+docs: $(VENV)/.stamp-docs dist/.stamp ## the documentation as a site, build/site/html/index.html; a broken link fails
+	rm -rf build/site && mkdir -p build/site/package
+	$(BIN)/python scripts/stage_site.py
+	$(BIN)/python -m zipfile -e dist/*.whl build/site/package
+	$(BIN)/mkdocs build --quiet --strict
 
 dist: $(VENV)/.stamp-dev dist/.stamp ## sdist, and the wheel built from it
 wheel: dist

@@ -111,6 +111,12 @@ def test_links_resolve(page: str) -> None:
     assert not broken, broken
 
 
+def test_every_page_of_docs_is_in_the_sites_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page for page in PAGES if f": {page}\n" not in navigation]
+    assert not pages, pages
+
+
 def _prose(page: Path) -> str:
     """A page without code."""
     return re.sub(r"`[^`\n]*`", "``", _FENCE.sub("", page.read_text(encoding="utf-8")))
