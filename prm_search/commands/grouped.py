@@ -15,7 +15,7 @@ from .options import ADVANCED
 # Options that name files, which may have any bytes in their names.
 NAMES = (
     "arguments", "config", "data", "fit", "html", "model", "out", "pair", "policy", "prm", "prompts_file", "prover",
-    "reference", "responses", "rollouts", "trees",
+    "reference", "responses", "rollouts", "scorer", "trees",
 )  # fmt: skip
 
 

@@ -13,7 +13,19 @@ from ..driver.budget import Budget
 from ..protocols import Sampling
 from ..steps import StepRule
 from . import BadInput, options
-from .options import ADVANCED, DATA, LABELS, MODELS, OUTPUT, PAIR_HELP, POLICY_HELP, SAMPLING, STEPS
+from .options import (
+    ADVANCED,
+    DATA,
+    FORMAT_HELP,
+    LABELS,
+    MODELS,
+    OUTPUT,
+    PAIR_HELP,
+    POLICY_HELP,
+    SAMPLING,
+    SCORER_HELP,
+    STEPS,
+)  # fmt: skip
 from .problems import make_judge, read_problems
 from .records import Item
 
@@ -130,6 +142,60 @@ class Pair(TwoModels):
         from .models import load_pair
 
         return load_pair(self.pair, self.prm, self.reference, beta=self.beta, **place.options())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer(Pair):
+    """One reward model: a pair, or one of another kind. Raises BadInput where it is said in two ways."""
+
+    scorer: Annotated[str | None, typer.Option(help=SCORER_HELP, rich_help_panel=MODELS)] = None
+    prm_format: Annotated[str | None, typer.Option(help=FORMAT_HELP, rich_help_panel=MODELS, show_default="auto")] = (
+        None
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options.check_scorer(self.scorer, self.prm_format)
+        if self.scorer is not None and (self.named_pair or self.reference is not None or self.beta is not None):
+            raise BadInput("--scorer names a reward model by itself: give it, or a pair with its options")
+
+    def need(self) -> None:
+        """Raises BadInput where there is none."""
+        if self.scorer is None:
+            super().need()
+
+    @property
+    def named_pair(self) -> bool:
+        """Return True if it is said by the options of a pair."""
+        return self.pair is not None or self.prm is not None
+
+    @property
+    def named(self) -> bool:
+        """Return True if there is one."""
+        return self.scorer is not None or self.named_pair
+
+    @property
+    def card(self) -> str | None:
+        """Return what may hold a pair card."""
+        return self.pair if self.scorer is None else self.scorer
+
+    @property
+    def title(self) -> str:
+        """Return what pages and reports call it."""
+        return super().title if self.scorer is None else self.scorer
+
+    def key(self) -> tuple[object, ...]:
+        """Return what a record's key says of it."""
+        pair = (self.pair, self.prm, self.reference, self.beta)
+        return pair if self.scorer is None else (*pair, self.scorer, self.prm_format)
+
+    def load(self, place: Place) -> Any:
+        """The reward model, ready to score. Raises as models.load_scorer and models.load_pair do."""
+        from .models import load_scorer
+
+        if self.scorer is None:
+            return super().load(place)
+        return load_scorer(self.scorer, self.prm_format, **place.options())
 
 
 @dataclass(frozen=True, kw_only=True)

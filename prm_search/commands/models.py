@@ -1,4 +1,4 @@
-"""Models by name: what `--policy`, `--pair`, `--prm` and `--reference` mean."""
+"""Models by name: what `--policy`, `--scorer`, `--pair`, `--prm` and `--reference` mean."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..models.placement import DEMO as DEMO, placement, shipped
+from ..scorers.kinds import AUTO
 from . import BadInput
 from .render import console, waiting
 
 if TYPE_CHECKING:
+    from ..scorers.base import ScorerBase
     from ..scorers.implicit.implicit_prm import ImplicitPRM
 
 GGUF_NOTE = (
@@ -106,6 +108,32 @@ def load_pair(
 
     with loading(model):
         return ImplicitPRM.from_pretrained(model, reference, beta=beta, name=name, **_placement(device, dtype))
+
+
+def load_scorer(
+    scorer: str, format: str | None = None, *, device: str = "auto", dtype: str = "auto", name: str = "prm"
+) -> ScorerBase:
+    """A reward model of any kind by name. A step PRM keeps the last score of a path beyond its length, and says so.
+
+    Args:
+        scorer: hub id or folder of a step PRM, an outcome model or a pair with a card; or "demo".
+        format: what it is, of scorers.kinds.KINDS; None to find out.
+        device, dtype: of its models.
+        name: key of its rewards.
+
+    Raises:
+        BadInput: the format is unknown or ambiguous, or the checkpoint does not fit it.
+        ImportError, OSError: see scorers.load.load_scorer.
+    """
+    from ..scorers.load import load_scorer as load
+
+    model = str(shipped()) if scorer == DEMO else scorer
+    place = _placement(device, dtype)
+    try:
+        with loading(model):
+            return load(model, format or AUTO, name=name, too_long="keep", **place)
+    except ValueError as error:
+        raise BadInput(f"--scorer {scorer}: {str(error).replace('pass format=', 'pass --prm-format')}") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import typer
 from ..driver.budget import Budget
 from ..files import parse_json
 from ..models.placement import DEMO, shipped
+from ..scorers.kinds import KINDS
 from ..steps import StepRule
 from ..strategies import STRATEGIES, Strategy, resolve_strategy
 from . import BadInput
@@ -23,6 +24,8 @@ MODELS, PROMPTS, DATA, LABELS, STEPS, OUTPUT = "Models", "Prompts", "Data", "Lab
 SEARCH, CHOICE, SAMPLING, ADVANCED = "Search", "Choice of the answer", "Sampling", "Advanced"
 
 POLICY_HELP = "The model that samples: hub id, folder, PEFT adapter, .gguf file, or 'demo'."
+SCORER_HELP = "A step PRM, outcome model or pair: hub id or folder."
+FORMAT_HELP = f"With --scorer: what it is, of {', '.join(KINDS)}."
 PAIR_HELP = "Folder or hub id with a pair card (pair.json), or 'demo'."
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -39,7 +42,15 @@ def check_models(pair: str | None, prm: str | None, reference: str | None, *, ne
     if reference is not None and prm is None:
         raise BadInput("--reference needs --prm beside it")
     if needed and pair is None and prm is None:
-        raise BadInput("a pair is needed: --pair, or --prm and --reference")
+        raise BadInput("a pair is needed: --pair, or --prm and --reference (--scorer for other reward models)")
+
+
+def check_scorer(scorer: str | None, prm_format: str | None) -> None:
+    """Check --scorer and --prm-format. Raises BadInput where the format is unknown, or of nothing."""
+    if prm_format is not None:
+        one_of("--prm-format", prm_format, KINDS)
+        if scorer is None:
+            raise BadInput("--prm-format needs --scorer beside it")
 
 
 def one_of(option: str, word: str, allowed: Sequence[str]) -> Any:

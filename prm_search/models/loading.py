@@ -57,8 +57,8 @@ def load(
         model: hub id, folder of a checkpoint or of a PEFT adapter, or path of a GGUF file.
         revision: of the hub repository.
         gguf_file: name of a GGUF file in the folder; needs the packages gguf and accelerate. Weights are dequantised.
-        base: what an adapter sits on, instead of the base model its config names: an id or path, a module, an
-            HFPolicy or a LanguageModel. A module carries the adapter's layers from then on, switched off.
+        base: what an adapter sits on, instead of the base model its config names: an id, a path or a Checkpoint, a
+            module, an HFPolicy or a LanguageModel. A module carries the adapter's layers from then on, switched off.
         tokenizer: a tokenizer, or where to load it from; None for the model's own, an adapter's else its base's.
         capacity: tokens of KV; see LanguageModel.
         heads: beginnings of the names of tensors that belong to heads which the caller reads by itself; such a model
@@ -76,7 +76,7 @@ def load(
     with _loading:
         adapter = None if source.gguf_file else source.file("adapter_config.json", hub)
         if adapter is not None:
-            lm, model_tokenizer = _load_adapter(source, Path(adapter), base, capacity, options)
+            lm, model_tokenizer = _load_adapter(source, Path(adapter), base, capacity, options, heads)
         elif base is not None:
             raise ValueError(f"base={base!r}: {source.name!r} is no adapter, so there is nothing to put on a base")
         else:
@@ -126,7 +126,12 @@ def _load_module(source: Checkpoint, options: Mapping[str, Any], heads: tuple[st
 
 
 def _load_adapter(
-    source: Checkpoint, config_file: Path, base: Any, capacity: int | None, options: Mapping[str, Any]
+    source: Checkpoint,
+    config_file: Path,
+    base: Any,
+    capacity: int | None,
+    options: Mapping[str, Any],
+    heads: tuple[str, ...] = (),
 ) -> tuple[LanguageModel, Any]:
     """An adapter, put switched off into its base, and the base's tokenizer."""
     try:
@@ -142,11 +147,12 @@ def _load_adapter(
     if base is None and not config.base_model_name_or_path:
         raise ValueError(f"{source.name!r} names no base model: pass base=")
     tokenizer = getattr(base, "tokenizer", None)
-    if base is None or isinstance(base, str | PathLike):
-        below = Checkpoint.of(config.base_model_name_or_path if base is None else base)
+    if base is None or isinstance(base, str | PathLike | Checkpoint):
+        named = config.base_model_name_or_path if base is None else base
+        below = named if isinstance(named, Checkpoint) else Checkpoint.of(named)
         if below.gguf_file is None and below.file("adapter_config.json", hub_options(options)):
             raise ValueError(f"the base {below.name!r} of {source.name!r} is an adapter itself; merge it first")
-        module, tokenizer = _load_module(below, options), _own_tokenizer(below, hub_options(options))
+        module, tokenizer = _load_module(below, options, heads), _own_tokenizer(below, hub_options(options))
     else:
         lm = base if isinstance(base, LanguageModel) else getattr(base, "lm", None)
         module = lm.module if isinstance(lm, LanguageModel) else base

@@ -88,6 +88,7 @@ class StepPRM(ScorerBase):
         model: str | PathLike[str],
         *,
         format: str | PRMFormat = "auto",
+        adapter: str | PathLike[str] | None = None,
         name: str = "prm",
         capacity: int | None = None,
         too_long: TooLong = "error",
@@ -100,6 +101,7 @@ class StepPRM(ScorerBase):
         Args:
             model: hub id, or folder of a checkpoint or adapter.
             format: see StepPRM; "auto" to find out.
+            adapter: hub id or folder of a PEFT adapter that sits on the model; None for none.
             name, capacity, too_long: see StepPRM.
             options: for loading: dtype, device_map, revision, tokenizer, base (of an adapter) and what transformers'
                 from_pretrained takes.
@@ -109,7 +111,8 @@ class StepPRM(ScorerBase):
             ValueError: the format is ambiguous or unknown, or the checkpoint does not fit it; the names to choose from
                 are said.
         """
-        parts = load_parts(model, None if format == "auto" else resolve_format(format), capacity, options)
+        chosen = None if format == "auto" else resolve_format(format)
+        parts = load_parts(model, chosen, adapter, capacity, options)
         return cls(parts.lm, parts.tokenizer, format=parts.format, tensors=parts.tensors, name=name, too_long=too_long)
 
     # --- what it is ------------------------------------------------------------------------------------------------

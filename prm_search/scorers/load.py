@@ -1,0 +1,76 @@
+"""load_scorer: a reward model of any kind by hub id or path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Literal
+
+from .base import ScorerBase
+from .kinds import AUTO, OUTCOME, PAIR, check_kind
+
+
+def load_scorer(
+    model: str | PathLike[str],
+    format: str = AUTO,
+    *,
+    name: str = "prm",
+    capacity: int | None = None,
+    too_long: Literal["error", "keep"] = "error",
+    **options: Any,
+) -> ScorerBase:
+    """Load a reward model: a pair, a step PRM or an outcome model.
+
+    "auto" takes a checkpoint with a pair card for a pair, and a step PRM by its architecture, its head and its name.
+    What could be several things is refused with their names.
+
+    Args:
+        model: hub id or folder.
+        format: "auto", a format of StepPRM, "outcome" for an OutcomeRM, or "pair" for an ImplicitPRM.
+        name: key of its rewards in Node.rewards.
+        capacity: tokens of KV to hold; see LanguageModel.
+        too_long: see StepPRM; other kinds have no use for it.
+        options: of the `from_pretrained` of what it is: dtype, device_map, revision, tokenizer; adapter (of a step
+            PRM); reference and beta (of a pair) ...
+
+    Raises:
+        OSError, ImportError: see models.loading.load.
+        TypeError: an option is not one of what the model is.
+        ValueError: the format is unknown or ambiguous, or the checkpoint does not fit it.
+    """
+    kind = check_kind("format", format)
+    if kind == AUTO:
+        kind = kind_of(model, options)
+    if kind == PAIR:
+        from .implicit.implicit_prm import ImplicitPRM
+
+        return ImplicitPRM.from_pretrained(model, name=name, capacity=capacity, **options)
+    if kind == OUTCOME:
+        from .explicit.outcome_rm import OutcomeRM
+
+        return OutcomeRM.from_pretrained(model, name=name, capacity=capacity, **options)
+    from .explicit.step_prm import StepPRM
+
+    return StepPRM.from_pretrained(model, format=kind, name=name, capacity=capacity, too_long=too_long, **options)
+
+
+def kind_of(model: str | PathLike[str], options: Mapping[str, Any]) -> str:
+    """Return what a checkpoint is: one of kinds.KINDS but "auto".
+
+    Args:
+        model: hub id or folder.
+        options: for loading; those that say how files are fetched are used.
+
+    Raises:
+        OSError: nothing is there.
+        ValueError: it could be several things, whose names are said.
+    """
+    from ..models.loading import hub_options
+    from .explicit.loading import looked_at
+    from .implicit.card import find_card
+
+    hub = hub_options(options)
+    source, card = find_card(model, options.get("revision"), hub=hub)
+    if card is not None:
+        return PAIR
+    return looked_at(source, hub).only(beside=True)
