@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from .checks import require
+from .next_token import NextToken
 from .sampling import Request, Sampling
 from .tree import Node, Prompt, SearchTree
 
@@ -55,6 +56,9 @@ class Policy(Protocol):
     def release(self, tree: SearchTree) -> None:
         """Forget a tree: drop its unanswered requests and free its KV."""
         ...
+
+
+_TELLS_NONE = "a judge needs a policy that tells log-probabilities of the next token, and a {} does not"
 
 
 class _PolicyFacts(ABC):
@@ -126,6 +130,27 @@ class PolicyBase(_PolicyFacts):
         """
         raise TypeError(f"Steered wraps an HFPolicy, got {type(self).__name__}")
 
+    def next_token_logprobs(self, asks: Sequence[NextToken], words: Sequence[str]) -> list[dict[str, float]]:
+        """Log-probabilities that the next token spells each of some words, as judges ask for them.
+
+        A token spells a word by its text, in any case and with any white space around it; those of a word's tokens are
+        summed (next_token.word_ids, or next_token.read_words of texts). Tokens count on the meter of the ask's tree,
+        and what is kept of them goes with `release` of that tree.
+
+        Args:
+            asks: N places; see NextToken.
+            words: see next_token.check_words.
+
+        Returns:
+            N dicts, word -> nats, before temperature. A word is left out where the model's answer does not tell, as an
+            endpoint does that shows the most probable tokens only.
+
+        Raises:
+            TypeError: this policy cannot tell.
+            ValueError: a word is no token, or a text does not fit the context.
+        """
+        raise TypeError(_TELLS_NONE.format(type(getattr(self, "_policy", self)).__name__))
+
     def drop(self, requests: Sequence[Request]) -> None:
         """Forget unanswered requests of this session after an error."""
         for request in requests:
@@ -194,6 +219,10 @@ class _Completed(PolicyBase):
     def session(self) -> PolicyBase:
         own = getattr(self._policy, "session", None)
         return self if own is None else PolicyBase.of(own())
+
+    def next_token_logprobs(self, asks: Sequence[NextToken], words: Sequence[str]) -> list[dict[str, float]]:
+        own: Any = getattr(self._policy, "next_token_logprobs", super().next_token_logprobs)
+        return list(own(asks, words))
 
     def release(self, tree: SearchTree) -> None:
         self._policy.release(tree)
@@ -279,6 +308,10 @@ class AsyncPolicyBase(_PolicyFacts):
         """
         return False
 
+    async def next_token_logprobs(self, asks: Sequence[NextToken], words: Sequence[str]) -> list[dict[str, float]]:
+        """As PolicyBase.next_token_logprobs, on the running event loop."""
+        raise TypeError(_TELLS_NONE.format(type(getattr(self, "_policy", self)).__name__))
+
     @classmethod
     def of(cls, policy: AsyncPolicy) -> AsyncPolicyBase:
         """The policy itself, or a plain AsyncPolicy with the answers that it lacks. Raises TypeError for anything
@@ -314,6 +347,10 @@ class _CompletedAsync(AsyncPolicyBase):
 
     async def run(self, request: Request) -> list[Node]:
         return await self._policy.run(request)
+
+    async def next_token_logprobs(self, asks: Sequence[NextToken], words: Sequence[str]) -> list[dict[str, float]]:
+        own: Any = getattr(self._policy, "next_token_logprobs", super().next_token_logprobs)
+        return list(await own(asks, words))
 
     async def interrupt(self, request: Request) -> bool:
         own: Any = getattr(self._policy, "interrupt", None)

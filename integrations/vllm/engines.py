@@ -6,10 +6,12 @@ import itertools
 import os
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from prm_search.prefixes import Prefixes, common
 from prm_search.tree import Node, SearchTree
 
 _ids = itertools.count(1)
@@ -87,6 +89,15 @@ class EngineFacts:
                 f"the engine has logprobs_mode={self.logprobs_mode!r}, and the model's own log-probabilities are "
                 "needed: start it with logprobs_mode='raw_logprobs', vLLM's default"
             )
+
+
+class OverEngine(ABC):
+    """An object that works by a vllm.LLM or an AsyncLLM."""
+
+    @property
+    @abstractmethod
+    def source(self) -> Any:
+        """The LLM or AsyncLLM."""
 
 
 PROCESSOR = "ImplicitPRMLogitsProcessor"
@@ -181,6 +192,7 @@ class Ledger:
     def __init__(self, model: Hashable) -> None:
         self._model = model
         self._seen: weakref.WeakKeyDictionary[SearchTree, dict[Node, int]] = weakref.WeakKeyDictionary()
+        self._texts: weakref.WeakKeyDictionary[SearchTree, Prefixes[None]] = weakref.WeakKeyDictionary()
 
     @classmethod
     def of(cls, engine: Any) -> Ledger:
@@ -212,6 +224,23 @@ class Ledger:
         tree.meter.add("reencoded", self._model, tokens - cached)
         tree.meter.add("cached", self._model, cached)
 
+    def asked(self, tree: SearchTree, ids: tuple[int, ...], cached: int, drawn: tuple[int, ...] = ()) -> None:
+        """Count a text that is asked about beside the tree's nodes.
+
+        Args:
+            tree: whose meter counts it.
+            ids: its tokens.
+            cached: of these, found in the prefix cache.
+            drawn: a prompt and what was drawn after it, by this engine: encoded before but for the last token.
+        """
+        texts = self._texts.setdefault(tree, Prefixes())
+        new = len(ids) - max(texts.nearest(ids)[0], common(ids, drawn[:-1]))
+        texts.add(ids, None)
+        first = min(new, len(ids) - cached)
+        tree.meter.add("encoded", self._model, first)
+        tree.meter.add("reencoded", self._model, len(ids) - cached - first)
+        tree.meter.add("cached", self._model, cached)
+
     def drawn(self, nodes: Sequence[Node], tokens: int) -> None:
         """Count the tokens one child drew: each but the last was encoded to draw the next.
 
@@ -230,3 +259,4 @@ class Ledger:
     def forget(self, tree: SearchTree) -> None:
         """Drop a tree."""
         self._seen.pop(tree, None)
+        self._texts.pop(tree, None)

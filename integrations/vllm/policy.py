@@ -15,11 +15,15 @@ from prm_search.integrations.vllm.engines import (
     PROCESSOR,
     EngineFacts,
     Ledger,
+    OverEngine,
     Pump,
     can_steer,
     request_id,
     stop_ids as eos_of,
 )
+from prm_search.integrations.vllm.next_token import NextTokenRound
+from prm_search.integrations.vllm.scoring_engine import ScoredEngine
+from prm_search.next_token import NextToken
 from prm_search.policy import AsyncPolicyBase, PolicyBase
 from prm_search.sampling import Request
 from prm_search.tokens import TokenText, encode_prompt
@@ -28,7 +32,7 @@ from prm_search.tree import Node, Prompt, SearchTree
 Stop = Callable[[Sequence[EngineRow]], Sequence[bool]]
 
 
-class _Base(HoldsModels):
+class _Base(HoldsModels, OverEngine):
     """The common part of both policies."""
 
     takes_stop = True
@@ -88,6 +92,12 @@ class _Base(HoldsModels):
             )
         return ids
 
+    def _next_token(self, asks: Sequence[NextToken], words: Sequence[str]) -> tuple[ScoredEngine, NextTokenRound]:
+        engine = ScoredEngine.of(self)
+        if engine is None:
+            raise TypeError(f"{type(self.source).__name__} is no vLLM engine")
+        return engine, NextTokenRound(asks, words, self.token_text, self.facts.vocab, engine.context)
+
     def _drawing(self, request: Request) -> Drawing:
         return Drawing(
             request,
@@ -141,6 +151,17 @@ class VLLMPolicy(_Base, PolicyBase):
         self.llm = llm
         self._pump = Pump.of(engine)
         self._jobs: dict[Request, tuple[Drawing, list[str]]] = {}
+
+    @property
+    def source(self) -> Any:
+        """The LLM."""
+        return self.llm
+
+    def next_token_logprobs(self, asks: Sequence[NextToken], words: Sequence[str]) -> list[dict[str, float]]:
+        """See PolicyBase.next_token_logprobs. Requests read the prefix cache, so a text costs what it adds to those
+        before it, and the tail of a block."""
+        engine, questions = self._next_token(asks, words)
+        return questions.read(engine.begin(questions.requests).result(), self._ledger)
 
     def session(self) -> VLLMPolicy:
         """This policy with requests of its own; see Policy. Searches may share an engine, also from several threads."""
@@ -242,6 +263,16 @@ class AsyncVLLMPolicy(_Base, AsyncPolicyBase):
         self.engine = engine
         self._running: dict[Request, list[asyncio.Task[None]]] = {}
         self._interrupted: set[Request] = set()
+
+    @property
+    def source(self) -> Any:
+        """The AsyncLLM."""
+        return self.engine
+
+    async def next_token_logprobs(self, asks: Sequence[NextToken], words: Sequence[str]) -> list[dict[str, float]]:
+        """See VLLMPolicy.next_token_logprobs."""
+        engine, questions = self._next_token(asks, words)
+        return questions.read(await engine.ask_async(questions.requests), self._ledger)
 
     async def run(self, request: Request) -> list[Node]:
         """The last node of every child's chain (twins repeated); see AsyncPolicy.run.

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from prm_search.integrations.vllm.engines import EngineFacts, Ledger, Pump, per_engine, request_id
+from prm_search.integrations.vllm.engines import EngineFacts, Ledger, OverEngine, Pump, per_engine, request_id
 from prm_search.integrations.vllm.logprob_requests import Ask, LogprobAnswer, fields, read_output
-from prm_search.integrations.vllm.policy import AsyncVLLMPolicy, VLLMPolicy
 from prm_search.integrations.vllm.token_trie import TokenTrie
 from prm_search.tree import SearchTree
 
@@ -60,8 +59,8 @@ class ScoredEngine(ABC):
         """The engine behind a vllm.LLM, an AsyncLLM, a policy over either, or a VLLMServer; None for anything else."""
         if isinstance(source, ScoredEngine):
             return source
-        if isinstance(source, VLLMPolicy | AsyncVLLMPolicy):
-            source = source.llm if isinstance(source, VLLMPolicy) else source.engine
+        if isinstance(source, OverEngine):
+            source = source.source
         inner = getattr(source, "llm_engine", None)
         core = inner if inner is not None else source
         if not hasattr(core, "vllm_config"):

@@ -155,11 +155,14 @@ class KVTree:
         branch.token_ids = [int(i) for i in token_ids]
         return branch
 
-    def fork(self, parent: Branch, token_ids: Sequence[int] = (), at: int | None = None) -> Branch:
+    def fork(
+        self, parent: Branch, token_ids: Sequence[int] = (), at: int | None = None, *, scored: bool = True
+    ) -> Branch:
         """A new branch after the first `at` tokens of parent's path (default: all). Copies no KV.
 
         Where the hidden row at `at` is not kept (inside a branch), the last shared token becomes the fork's own
-        and is encoded once more, so that the token after it can be scored.
+        and is encoded once more, so that the token after it can be scored. `scored=False` spares that for a fork whose
+        first token's log-probability nobody wants.
 
         Raises:
             ValueError: at lies outside parent's path, or parent was released.
@@ -173,14 +176,14 @@ class KVTree:
             if at == parent.start and not parent.token_ids and parent.boundary is not None:
                 break
             parent = parent.parent
-        inside = 0 < at < parent.length
+        inside = scored and 0 < at < parent.length
         start = at - 1 if inside else at
         above = parent if start > parent.start else parent.parent  # one that lends slots: ancestors stay while it does
         branch = Branch(self, above if start else None, start, parent.meter)
         if inside:
             branch.token_ids = [parent.token_ids[start - parent.start]]
             branch.seen = 1
-        elif start:
+        elif start and scored:
             branch.boundary = parent.row()
             if branch.boundary is None and branch.parent is not None:  # the parent may grow before it is encoded
                 branch.parent.fork_rows.setdefault(start - branch.parent.start, None)

@@ -24,6 +24,7 @@ from .admission.context_limits import default_capacity
 from .encoder import Encoder
 from .head import Head
 from .memo import Memo
+from .texts import TextBranches
 
 if TYPE_CHECKING:
     from ..tree import SearchTree
@@ -72,6 +73,7 @@ class LanguageModel(Encoder):
         name += f"{'' if state is None else '+' + '+'.join(state)}#{_process}.{next(_ids)}"
         super().__init__(module, state, name, capacity, forward_tokens, backend)
         self._memos: dict[SearchTree, Memo] = {}  # until `release`: a memo's nodes hold their tree
+        self._texts: dict[SearchTree, TextBranches] = {}
 
     @classmethod
     def of(
@@ -130,21 +132,33 @@ class LanguageModel(Encoder):
         """Return what is known of a search tree's nodes under these weights; made on first use."""
         memo = self._memos.get(tree)
         if memo is None:
-            with self.tree.lock:  # no forward of another thread is under way
-                self.token_steps.refresh(adapters.tuner_layers(self.module))  # whoever else is searching
-                if not self.tree.used:
-                    self.pool.follow(self.module.get_input_embeddings().weight)
-                    if self.module.get_output_embeddings() is not self.head.linear:  # resized or exchanged
-                        self.head = Head(self.module, self.backend)
-            self._layers = adapters.tuner_layers(self.module)  # adapters may have been injected since
+            self._meet()
             memo = self._memos[tree] = Memo(self.tree, tree)
         return memo
 
+    def texts(self, tree: SearchTree) -> TextBranches:
+        """Return the texts that are asked about for a search tree, beside its nodes; made on first use."""
+        texts = self._texts.get(tree)
+        if texts is None:
+            self._meet()
+            texts = self._texts[tree] = TextBranches(self.tree, tree.meter, self.id)
+        return texts
+
+    def _meet(self) -> None:
+        """Look at the module again before a search begins: weights may have moved, and heads or adapters changed."""
+        with self.tree.lock:  # no forward of another thread is under way
+            self.token_steps.refresh(adapters.tuner_layers(self.module))  # whoever else is searching
+            if not self.tree.used:
+                self.pool.follow(self.module.get_input_embeddings().weight)
+                if self.module.get_output_embeddings() is not self.head.linear:  # resized or exchanged
+                    self.head = Head(self.module, self.backend)
+        self._layers = adapters.tuner_layers(self.module)  # adapters may have been injected since
+
     def release(self, tree: SearchTree) -> None:
         """Forget a search tree and free its KV."""
-        memo = self._memos.pop(tree, None)
-        if memo is not None:
-            memo.free()
+        for known in (self._memos.pop(tree, None), self._texts.pop(tree, None)):
+            if known is not None:
+                known.free()
 
     def forget(self) -> None:
         """Forget what was computed under weights that change: log-probs, KV, and the id that vouched for them.
@@ -154,7 +168,7 @@ class LanguageModel(Encoder):
         Raises:
             ValueError: a search is under way.
         """
-        for tree in list(self._memos):
+        for tree in [*self._memos, *self._texts]:
             self.release(tree)
         if self.tree.used:
             raise ValueError("a search is under way, whose KV would be of other weights: end or cancel it first")

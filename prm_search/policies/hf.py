@@ -15,6 +15,8 @@ from ..engine.decoder import Decoder
 from ..engine.decoding_row import DecodingRow
 from ..engine.language_model import LanguageModel
 from ..engine.sampler import Sampler
+from ..engine.texts import TextEnd, next_logprobs
+from ..next_token import NextToken, answer_ids, check_words, word_ids
 from ..policy import PolicyBase
 from ..sampling import Request
 from ..tokens import TokenText, encode_prompt
@@ -184,6 +186,24 @@ class HFPolicy(HoldsModels, PolicyBase):
     def steered(self, pair: Any, alpha: float) -> Steered:
         """Return the policy steered by a pair; see Steered."""
         return Steered(self, pair, alpha)
+
+    def next_token_logprobs(self, asks: Sequence[NextToken], words: Sequence[str]) -> list[dict[str, float]]:
+        """See PolicyBase.next_token_logprobs. One packed forward; what texts of a tree begin with in common, a drawn
+        answer too, is encoded once."""
+        ids = word_ids(self.token_text, check_words(words), self.lm.head.vocab)
+        ends = [self._end(ask) for ask in asks]
+        if not ends:
+            return []
+        table = next_logprobs(self.lm, ends, list(ids.values())).double().tolist()
+        return [dict(zip(ids, row, strict=True)) for row in table]
+
+    def _end(self, ask: NextToken) -> TextEnd:
+        prompt = self.encode(ask.prompt)
+        text = (*prompt, *answer_ids(ask, self.token_text))
+        drawn = ask.drawn
+        if drawn is None or drawn.tree.prompt.token_ids != prompt:
+            return TextEnd(ask.tree, text)
+        return TextEnd(ask.tree, text, self.lm.memo(drawn.tree).branch(drawn))
 
     def release(self, tree: SearchTree) -> None:
         """Drop a tree's requests and free its KV."""
