@@ -14,8 +14,8 @@ from ..engine.adapters import AUTO
 from ..engine.decoder import Decoder
 from ..engine.decoding_row import DecodingRow
 from ..engine.language_model import LanguageModel
+from ..engine.next_words import TextEnd, next_logprobs
 from ..engine.sampler import Sampler
-from ..engine.texts import TextEnd, next_logprobs
 from ..next_token import NextToken, answer_ids, check_words, word_ids
 from ..policy import PolicyBase
 from ..sampling import Request
