@@ -53,7 +53,19 @@ def test_demo_prints_a_table_a_tree_and_what_scoring_saved(run, tmp_path):
     asked = problems(3, seed=4, length=LENGTH)
     assert any(out.count(problem.prompt) for problem in asked)
     assert "> a" in out
-    assert "The search of problem" in words
+    lines = out.splitlines()
+    order = [
+        "prm_search samples",
+        "Problem ",
+        "greedy ",
+        "beam 4 x 4 ",
+        "strategy",
+        "Where to go next:",
+        "The search of",
+    ]
+    places = [next(place for place, line in enumerate(lines) if text in line) for text in order]
+    assert places == sorted(places)
+    assert places[-1] <= 30  # a first screen of 30 lines has all but the tree
 
     record = json.loads(file.read_text())
     assert (record["problems"], record["seed"], record["samples"]) == (3, 4, SAMPLES)

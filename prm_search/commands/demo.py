@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from ..demo.chains import CONSTRUCTED, Problem, problems, wrong_steps
-from ..demo.comparison import EXPANSIONS, LENGTH, SAMPLES, TITLES, VALUE, WIDTH, compare, figures
+from ..demo.chains import CONSTRUCTED, problems
+from ..demo.comparison import EXPANSIONS, LENGTH, SAMPLES, VALUE, WIDTH, compare, figures
 from ..driver.result import Result
-from ..evaluation import SummaryRow, Unit, summarise
-from ..tree import Node
-from . import BadInput, options, render
+from ..evaluation import Unit
+from . import BadInput, demo_screen, options, render
 from .records import writable
 
 
@@ -101,25 +97,22 @@ def make_pair(out: Path, seed: int) -> dict[str, Any]:
 def run(count: int, seed: int, screen: Console, folder: str | None = None) -> dict[str, Any]:
     """The demo on the pair in a folder, or the shipped one. Returns the figures, as `--json` has them."""
     test_problems = problems(count, split="test", seed=seed, length=LENGTH)
+    screen.print(Text(demo_screen.SENTENCE, style="bold"))
     screen.print(Text(CONSTRUCTED))
-    screen.print(
-        Text(f"A problem: {test_problems[0].prompt}   its right answer: {''.join(test_problems[0].steps)}", style="dim")
-    )
     policy, pair = _load(screen, folder)
 
-    beams: dict[int, Result] = {}
+    results: dict[str, dict[int, Result]] = {"greedy": {}, "search": {}}
 
     def keep(unit: Unit, result: Result) -> None:
-        if unit.kind == "search":
-            beams[unit.problem] = result
+        if unit.kind in results:
+            results[unit.kind][unit.problem] = result
 
-    board = Board(len(test_problems), screen)
+    board = demo_screen.Board(len(test_problems), screen)
     with board.shown():
         for record in compare(test_problems, policy, pair, seed, on_result=keep):
             board.add(record)
-    _show_tree(test_problems, beams, board, screen)
     saved = savings([record for record in board.records if record["kind"] == "search"])
-    screen.print(Text("Beam, all problems: ").append(render.savings(saved)))
+    demo_screen.show(screen, test_problems, results["greedy"], results["search"], board, saved)
     return {
         "task": CONSTRUCTED,
         "problems": len(test_problems),
@@ -131,73 +124,6 @@ def run(count: int, seed: int, screen: Console, folder: str | None = None) -> di
         "beam_scoring": saved,
         "version": __version__,
     }
-
-
-class Board:
-    """The table, filled while the strategies run."""
-
-    def __init__(self, total: int, console: Console) -> None:
-        self.total = total
-        self.records: list[Mapping[str, Any]] = []
-        self.rows: dict[str, SummaryRow] = {}
-        self._live = Live(self._table(), console=console, auto_refresh=console.is_terminal)
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Live on a terminal; elsewhere the final table is printed, once, at the end."""
-        with self._live:
-            yield
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """A record is finished; its strategies have a row when it was their last."""
-        self.records.append(record)
-        if any(self._finished(name) == self.total and name not in self.rows for name in TITLES):
-            lines = {row.cell.strategy: row for row in summarise(self.records).rows}
-            self.rows = {name: lines[name] for name in TITLES if self._finished(name) == self.total}
-        self._live.update(self._table(), refresh=self._live.console.is_terminal)
-
-    def answers(self, problem: int) -> dict[str, str | None]:
-        """Return what each strategy answered to a problem."""
-        chosen: dict[str, str | None] = {}
-        for record in self.records:
-            if record["problem"] == problem:
-                for choice in record.get("chosen", [record]):
-                    chosen[choice["strategy"]] = choice["answer"]
-        return {name: chosen[name] for name in TITLES}
-
-    def _finished(self, name: str) -> int:
-        """Problems that are done under a strategy."""
-        if name in ("greedy", "beam"):
-            return sum(record.get("strategy") == name for record in self.records)
-        return sum(record["kind"] == "samples" for record in self.records)
-
-    def _table(self) -> Table:
-        table = Table(
-            caption=f"{self.total} held-out problems. Tokens: mean of a problem; the beam samples at most what the "
-            f"{SAMPLES} answers took.",
-            caption_justify="left",
-        )
-        table.add_column("strategy")
-        for title in ("right", "95 % interval", "policy tokens", "PRM tokens", "ref. tokens", "seconds"):
-            table.add_column(title, justify="right")
-        best = max((row.accuracy for row in self.rows.values()), default=0.0)
-        for name, title in TITLES.items():
-            row = self.rows.get(name)
-            if row is None:
-                done = self._finished(name)
-                table.add_row(title, f"{done}/{self.total}" if done else "", style="dim")
-                continue
-            table.add_row(
-                title,
-                f"{row.accuracy:.3f}",
-                f"[{row.low:.3f}, {row.high:.3f}]",
-                f"{row.policy_tokens:.1f}",
-                f"{row.prm_tokens:.1f}",
-                f"{row.reference_tokens:.1f}",
-                f"{row.seconds:.1f}",
-                style="bold green" if row.accuracy == best else None,
-            )
-        return table
 
 
 def savings(searches: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -225,37 +151,3 @@ def _load(screen: Console, folder: str | None) -> tuple[Any, Any]:
         policy = load_policy(DEMO if folder is None else os.path.join(folder, "policy"), device="cpu")
         pair = load_pair(DEMO if folder is None else folder, None, None, device="cpu")
     return policy, pair
-
-
-def _show_tree(test_problems: Sequence[Problem], beams: Mapping[int, Result], board: Board, screen: Console) -> None:
-    """One problem's beam search: the first that beam solves and the votes do not, if there is one."""
-
-    def wins(place: int) -> int:
-        right, chosen = test_problems[place].answer, board.answers(place)
-        beam = chosen.pop("beam")
-        return sum(answer != right for answer in chosen.values()) if beam == right else -1
-
-    place = max(range(len(test_problems)), key=lambda i: (wins(i), -i))
-    problem, result, chosen = test_problems[place], beams[place], board.answers(place)
-
-    def note(node: Node) -> Text | None:
-        marks = wrong_steps(problem, node.path_text())
-        return Text("wrong", style="red") if marks and marks[-1] else None
-
-    solved = [TITLES[name] for name, answer in chosen.items() if answer == problem.answer and name != "beam"]
-    known = f"solves, as do {', '.join(solved)}" if solved else "alone solves"
-    outcome = known if chosen["beam"] == problem.answer else "does not solve"
-    screen.print()
-    which = f"The search of problem {place + 1} of {len(test_problems)}, which beam {outcome}"
-    screen.print(Text(f"{which} (it ranks a prefix by its lowest step reward):"))
-    screen.print(render.tree_view(result.tree, result.node, note=note))
-    screen.print(
-        Text(
-            render.LEGEND
-            + " What the task knows and no model was told: 'wrong', a step that does not follow from the one before.",
-            style="dim",
-        )
-    )
-    answers = ", ".join(f"{TITLES[name]} {answer}" for name, answer in chosen.items())
-    screen.print(Text(f"Right answer {problem.answer}; {answers}."))
-    screen.print()
