@@ -74,7 +74,7 @@ class Board:
     def table(self) -> Table:
         """Return a row for each strategy; how far it is, where it still runs."""
         table = Table(
-            caption=f"{self.total} held-out problems. Tokens: a problem's mean. Beam may sample what the {SAMPLES} took.",
+            caption=f"{self.total} held-out problems. Tokens: means. Beam may sample what the {SAMPLES} took.",
             caption_justify="left",
         )
         table.add_column("strategy")
