@@ -3,7 +3,7 @@
 draws = Draw.of(request, tokens, stop_ids)          # one a child
 for draw in draws:
     while not draw.done:                            # an engine draws many of them at once
-        if not draw.cut_before(top_probability):
+        if not draw.cut_before(top_probability, drawn_probability):
             draw.take(token, logprob)
 nodes_of(request, draws, sampler)
 """
@@ -46,6 +46,7 @@ class Segment:
     text: str | bytes = ""
     finish: str = "step"
     hidden: int = 0
+    confidences: list[float] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -113,30 +114,38 @@ class Draw:
         own = [i for segment in self.chain for i in segment.token_ids]
         return [*node.tree.prompt_ids, *node.path_ids(), *own]
 
-    def cut_before(self, top_probability: float) -> bool:
+    @property
+    def rank(self) -> int | None:
+        """The place, among the most probable tokens, of the next token; None where it is drawn."""
+        return self.index if self.request.ranked and not self.drawn else None
+
+    def cut_before(self, top_probability: float, drawn_probability: float = 1.0) -> bool:
         """End the step here where the policy is unsure of the next token. Return True if that ends the child.
 
         Args:
-            top_probability: of the most probable next token, in [0, 1], before temperature and filters.
+            top_probability: of the most probable next token, in [0, 1], before temperature and filters; it matters
+                where the StepRule has confidence_of="top".
+            drawn_probability: of the token that was drawn; it matters with confidence_of="drawn".
         """
-        if not self.fresh and self.matcher.uncertain(top_probability):
+        if not self.fresh and self.matcher.uncertain(top_probability, drawn_probability):
             self.matcher.cut()
             self._close()
             self.done = self.request.until == "step"
         return self.done
 
-    def take(self, token: int, logprob: float, *, stop: bool = False) -> None:
+    def take(self, token: int, logprob: float, confidence: float | None = None, *, stop: bool = False) -> None:
         """Record the next token and see what it ends.
 
         Args:
             token: its id.
             logprob: raw log-probability under the policy, nats.
+            confidence: see Node.confidences; used where the sampling has confidence_tokens.
             stop: a stop condition of the engine's own ends the response with it.
         """
-        self.record(token, logprob)
+        self.record(token, logprob, confidence)
         self.settle(stop)
 
-    def record(self, token: int, logprob: float) -> None:
+    def record(self, token: int, logprob: float, confidence: float | None = None) -> None:
         """Record the next token; `settle` has to follow. Raises RuntimeError where the child is done."""
         if self.done:
             raise RuntimeError("this child is done: it takes no further token")
@@ -146,6 +155,8 @@ class Draw:
         segment = self.chain[-1]
         segment.token_ids.append(token)
         segment.logprobs.append(logprob)
+        if confidence is not None and self.request.sampling.confidence_tokens:
+            segment.confidences.append(confidence)
         self.drawn += 1
         self.left -= 1
 
@@ -153,7 +164,7 @@ class Draw:
         """See whether the newest token ends the step or the child; stop as in `take`."""
         segment = self.chain[-1]
         token = segment.token_ids[-1]
-        step = self.matcher.feed(token)
+        step = self.matcher.feed(token) or self.request.ranked
         match = None if self.stops is None else self.stops.feed(self.tokens.text_bytes([token]))
         if stop or match is not None or token in self.stop_ids:
             segment.finish, self.done = "stop", True
@@ -237,6 +248,7 @@ def commit(request: Request, chains: Sequence[Sequence[Segment]], sampler: Hasha
                     rollout=request.rollout,
                 )
                 node.hidden = segment.hidden
+                node.confidences = np.asarray(segment.confidences, np.float32) if segment.confidences else None
             nodes.append(node)
         for inner in nodes[:-1]:  # the chain went on from here in its own lineage: child 0 is drawn
             inner.drawn = 1

@@ -36,6 +36,7 @@ class PRMGuidance(HoldsModels):
         seed: of every draw; None leaves it to the caller (`generate` draws one from torch's generator, so
             torch.manual_seed decides).
         weight, weight_temperature: of a weighted vote.
+        confidence_tokens: record how sure the policy was of each token (Node.confidences); see `search`.
         prompts: the prompts as text or messages, one a row of generate's inputs. Only a pair with another tokenizer or
             chat template than the policy's needs them, to render the prompts itself.
 
@@ -55,6 +56,7 @@ class PRMGuidance(HoldsModels):
     seed: int | None = None
     weight: Literal["softmax", "sigmoid"] = "softmax"
     weight_temperature: float = 1.0
+    confidence_tokens: int = 0
     prompts: Sequence[Prompt | str | Sequence[Mapping[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ class PRMGuidance(HoldsModels):
             value=self.value,
             weight=self.weight,
             weight_temperature=self.weight_temperature,
+            confidence_tokens=self.confidence_tokens,
         )
 
 

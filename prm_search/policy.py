@@ -71,6 +71,8 @@ class _PolicyFacts(ABC):
         forward_calls: forwards run so far; None to count the calls of advance (of run, where it is asynchronous).
         alpha: strength with which every token is steered; None where it is not.
         tokenizer: its transformers tokenizer; None where it has none.
+        top_tokens: most probable tokens that it can tell at each place, for Sampling.confidence_tokens and ranked
+            requests; 0 where it tells none. A search that needs more is refused.
         takes_stop: whether responses end at Sampling.stop, as all do that are drawn by drawing.Draw. A search with stop
             strings is refused where they do not.
     """
@@ -89,6 +91,7 @@ class _PolicyFacts(ABC):
     alpha: float | None = None
     tokenizer: Any = None
     takes_stop: bool = False
+    top_tokens: int = 0
 
     @abstractmethod
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -191,6 +194,7 @@ class _Completed(PolicyBase):
         self._policy = policy
         self.alpha, self.tokenizer = getattr(policy, "alpha", None), getattr(policy, "tokenizer", None)
         self.takes_stop = getattr(policy, "takes_stop", False)
+        self.top_tokens = getattr(policy, "top_tokens", 0)
 
     @property
     def id(self) -> Hashable:
@@ -329,6 +333,7 @@ class _CompletedAsync(AsyncPolicyBase):
         self._policy = policy
         self.alpha, self.tokenizer = getattr(policy, "alpha", None), getattr(policy, "tokenizer", None)
         self.takes_stop = getattr(policy, "takes_stop", False)
+        self.top_tokens = getattr(policy, "top_tokens", 0)
 
     @property
     def id(self) -> Hashable:

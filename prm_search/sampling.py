@@ -29,6 +29,8 @@ class Sampling:
             response's last, with finish "stop", whatever step it is in.
         include_stop_str: keep the stop string in the text. Text of the last token behind the stop string is dropped in
             any case.
+        confidence_tokens: record each token's confidence (Node.confidences) over so many of the most probable tokens;
+            0 records none and costs nothing.
 
     Raises:
         ValueError: a number is out of range or not finite, or a stop string is empty.
@@ -44,6 +46,7 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     include_stop_str: bool = False
+    confidence_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, StepRule):
@@ -57,6 +60,7 @@ class Sampling:
         number("min_p", self.min_p, "a number in [0, 1]", lambda value: 0 <= value <= 1)
         integer("top_k", self.top_k, 0, "an integer >= 0 (0 keeps all)")
         integer("max_new_tokens", self.max_new_tokens, 1, "an integer >= 1")
+        integer("confidence_tokens", self.confidence_tokens, 0, "an integer >= 0 (0 records none)")
 
 
 @dataclass(eq=False)
@@ -72,6 +76,8 @@ class Request:
         until: "step" or "end" (see strategies.Expand).
         rollout: mark the children.
         merge: count identical children on one node.
+        ranked: draw nothing: child i is the i-th most probable token, counted from 0, as a step of its own. Needs
+            until="step".
     """
 
     node: Node
@@ -82,6 +88,7 @@ class Request:
     until: Literal["step", "end"] = "step"
     rollout: bool = False
     merge: bool = True
+    ranked: bool = False
 
     @classmethod
     def draw(
@@ -95,6 +102,7 @@ class Request:
         cap_reason: str = "length",
         rollout: bool = False,
         merge: bool = True,
+        ranked: bool = False,
     ) -> Request:
         """The next children of a node, lineage by lineage; advances node.drawn.
 
@@ -121,4 +129,4 @@ class Request:
             )
         node.drawn += max(counts, default=0)
         reasons = tuple("length" if cap >= room else cap_reason for cap in limits)
-        return cls(node, sampling, lineages, tuple(min(cap, room) for cap in limits), reasons, until, rollout, merge)
+        return cls(node, sampling, lineages, tuple(min(cap, room) for cap in limits), reasons, until, rollout, merge, ranked)

@@ -49,6 +49,7 @@ def search(
     value: Value | str | None = None,
     weight: Literal["softmax", "sigmoid"] = "softmax",
     weight_temperature: float = 1.0,
+    confidence_tokens: int = 0,
     on_event: Callable[[Event], object] | None = None,
 ) -> list[Result]:
     """Sample reasoning steps for each prompt, score every step, keep the good ones.
@@ -76,6 +77,8 @@ def search(
         budget: limits of each prompt's search; an integer limits its sampled tokens.
         value: what nodes are ranked by: a name, a function of a node, or None for the strategy's, or else q.
         weight, weight_temperature: of a weighted vote.
+        confidence_tokens: record how sure the policy was of each token, over so many of the most probable ones (20 in
+            DeepConf), as Node.confidences; 0 records nothing and costs nothing.
         on_event: called with every Event, in this thread.
 
     Returns:
@@ -103,6 +106,7 @@ def search(
         value=value,
         weight=weight,
         weight_temperature=weight_temperature,
+        confidence_tokens=confidence_tokens,
     )
     prompt_list = _listed(prompts)
     require("policy", policy, Policy)

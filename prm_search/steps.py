@@ -13,11 +13,11 @@ from codecs import utf_8_decode
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from .checks import number
+from .checks import is_one_of, number
 
 if TYPE_CHECKING:
     from .tree import Node
@@ -41,12 +41,16 @@ class StepRule:
             completes with the first character at which it matches the text since the last delimiter. Greedy quantifiers
             gain nothing, since the text that follows is not written yet. Costs one search of the step's text a token (a
             character, where a later character can undo a match: "$", "\\b", look-ahead, atomic groups).
-        confidence: end the step before a token whose most probable choice has less than this probability
-            (AdaptiveStep, arXiv 2502.13943, section 3); `confidence_quantile` calibrates it.
+        confidence: end the step before a token of which the policy is less sure than this probability (AdaptiveStep,
+            arXiv 2502.13943, section 3); `confidence_quantile` calibrates it.
+        confidence_of: the probability that is meant: "top", of the most probable token, which no draw moves; or
+            "drawn", of the token that was drawn, as AdaptiveStep has it. A drawn token that begins the next step is
+            drawn again there, the same one. Before temperature and filters in both cases.
 
     Raises:
         ValueError: a delimiter is empty, the regex matches the empty string or is not a pattern, max_tokens < 1, or
-            confidence is outside [0, 1].
+            confidence is outside [0, 1], or
+            confidence_of is unknown.
         TypeError: a delimiter or the regex is not a string, max_tokens is not an integer, or confidence is not a
             number.
     """
@@ -55,6 +59,7 @@ class StepRule:
     max_tokens: int | None = 256
     regex: str | None = None
     confidence: float | None = None
+    confidence_of: Literal["top", "drawn"] = "top"
     _literal: re.Pattern[str] | None = field(init=False, repr=False, compare=False, default=None)
     _pattern: re.Pattern[str] | None = field(init=False, repr=False, compare=False, default=None)
     _keep: int = field(init=False, repr=False, compare=False, default=0)
@@ -83,6 +88,8 @@ class StepRule:
                 raise ValueError(f"max_tokens={self.max_tokens!r}: an integer >= 1 or None is needed")
         if self.confidence is not None:
             number("confidence", self.confidence, "a probability in [0, 1] or None", lambda x: 0 <= x <= 1)
+        if not is_one_of(self.confidence_of, ("top", "drawn")):
+            raise ValueError(f"confidence_of={self.confidence_of!r}: it is 'top' or 'drawn'")
         if self.regex is not None:
             if not isinstance(self.regex, str):
                 raise TypeError(f"regex={self.regex!r}: a string or None is needed, not {type(self.regex).__name__}")
@@ -154,14 +161,16 @@ class StepMatcher:
             return True
         return False
 
-    def uncertain(self, top_prob: float) -> bool:
-        """Return True if the step ends before the token about to be drawn; if so, and it is ended, call `cut`.
+    def uncertain(self, top_prob: float, drawn_prob: float = 1.0) -> bool:
+        """Return True if the step ends before the next token; if so, and it is ended, call `cut`.
 
         Args:
             top_prob: probability of the most probable next token, in [0, 1], before temperature and filters.
+            drawn_prob: that of the token that was drawn.
         """
-        confidence = self._rule.confidence
-        return confidence is not None and self._tokens > 0 and top_prob < confidence
+        rule = self._rule
+        probability = top_prob if rule.confidence_of == "top" else drawn_prob
+        return rule.confidence is not None and self._tokens > 0 and probability < rule.confidence
 
     def cut(self) -> None:
         """The step ended before a token; the matcher is ready for the next step."""

@@ -33,6 +33,10 @@ class Node:
         hidden: bytes at the path's end that are not shown: of the stop string that ended it, unless that is kept.
         logprobs: [T] fp32, nats: raw (before temperature and every processor) log-probabilities of the tokens
             under the policy that sampled them; None for nodes built by hand.
+        confidences: [T] fp32, nats: each token's confidence, minus the mean log-probability of the k most probable
+            tokens at its place (DeepConf, arXiv 2508.15260, section 2), raw as in logprobs; high where the policy is
+            sure. k is Sampling.confidence_tokens; with k = 1, exp(-confidence) is the most probable token's
+            probability, as exp(logprob) is the drawn one's. None where they were not asked for.
         sampler: id of the model that sampled the tokens; a scorer whose model has this id reads logprobs.
         rewards: pair name -> [T] fp32 token rewards, in beta * nats (see set_rewards).
         reward_ids: pair name -> the tokens that its rewards speak of, for a pair with another tokenizer only.
@@ -49,9 +53,9 @@ class Node:
     """
 
     __slots__ = (
-        "__weakref__", "_q", "_reward", "children", "depth", "drawn", "end", "finish", "hidden", "index", "lineages",
-        "logprobs", "parent", "reward_ids", "rewards", "rollout", "sampler", "start", "text_bytes", "token_ids",
-        "tree", "value", "weight",
+        "__weakref__", "_q", "_reward", "children", "confidences", "depth", "drawn", "end", "finish", "hidden", "index",
+        "lineages", "logprobs", "parent", "reward_ids", "rewards", "rollout", "sampler", "start", "text_bytes",
+        "token_ids", "tree", "value", "weight",
     )  # fmt: skip
 
     def __init__(self, tree: SearchTree, parent: Node | None, token_ids: Sequence[int]) -> None:
@@ -62,6 +66,7 @@ class Node:
         self.text_bytes = b""
         self.hidden = 0
         self.logprobs: np.ndarray | None = None
+        self.confidences: np.ndarray | None = None
         self.sampler: Hashable | None = None
         self.rewards: dict[str, np.ndarray] = {}
         self.reward_ids: dict[str, tuple[int, ...]] = {}
@@ -363,6 +368,7 @@ def _node_record(node: Node) -> dict[str, Any]:
         **({"text_bytes": node.text_bytes.hex()} if cut else {}),
         **({"hidden": node.hidden} if node.hidden else {}),
         "logprobs": None if node.logprobs is None else node.logprobs.tolist(),
+        **({} if node.confidences is None else {"confidences": node.confidences.tolist()}),
         "sampler": None if node.sampler is None else str(node.sampler),
         "rewards": {name: values.tolist() for name, values in node.rewards.items()},
         "reward_ids": {name: list(ids) for name, ids in node.reward_ids.items()},
@@ -393,6 +399,7 @@ def _restore(node: Node, item: Mapping[str, Any]) -> None:
             raise ValueError(f"{where} {item['text_bytes']!r} do not spell the text {item['text']!r}")
     node.value, node.finish, node.weight = item["value"], item["finish"], item.get("weight")
     node.logprobs = None if item["logprobs"] is None else np.asarray(item["logprobs"], np.float32)
+    node.confidences = None if item.get("confidences") is None else np.asarray(item["confidences"], np.float32)
     node.sampler = item["sampler"]
     node.rewards = {name: np.asarray(values, np.float32) for name, values in item["rewards"].items()}
     node.reward_ids = {name: tuple(ids) for name, ids in item["reward_ids"].items()}

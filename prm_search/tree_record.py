@@ -76,6 +76,7 @@ _NODE: dict[str, Check] = {
     "rollout": ("true or false", lambda value: isinstance(value, bool)),
 }
 _NODE_OPTIONAL: dict[str, Check] = {
+    "confidences": ("a list of numbers or null", _none_or(_numbers)),
     "hidden": _COUNT,
     "text_bytes": ("bytes in hexadecimal", _hexadecimal),
     "weight": ("a number or null", _none_or(_number)),
@@ -137,7 +138,8 @@ def _place(index: int) -> dict[str, Check]:
 def _lists(node: Mapping[str, Any]) -> Iterator[tuple[str, list[Any], int]]:
     """Lists with one entry a token: their names, themselves, and the tokens."""
     tokens = len(node["token_ids"])
-    if node["logprobs"] is not None:
-        yield "logprobs", node["logprobs"], tokens
+    for name in ("logprobs", "confidences"):
+        if node.get(name) is not None:
+            yield name, node[name], tokens
     for pair, rewards in node["rewards"].items():
         yield f"rewards[{pair!r}]", rewards, len(node["reward_ids"][pair]) if pair in node["reward_ids"] else tokens

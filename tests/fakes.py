@@ -117,15 +117,16 @@ class Child(Draw):
     def step(self, lm: ToyLM) -> None:
         request, how = self.request, self.request.sampling
         raw = lm.probs(self.ids())
-        if self.cut_before(float(raw.max())):
-            return
-        if how.temperature == 0:
+        if self.rank is not None:
+            place = int(np.argsort(-raw, kind="stable")[self.rank])
+        elif how.temperature == 0:
             place = int(raw.argmax())
         else:
             probs = raw ** (1 / how.temperature)
             (u,) = uniforms([how.seed], [request.node.tree.stream], [self.lineage], [self.position])
             place = int(np.searchsorted(np.cumsum(probs / probs.sum())[:-1], u, side="right"))
-        self.take(lm.vocabulary[place], float(np.log(raw[place])))
+        if not self.cut_before(float(raw.max()), float(raw[place])):
+            self.take(lm.vocabulary[place], float(np.log(raw[place])), confidence(raw, how.confidence_tokens))
 
 
 def children_of(request: Request) -> list[Child]:
@@ -144,6 +145,11 @@ def interrupt(request: Request, children: Sequence[Child], sampler: Hashable) ->
     return finish(request, children, sampler)
 
 
+def confidence(probs: np.ndarray, tokens: int) -> float | None:
+    """Minus the mean log-probability of the most probable tokens; None of none of them."""
+    return -float(np.log(np.sort(probs)[::-1][:tokens]).mean()) if tokens else None
+
+
 class FakePolicy:
     """Draws one token of every child a call of advance, at most `rows` at a time, as a continuous decoder does.
 
@@ -153,6 +159,7 @@ class FakePolicy:
     """
 
     takes_stop = True
+    top_tokens = 4
 
     def __init__(
         self,
@@ -211,6 +218,7 @@ class FakeBlockingPolicy(BlockingPolicy):
     """The same draws, a whole batch of requests a call."""
 
     takes_stop = True
+    top_tokens = 4
 
     def __init__(self, lm: ToyLM | None = None, *, id: Hashable = "toy") -> None:
         super().__init__()
@@ -322,6 +330,7 @@ class FakeAsyncPolicy:
     """The same draws as coroutines, which give way to others after every token, `pauses(request)` times more before."""
 
     takes_stop = True
+    top_tokens = 4
 
     def __init__(
         self,

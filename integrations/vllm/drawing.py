@@ -79,7 +79,8 @@ class Drawing:
         self._facts, self._stop_ids, self._ledger = facts, stop_ids, ledger
         self._stop, self._alpha = stop, alpha
         self._seeded = seeded and sampling.temperature > 0
-        self._confidence = sampling.steps.confidence is not None
+        unsure = sampling.steps.confidence is not None
+        self._top = max(sampling.confidence_tokens, int(unsure))  # most probable tokens to be told of
         node = request.node
         self.token_ids = [*node.tree.prompt_ids, *node.path_ids()]
         self.rows = EngineRow.of(request, text, stop_ids)
@@ -97,6 +98,7 @@ class Drawing:
 
         request, sampling = self.request, self.request.sampling
         longest = sampling.steps.max_tokens if request.until == "step" else None
+        longest = 1 if request.ranked else longest
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -106,7 +108,7 @@ class Drawing:
             max_tokens=row.left if longest is None else min(row.left, longest),
             stop_token_ids=sorted(self._stop_ids),
             ignore_eos=True,  # the ids above are all that ends a response
-            logprobs=1 if self._confidence else 0,
+            logprobs=max(self._top, len(self.rows) if request.ranked else 0),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             extra_args=None if self._alpha is None else {"prm_alpha": self._alpha},
@@ -145,10 +147,15 @@ class Drawing:
 
     def _draw(self, row: EngineRow, token: int, table: Any) -> None:
         """One token of a child."""
-        if self._confidence and row.cut_before(_top_prob(table)):
+        best = sorted(table, key=lambda known: -table[known].logprob) if len(table) > 1 else [token]
+        if row.rank is not None:
+            token = best[row.rank]
+        logprob = float(table[token].logprob)
+        if row.cut_before(exp(table[best[0]].logprob), exp(logprob)):
             row.dropped += 1
             return
-        row.record(token, float(table[token].logprob))
+        count = min(self._top, len(best))
+        row.record(token, logprob, -sum(table[known].logprob for known in best[:count]) / count if count else None)
         row.settle(self._stop is not None and self._stop([row])[0])
 
     def interrupt(self) -> list[Node]:
@@ -169,8 +176,3 @@ class Drawing:
         for row, nodes in made:
             self._ledger.drawn(nodes, row.sampled)
         return [nodes[-1] for _, nodes in made]
-
-
-def _top_prob(table: Any) -> float:
-    """Probability of the most probable token."""
-    return exp(max(entry.logprob for entry in table.values()))

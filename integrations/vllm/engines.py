@@ -46,6 +46,7 @@ class EngineFacts:
         id: of the engine, equal for everything made from it: a pair and a policy over one engine know each other by it.
         context: tokens that prompt and response may have together.
         vocab: tokens that the model knows.
+        top: most probable tokens that it tells of at each place, at most.
         block: tokens of a block of its KV cache.
         cpu: whether it runs on a CPU.
         chunked: whether a prompt may be split over several forwards.
@@ -56,6 +57,7 @@ class EngineFacts:
     id: Hashable
     context: int
     vocab: int
+    top: int
     block: int
     cpu: bool
     chunked: bool
@@ -71,10 +73,13 @@ class EngineFacts:
     def _read(cls, engine: Any) -> EngineFacts:
         config = engine.vllm_config
         model = config.model_config
+        vocab = int(model.get_vocab_size())
+        top = int(model.max_logprobs)
         return cls(
             id=f"vllm:{model.model}#{os.getpid()}.{next(_ids)}",
             context=int(model.max_model_len),
-            vocab=int(model.get_vocab_size()),
+            vocab=vocab,
+            top=vocab if top < 0 else min(top, vocab),
             block=int(config.cache_config.block_size),
             cpu=config.device_config.device_type == "cpu",
             chunked=bool(config.scheduler_config.enable_chunked_prefill),

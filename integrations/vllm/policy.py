@@ -44,6 +44,7 @@ class _Base(HoldsModels, OverEngine):
         check_tokenizer("tokenizer", self.tokenizer)
         self.facts = EngineFacts.of(engine)
         self.facts.need_raw_logprobs()
+        self.top_tokens = self.facts.top
         if seeds is not None:
             flag("seeds", seeds)
         if seeds and not self._seeds_are_safe:

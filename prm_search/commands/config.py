@@ -19,7 +19,8 @@ ENDINGS = (".yaml", ".yml", ".json")
 #: Keys of the library's own configs that stand in an object of their own, and the options that they are.
 SECTIONS: dict[str, dict[str, str]] = {
     "steps": {
-        "delimiter": "delimiter", "max_tokens": "step_tokens", "regex": "step_regex", "confidence": "step_confidence"
+        "delimiter": "delimiter", "max_tokens": "step_tokens", "regex": "step_regex", "confidence": "step_confidence",
+        "confidence_of": "step_confidence_of",
     },
     "budget": {
         "tokens": "budget", "nodes": "budget_nodes", "depth": "budget_depth", "seconds": "budget_seconds"

@@ -87,8 +87,11 @@ class Confidence(groups.Steps):
 
     step_confidence: Annotated[
         float | None,
-        typer.Option(help="End a step where the likeliest token has less probability.", rich_help_panel=ADVANCED),
+        typer.Option(help="End a step before a token that has less probability.", rich_help_panel=ADVANCED),
     ] = None
+    step_confidence_of: Annotated[
+        str, typer.Option(help="The token meant: top, the likeliest; or drawn.", rich_help_panel=ADVANCED)
+    ] = "top"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +183,7 @@ def _settings(
 ) -> SearchSettings:
     rule = options.make_steps(
         steps.delimiter, steps.step_tokens, steps.step_regex, default=options.card_delimiter(pair.pair),
-        confidence=steps.step_confidence,
+        confidence=steps.step_confidence, confidence_of=steps.step_confidence_of,
     )  # fmt: skip
     return SearchSettings.make(
         strategy=search.make(),

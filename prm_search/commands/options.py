@@ -151,11 +151,12 @@ def make_steps(
     *,
     default: str | Sequence[str] | None = None,
     confidence: float | None = None,
+    confidence_of: str = "top",
 ) -> StepRule:
     r"""A StepRule from options; a backslash and n in a delimiter is a line feed.
 
     Args:
-        delimiter, max_tokens, regex, confidence: as given; None for the default, max_tokens=0 for no limit.
+        delimiter, max_tokens, regex, confidence, confidence_of: as given; None for the default, max_tokens=0 for no limit.
         default: the delimiter where neither one nor a regex was given; None for StepRule's own.
 
     Raises:
@@ -169,7 +170,10 @@ def make_steps(
         ends = None
     tokens = rule.max_tokens if max_tokens is None else None if max_tokens == 0 else max_tokens
     with named({argument: _flag(option) for argument, option in SECTIONS["steps"].items()}):
-        return StepRule(delimiter=ends, max_tokens=tokens, regex=regex, confidence=confidence)
+        return StepRule(
+            delimiter=ends, max_tokens=tokens, regex=regex, confidence=confidence,
+            confidence_of=confidence_of,  # type: ignore[arg-type]
+        )  # fmt: skip
 
 
 def make_budget(tokens: int | None, nodes: int | None, depth: int | None, seconds: float | None) -> Budget:

@@ -74,6 +74,10 @@ class Participants(Generic[P]):
             raise ValueError("strategy=Steer(...) here needs policy=strategy.wrap(policy, pair)")
         if settings.sampling.stop and not self.policy.takes_stop:
             raise ValueError(f"stop={settings.sampling.stop!r}: this policy takes no stop strings")
+        wanted, known = settings.sampling.confidence_tokens, self.policy.top_tokens
+        if wanted > known:
+            tells = "no probable tokens beside the drawn one" if known < 1 else f"{known} most probable tokens at most"
+            raise ValueError(f"confidence_tokens={wanted}: this policy tells {tells}")
         tree = SearchTree(self.encode(prompt), occurrence=occurrence)
         if self.scorers:
             tree.primary = self.scorers[0].name

@@ -50,6 +50,7 @@ class SearchSettings:
         seed: int = 0,
         stop: str | Sequence[str] | None = None,
         include_stop_str: bool = False,
+        confidence_tokens: int = 0,
         select: Select = "best",
         answer: str | Answer | None = None,
         budget: Budget | int | None = None,
@@ -75,6 +76,7 @@ class SearchSettings:
             seed=seed,
             stop=stop_strings(stop),
             include_stop_str=include_stop_str,
+            confidence_tokens=confidence_tokens,
         )
         return cls(
             resolve_strategy(strategy), sampling, Budget.of(budget), value, select, resolve_answer(answer),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import exp
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from ..drawing import Tokens, nodes_of
 from ..sampling import Request
 from ..tree import Node, SearchTree
+from .confidence import confidence_columns, ranked_tokens
 from .decoding_row import DecodingRow
 from .language_model import LanguageModel
 from .node_logprobs import node_logprobs
@@ -82,17 +84,16 @@ class Decoder:
         if not rows:
             return []
         logprobs, index = self._distributions()
-        rows = self._cut_uncertain(rows, logprobs[0], index)
-        if rows:
-            (at,) = to_device([np.array([index[id(row)] for row in rows])], logprobs[0].device)
-            spread = [table.index_select(0, at.to(table.device)) for table in logprobs]
-            scores = self.combine(spread, rows) if self.combine else spread[0]
-            tokens = torch.as_tensor(self.sampler.draw(scores, rows), device=scores.device)
-            for row, (token, *columns) in zip(rows, self._read_drawn(tokens, spread), strict=True):
-                self._record(row, int(token), columns)
-            stopped = [False] * len(rows) if self.stop is None else self.stop(rows)
-            for row, stop in zip(rows, stopped, strict=True):
-                row.settle(bool(stop))
+        (at,) = to_device([np.array([index[id(row)] for row in rows])], logprobs[0].device)
+        spread = [table.index_select(0, at.to(table.device)) for table in logprobs]
+        scores = self.combine(spread, rows) if self.combine else spread[0]
+        tokens = torch.as_tensor(self.sampler.draw(scores, rows), device=scores.device)
+        tokens = ranked_tokens(tokens, spread[0], rows)
+        readings = self._read_drawn(tokens, spread, confidence_columns(spread[0], rows))
+        drawn = [row for row, reading in zip(rows, readings, strict=True) if self._record(row, reading)]
+        stopped = [False] * len(drawn) if self.stop is None or not drawn else self.stop(drawn)
+        for row, stop in zip(drawn, stopped, strict=True):
+            row.settle(bool(stop))
         self._active = [row for row in self._active if not row.done]
         ended = [request for request, job in self._jobs.items() if all(row.done for row in job)]
         return [(request, self._finish(request, self._jobs.pop(request))) for request in ended]
@@ -176,21 +177,15 @@ class Decoder:
             begun.append(lm.begin_extend(branches, ids, want="log_softmax"))
         return [pending.result() for pending in begun], index  # type: ignore[misc]
 
-    def _cut_uncertain(
-        self, rows: Sequence[DecodingRow], logprobs: torch.Tensor, index: dict[int, int]
-    ) -> list[DecodingRow]:
-        """End steps before a token the policy is unsure of; returns the rows that still draw in this round."""
-        if not any(row.request.sampling.steps.confidence is not None for row in rows):
-            return list(rows)
-        top = logprobs.max(dim=-1).values.exp().tolist()
-        return [row for row in rows if not row.cut_before(top[index[id(row)]])]
-
-    def _read_drawn(self, tokens: torch.Tensor, tables: Sequence[torch.Tensor]) -> list[list[float]]:
-        """Each row's token and its log-prob under each model: what the host waits for, in one transfer."""
+    def _read_drawn(
+        self, tokens: torch.Tensor, tables: Sequence[torch.Tensor], more: Sequence[torch.Tensor]
+    ) -> list[list[float]]:
+        """Each row's token, its log-prob under each model and `more`: what the host waits for, in one transfer."""
         columns = [tokens]
         for table in tables:
             inside = tokens.to(table.device).clamp(max=table.shape[1] - 1)
             columns.append(table.gather(1, inside[:, None]).squeeze(1).to(tokens.device))
+        columns += [column.to(tokens.device) for column in more]
         drawn: list[list[float]] = torch.stack([column.double() for column in columns], dim=1).tolist()
         highest = int(max(token for token, *_ in drawn))
         for lm, table in zip(self.lms, tables, strict=True):
@@ -201,14 +196,24 @@ class Decoder:
                 )
         return drawn
 
-    def _record(self, row: DecodingRow, token: int, values: Sequence[float]) -> None:
-        """Record a drawn token with its log-prob under each model."""
+    def _record(self, row: DecodingRow, reading: Sequence[float]) -> bool:
+        """Record a drawn token, unless the row's step and the row end before it; return True if it is recorded.
+
+        Args:
+            row: the row that drew it.
+            reading: the token, its log-prob under each model, and the confidence_columns.
+        """
+        token, values, more = int(reading[0]), reading[1 : 1 + len(self.lms)], reading[1 + len(self.lms) :]
+        top, confidence = more or (0.0, None)
+        if row.cut_before(exp(top), exp(values[0])):
+            return False
         if row.fresh:
             self._open(row)
-        row.record(token, values[0])
+        row.record(token, values[0], confidence)
         for k, value in enumerate(values):
             row.scored[-1][k].append(value)
         row.token = token
+        return True
 
     def _open(self, row: DecodingRow) -> None:
         """Start a step: an empty fork, in each model, of what the row has read so far."""

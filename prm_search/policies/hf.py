@@ -77,6 +77,7 @@ class HFPolicy(HoldsModels, PolicyBase):
             self.stop_ids = frozenset(i for i in _stop_ids(self.lm, tokenizer) if 0 <= i < vocab)
         else:
             self.stop_ids = token_set("stop_ids", stop_ids, vocab)
+        self.top_tokens = vocab
         self.max_rows = max_rows
         self.sampler = sampler or Sampler()
         self._stop = stop

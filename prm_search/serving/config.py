@@ -93,7 +93,8 @@ class ServeConfig:
     def json(self) -> str:
         """Return what `of` reads."""
         plain = asdict(self)
-        plain["steps"] = {name: plain["steps"][name] for name in ("delimiter", "max_tokens", "regex", "confidence")}
+        names = ("delimiter", "max_tokens", "regex", "confidence", "confidence_of")
+        plain["steps"] = {name: plain["steps"][name] for name in names}
         return json.dumps(plain)
 
 

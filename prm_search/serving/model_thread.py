@@ -116,6 +116,7 @@ class ThreadPolicy(AsyncPolicyBase):
         self.base = policy
         self._policy = PolicyBase.of(policy).session()
         self.alpha, self.takes_stop = self._policy.alpha, self._policy.takes_stop
+        self.top_tokens = self._policy.top_tokens
         self._thread = thread
         self._waiting: dict[Request, asyncio.Future[list[Node]]] = {}  # the thread's
 

@@ -54,6 +54,7 @@ class StepsBody(Closed):
     max_tokens: int | None = None
     regex: str | None = None
     confidence: float | None = None
+    confidence_of: str = "top"
 
 
 class BudgetBody(Closed):
