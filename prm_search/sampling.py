@@ -129,4 +129,6 @@ class Request:
             )
         node.drawn += max(counts, default=0)
         reasons = tuple("length" if cap >= room else cap_reason for cap in limits)
-        return cls(node, sampling, lineages, tuple(min(cap, room) for cap in limits), reasons, until, rollout, merge, ranked)
+        return cls(
+            node, sampling, lineages, tuple(min(cap, room) for cap in limits), reasons, until, rollout, merge, ranked
+        )

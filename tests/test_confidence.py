@@ -228,7 +228,8 @@ def test_twins_share_theirs_and_top_one_is_the_best_tokens_probability() -> None
     )
     assert any(node.count > 1 for node in result.tree.nodes[1:])
     for node in result.tree.nodes[1:]:
-        assert node.confidences is not None and node.parent is not None
+        assert node.confidences is not None
+        assert node.parent is not None
         path = [97, *node.parent.path_ids()]
         for place, confidence in enumerate(node.confidences.tolist()):
             assert math.isclose(math.exp(-confidence), lm.probs([*path, *node.token_ids[:place]]).max(), rel_tol=1e-6)
@@ -258,7 +259,7 @@ def test_a_policy_that_tells_nothing_is_refused_before_anything_is_drawn() -> No
         asyncio.run(asearch([[97]], **{**options, "policy": Plain()}))
 
 
-@pytest.mark.parametrize("wrong, error", [(-1, ValueError), (True, TypeError), (2.5, ValueError)])
+@pytest.mark.parametrize(("wrong", "error"), [(-1, ValueError), (True, TypeError), (2.5, ValueError)])
 def test_what_is_no_number_of_tokens_is_refused(wrong: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="confidence_tokens"):
         ps.search([[97]], policy=FakePolicy(), confidence_tokens=wrong)

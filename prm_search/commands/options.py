@@ -156,7 +156,8 @@ def make_steps(
     r"""A StepRule from options; a backslash and n in a delimiter is a line feed.
 
     Args:
-        delimiter, max_tokens, regex, confidence, confidence_of: as given; None for the default, max_tokens=0 for no limit.
+        delimiter, max_tokens, regex, confidence, confidence_of: as given; None for the default, and max_tokens=0 for no
+            limit.
         default: the delimiter where neither one nor a regex was given; None for StepRule's own.
 
     Raises:
