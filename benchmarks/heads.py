@@ -1,4 +1,4 @@
-"""Cases of the ops around the lm_head: linear_logprob and guide_logits."""
+"""Cases of the ops around the lm_head: linear_logprob, guide_logits and sample_rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common import Machine
 from torch import Tensor
 from torch.nn import functional
 
-from prm_search.triton_kernels import choice, guide_logits, linear_logprob
+from prm_search.triton_kernels import choice, guide_logits, linear_logprob, sample_rows
 
 CHECKED = 64  # rows compared with float64
 CHUNK = 1024  # rows of the two-kernel path at once, as vLLM does
@@ -135,6 +135,40 @@ def guide_case(machine: Machine, rows: int, vocabulary: int, quick: bool) -> Cas
     )
 
 
+def _drawn(logits: Tensor, uniform: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log-probabilities of the tokens at which one running sum over the vocabulary exceeds the uniform numbers."""
+    logprobs = torch.log_softmax(logits.to(dtype), -1)
+    sums = logprobs.exp().cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
+    return logprobs.gather(1, tokens)[:, 0]
+
+
+def _multinomial(logits: Tensor) -> Tensor:
+    """The way of transformers' generate, which draws other tokens and knows no log-probability of them."""
+    return torch.multinomial(torch.softmax(logits.float(), -1), 1)[:, 0]
+
+
+def sample_case(machine: Machine, rows: int, vocabulary: int) -> Case:
+    """sample_rows: the drawn tokens' log-probabilities; the uniform numbers are given to all."""
+    draw = torch.Generator(machine.device).manual_seed(0)
+    logits = 4 * torch.randn(rows, vocabulary, generator=draw, device=machine.device)
+    uniform = torch.rand(rows, generator=draw, device=machine.device, dtype=torch.float64)
+    return Case(
+        "sample_rows",
+        {"B": rows, "V": vocabulary},
+        {
+            "ours": lambda: sample_rows(logits, uniform).logprobs,
+            "eager": bound(_drawn, logits, uniform, torch.float32),
+            "multinomial": bound(_multinomial, logits),
+        },
+        choice(sample_rows, logits, uniform),
+        exact=bound(_drawn, logits, uniform, torch.float64),
+        flop=0.0,
+        size=1.0 * rows * vocabulary * logits.element_size(),
+        unlike=("multinomial",),
+    )
+
+
 def cases(machine: Machine, quick: bool) -> Iterator[Case]:
     """Sizes of Qwen2.5-7B's and Llama-3.1-8B's kind on a GPU, small ones on a CPU."""
     if quick:
@@ -147,3 +181,4 @@ def cases(machine: Machine, quick: bool) -> Iterator[Case]:
     for depth, vocabulary in heads:
         yield from (logprob_case(machine, rows, depth, vocabulary, quick) for rows in few)
     yield from (guide_case(machine, rows, vocabulary, quick) for rows, vocabulary in widths)
+    yield from (sample_case(machine, rows, vocabulary) for rows, vocabulary in [*widths, (256, widths[-1][1])])

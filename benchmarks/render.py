@@ -246,8 +246,24 @@ def _vllm_steering(rows: list[dict[str, Any]]) -> str:
     return _table(head, body)
 
 
+def _host(rows: list[dict[str, Any]]) -> str:
+    head = ["rows", "vocabulary", "tokens", "ours (us a row and token)", "generate", "ours / generate"]
+    body = [
+        [
+            str(row["rows"]),
+            f"{row['vocabulary']:,}",
+            str(row["tokens"]),
+            *(f"{row['us_a_row_and_token'][way]:.1f}" for way in ("ours", "generate")),
+            f"{row['ours_over_generate']:.2f}x",
+        ]
+        for row in rows
+    ]
+    return _table(head, body)
+
+
 TABLES = {
     "ops": _ops,
+    "host": _host,
     "scoring": _scoring,
     "decoding": _decoding,
     "steering": _steering,
@@ -259,9 +275,12 @@ TABLES = {
 NOTES = {
     "ops": "Each op alone, operands random with logits of a standard deviation of 4. Errors are against float64 from "
     "the same operands (nats; guide_logits: logits; attention: outputs of standard normal values). `matmul` is the "
-    "product without a log-probability; `compiled_eager` is torch.compile of the eager formula. Memory: the "
+    "product without a log-probability, `multinomial` generate's way to draw, which tells none; `compiled_eager` is "
+    "torch.compile of the eager formula. Memory: the "
     "allocator's peak beyond the operands on a GPU, the largest tensor that any operation returns on a CPU. A GPU's "
     "times are CUDA events with a cold L2.",
+    "host": "Process time of one thread for a token step of a model of one layer, nearly all of which is the host's: "
+    "the decode loop of HFPolicy against transformers' own `generate` with as many return sequences.",
     "scoring": "Token rewards of every beam at every step, both models: seconds of ours and what the rivals take over "
     "it. `naive` re-encodes every prefix, `prompt_cached` a beam's own tokens, `dynamic_cache` nothing, but copies KV. "
     "`ours_streams`: both models on streams of their own. "

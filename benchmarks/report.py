@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import decoding
+import host
 import ops
 import scoring
 import searching
@@ -90,6 +91,17 @@ def run_searching(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     return found
 
 
+def run_host(machine: Machine, quick: bool) -> list[dict[str, Any]]:
+    """The decode loop's share of the host, on one thread; the last line's vocabulary makes the draw the most of it."""
+    lines = [(16, 128, 16, 1)] if quick else [(rows, 128, 64, 7) for rows in (16, 64, 256)] + [(64, 32000, 64, 3)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [host.compare(*line) for line in progress("host", lines)]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def run_ops(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     """Every op alone."""
     print("ops: every op at every shape", file=sys.stderr, flush=True)
@@ -127,6 +139,7 @@ def run_vllm_steering(machine: Machine, quick: bool) -> list[dict[str, Any]]:
 
 Table = Callable[[Machine, bool], list[dict[str, Any]]]
 SUITES: dict[str, dict[str, Table]] = {
+    "host": {"host": run_host},
     "kernels": {"ops": run_ops},
     "engine": {"scoring": run_scoring, "decoding": run_decoding, "steering": run_steering, "memory": run_memory},
     "search": {"searching": run_searching},

@@ -72,6 +72,35 @@ def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     return np.stack(c, axis=1).astype(np.uint32)
 
 
+def counters_of(
+    seeds: Sequence[int], streams: Sequence[int], lineages: Sequence[int], positions: Sequence[int]
+) -> np.ndarray:
+    """The counters behind uniform numbers, one a row: [N, 3] int64 of key, lineage and position, as bits.
+
+    Args: see `uniforms`.
+    """
+    key = [_hash64(seed, stream) for seed, stream in zip(seeds, streams, strict=True)]
+    line = [lineage & 0xFFFFFFFFFFFFFFFF for lineage in lineages]
+    table = np.array([key, line, [0] * len(key)], dtype=np.uint64).T.astype(np.int64, order="C")
+    table[:, 2] = positions
+    return table
+
+
+def uniforms_at(counters: np.ndarray) -> np.ndarray:
+    """The uniform numbers of counters: [N] float64 in [0, 1), multiples of 2**-53.
+
+    Args:
+        counters: [N, 3], see `counters_of`.
+    """
+    bits = counters.astype(np.uint64)
+    counter = np.zeros((len(bits), 4), np.uint32)
+    counter[:, 0], counter[:, 1], counter[:, 2] = bits[:, 1] & _LOW, bits[:, 1] >> _SHIFT, bits[:, 2] & _LOW
+    key = np.stack([bits[:, 0] & _LOW, bits[:, 0] >> _SHIFT], axis=1).astype(np.uint32)
+    random_words = philox(counter, key).astype(np.uint64)
+    mantissa = ((random_words[:, 0] << _SHIFT) | random_words[:, 1]) >> np.uint64(11)
+    return mantissa.astype(np.float64) * 2.0**-53
+
+
 def uniforms(
     seeds: Sequence[int], streams: Sequence[int], lineages: Sequence[int], positions: Sequence[int]
 ) -> np.ndarray:
@@ -84,13 +113,4 @@ def uniforms(
     Returns:
         [N] float64, multiples of 2**-53.
     """
-    rows = len(positions)
-    key64 = np.array([_hash64(seed, s) for seed, s in zip(seeds, streams, strict=True)], dtype=np.uint64)
-    line = np.array([x & 0xFFFFFFFFFFFFFFFF for x in lineages], dtype=np.uint64)
-    counter = np.zeros((rows, 4), np.uint32)
-    counter[:, 0], counter[:, 1] = line & _LOW, line >> _SHIFT
-    counter[:, 2] = np.asarray(positions, dtype=np.uint32)
-    key = np.stack([key64 & _LOW, key64 >> _SHIFT], axis=1).astype(np.uint32)
-    random_words = philox(counter, key).astype(np.uint64)
-    bits = ((random_words[:, 0] << _SHIFT) | random_words[:, 1]) >> np.uint64(11)
-    return bits.astype(np.float64) * 2.0**-53
+    return uniforms_at(counters_of(seeds, streams, lineages, positions))

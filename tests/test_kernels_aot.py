@@ -77,7 +77,9 @@ def attention_cases(cc: int) -> list[dict[str, Any]]:
 
 def small_cases() -> list[dict[str, Any]]:
     names = ["merge_kernel", "attention_merge_kernel", "write_kv_kernel", "logsumexp_parts_kernel", "guide_kernel"]
-    return [{"kernel": name, "half": True} for name in names]
+    cases = [{"kernel": name, "half": True} for name in names]
+    sampling = [("sample_parts_kernel", False), ("sample_pick_kernel", False), ("sample_pick_kernel", True)]
+    return cases + [{"kernel": name, "half": False, "counters": counters} for name, counters in sampling]
 
 
 def all_cases() -> list[dict[str, Any]]:
@@ -117,17 +119,19 @@ def constants(case: dict[str, Any]) -> dict[str, Any]:
         "write_kv_kernel": {"DK": 128, "DV": 128, "BLOCK": 1024},
         "logsumexp_parts_kernel": {"BLOCK": 1024},
         "guide_kernel": {"SPLITS": 64, "BLOCK": 2048},
+        "sample_parts_kernel": {"COLDEST": 1e-30, "BLOCK": 1024},
+        "sample_pick_kernel": {"COUNTERS": case.get("counters"), "COLDEST": 1e-30, "SPLITS": 64, "BLOCK": 1024},
     }[name]
 
 
 FLOATS = {"scale", "softcap", "factor", "sink_scale"}
 FP32_POINTERS = {"part_ptr", "stat_ptr", "lse_ptr", "logprob_ptr", "grad_logprob_ptr", "grad_lse_ptr"}
-FP32_POINTERS |= {"sink_ptr", "alpha_ptr"}
-INDEX_POINTERS = {"table_ptr", "len_ptr", "start_ptr", "group_ptr", "prefix_ptr"}
-INT64_POINTERS = {"target_ptr", "slot_ptr"}
+FP32_POINTERS |= {"sink_ptr", "alpha_ptr", "temperature_ptr"}
+INDEX_POINTERS = {"first_ptr", "table_ptr", "len_ptr", "start_ptr", "group_ptr", "prefix_ptr"}
+INT64_POINTERS = {"target_ptr", "slot_ptr", "token_ptr"}
 
 
-def argument_type(name: str, half: bool) -> str:
+def argument_type(name: str, case: dict[str, Any]) -> str:
     if name in FLOATS:
         return "fp32"
     if name in FP32_POINTERS:
@@ -136,8 +140,10 @@ def argument_type(name: str, half: bool) -> str:
         return "*i32"
     if name in INT64_POINTERS:
         return "*i64"
+    if name == "draw_ptr":
+        return "*i64" if case["counters"] else "*fp64"
     if name.endswith("_ptr"):
-        return "*bf16" if half else "*fp32"
+        return "*bf16" if case["half"] else "*fp32"
     return "i32"
 
 
@@ -146,14 +152,16 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from prm_search.triton_kernels import _jit_attention, _jit_linear, _jit_rows
+    from prm_search.triton_kernels import _jit_attention, _jit_linear, _jit_rows, _jit_sample
 
     name, tile = case["kernel"], case.get("tile", {})
-    kernels = {**vars(_jit_rows), **vars(_jit_attention), **vars(_jit_linear)}
+    kernels = {**vars(_jit_rows), **vars(_jit_sample), **vars(_jit_attention), **vars(_jit_linear)}
     kernel = _jit_attention.merge_kernel if name == "attention_merge_kernel" else kernels[name]
     fixed = constants(case)
     signature = {
-        argument: "constexpr" if argument in fixed else argument_type(argument, case["half"])
+        argument: "constexpr"
+        if argument in fixed
+        else argument_type(argument, case["half"], case.get("counters", False))
         for argument in kernel.arg_names
     }
     # What a launch finds out by itself: addresses of operands and strides are multiples of 16, and so is an even depth.

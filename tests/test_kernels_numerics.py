@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from prm_search.rng import counters_of, uniforms
 from prm_search.triton_kernels import (
     SharedPrefix,
     guide_logits,
     linear_logprob,
+    sample_rows,
     tiles,
     tree_attention,
     write_kv,
@@ -263,6 +266,109 @@ def test_guide_logits_leaves_alone_what_has_no_ratio(run):
     assert not steered.isnan().any()
     assert torch.equal(guide_logits(policy, prm, ref, alpha, out=policy, backend=backend), steered)
     assert torch.equal(policy, steered)
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+def one_running_sum(logits: Tensor, uniform: Tensor, temperature: Tensor) -> list[int]:
+    """The tokens, from one running sum over the vocabulary in float64."""
+    tokens = []
+    for row, u, heat in zip(logits.double().cpu(), uniform.tolist(), temperature.tolist(), strict=True):
+        if heat == 0:
+            tokens.append(int(row.argmax()))
+        else:
+            sums = (row / heat).softmax(-1).cumsum(-1).numpy()
+            tokens.append(int(np.searchsorted(sums, u * sums[-1], side="right")))
+    return tokens
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 256, 1100, 5003])
+def test_sample_rows_draws_what_one_running_sum_draws(run, dtype, vocabulary):
+    device, backend = run
+    rows = 4 if INTERPRETED else 60
+    logits = 3 * normal(rows, vocabulary, seed=vocabulary, dtype=dtype, device=device)
+    logits[:, 1::3] = -torch.inf
+    logits[0] -= 300
+    heat = torch.tensor([1.0, 0.0, 0.5, 3.0]).repeat(rows // 4)
+    uniform = torch.rand(rows, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    before = logits.clone()
+    drawn = sample_rows(logits, uniform.to(device), heat.to(device), backend=backend)
+    assert torch.equal(logits, before)
+    assert drawn.tokens.tolist() == one_running_sum(logits, uniform, heat)
+    truth = logits.double().log_softmax(-1)
+    torch.testing.assert_close(drawn.logprobs.double(), truth.gather(1, drawn.tokens[:, None])[:, 0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(drawn.top_logprobs.double(), truth.max(-1).values, rtol=0, atol=2e-6)
+
+
+def test_sample_rows_takes_counters_for_numbers(run):
+    """The kernel's Philox is prm_search.rng's, to the last bit: signs, 64-bit lineages and all."""
+    device, backend = run
+    draw = np.random.default_rng(0)
+    n = 8 if INTERPRETED else 40
+    seeds, streams, lineages = ([0, 1, *draw.integers(0, 2**64, n - 2, dtype=np.uint64).tolist()] for _ in range(3))
+    positions = [0, 1, *draw.integers(0, 2**31, n - 2).tolist()]
+    wanted = torch.from_numpy(uniforms(seeds, streams, lineages, positions))
+    counters = torch.from_numpy(counters_of(seeds, streams, lineages, positions)).to(device)
+    logits = torch.zeros(n, 3001, device=device)
+    drawn = sample_rows(logits, counters, backend=backend).tokens
+    assert torch.equal(drawn, sample_rows(logits, wanted.to(device), backend=backend).tokens)
+    assert drawn.tolist() == one_running_sum(logits, wanted, torch.ones(n))
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_sample_rows_draws_no_token_of_probability_zero(run, uniform):
+    device, backend = run
+    places = [[3071], [0], [255, 256], [5, 2055], list(range(1024, 2048)), [1023, 1024]]
+    logits = torch.full((len(places), 3072), -torch.inf, device=device)
+    for row, place in zip(logits, places, strict=True):
+        row[place] = 5 * normal(len(place), seed=len(place), device=device)
+    draws = torch.full((len(places),), uniform, dtype=torch.float64, device=device)
+    drawn = sample_rows(logits, draws, 0.7, backend=backend).tokens.tolist()
+    assert all(token in place for token, place in zip(drawn, places, strict=True))
+    if uniform == 0.0:
+        assert drawn == [place[0] for place in places]
+
+
+def test_sample_rows_depends_on_no_other_row(run):
+    device, backend = run
+    logits = 2 * normal(8, 2100, seed=5, device=device)
+    draws = torch.rand(8, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
+    together = sample_rows(logits, draws, backend=backend)
+    for i in (0, 7):
+        alone = sample_rows(logits[i : i + 1], draws[i : i + 1], backend=backend)
+        assert together.tokens[i] == alone.tokens[0]
+
+
+def test_sample_rows_at_a_temperature_next_to_none_takes_the_most_probable(run):
+    device, backend = run
+    logits = normal(6, 700, seed=6, device=device)
+    draws = torch.full((6,), 0.999, dtype=torch.float64, device=device)
+    for heat in (0.0, 1e-300, 1e-20):
+        assert torch.equal(sample_rows(logits, draws, heat, backend=backend).tokens, logits.argmax(-1))
+
+
+def test_sample_rows_tells_of_rows_that_are_no_numbers(run):
+    device, backend = run
+    logits = torch.zeros(3, 1500, device=device)
+    logits[0, 1200], logits[1] = torch.nan, -torch.inf
+    drawn = sample_rows(logits, torch.full((3,), 0.5, dtype=torch.float64, device=device), backend=backend)
+    assert drawn.logprobs.isnan().tolist() == [True, True, False]
+    assert drawn.top_logprobs.isnan().tolist() == [True, True, False]
+    assert 0 <= int(drawn.tokens.min()) <= int(drawn.tokens.max()) < 1500
+
+
+def test_sample_rows_frequencies_are_the_probabilities(run):
+    """Chi-square over fixed seeds: 11 tokens, 10 degrees of freedom, whose 99.9 % quantile is 29.6."""
+    device, backend = run
+    n = 200 if INTERPRETED else 20000
+    logits = normal(1, 11, seed=7, device=device).expand(n, -1).contiguous()
+    numbers = [0] * n, [1] * n, range(n), [3] * n
+    counters = torch.from_numpy(counters_of(*numbers)).to(device)
+    drawn = sample_rows(logits, counters, 0.8, backend=backend).tokens
+    wanted = n * (logits[0].double() / 0.8).softmax(-1).cpu()
+    counted = torch.bincount(drawn.cpu(), minlength=11)
+    assert float(((counted - wanted) ** 2 / wanted).sum()) < 29.6
 
 
 # ------------------------------------------------------------------------------------------------ tree attention
@@ -511,7 +617,8 @@ def test_compiled_calls_equal_eager_ones(run):
     def rows(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         logprob = linear_logprob(hidden, weight, targets, backend=backend)
         logits = hidden @ weight.T
-        return logprob, guide_logits(logits, logits + 1, -logits, 0.5, backend=backend)
+        drawn = sample_rows(logits, torch.full((5,), 0.3, dtype=torch.float64, device=device), 0.9, backend=backend)
+        return logprob, guide_logits(logits, logits + 1, -logits, 0.5, backend=backend), *drawn
 
     def attend(q: Tensor, k_pool: Tensor, v_pool: Tensor, new: Tensor) -> Tensor:
         write_kv(k_pool, v_pool, new, new, torch.tensor([1, 3], device=device), backend=backend)

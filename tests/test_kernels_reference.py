@@ -18,6 +18,7 @@ from prm_search.triton_kernels import (
     guide_logits,
     linear_logprob,
     reference,
+    sample_rows,
     tree_attention,
     write_kv,
 )
@@ -114,6 +115,7 @@ def tables_of(rows: int = 1) -> dict[str, Tensor]:
 
 HIDDEN, WEIGHT, TARGETS = torch.zeros(2, 8), torch.zeros(5, 8), torch.zeros(2, dtype=torch.long)
 Q, POOL, ROWS = torch.zeros(1, 2, 8), torch.zeros(4, 1, 8), torch.zeros(2, 5)
+DRAWS = torch.full((2,), 0.5, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +139,12 @@ Q, POOL, ROWS = torch.zeros(1, 2, 8), torch.zeros(4, 1, 8), torch.zeros(2, 5)
         (lambda: guide_logits(ROWS, ROWS[:1], ROWS, 1.0), "prm is"),
         (lambda: guide_logits(ROWS, ROWS, ROWS, torch.ones(3)), r"alpha is \[3\]"),
         (lambda: guide_logits(ROWS, ROWS, ROWS, 1.0, out=ROWS.half()), "out is"),
+        (lambda: sample_rows(ROWS[0], DRAWS), "logits has shape"),
+        (lambda: sample_rows(ROWS[:, :0], DRAWS), "logits has 0 columns"),
+        (lambda: sample_rows(ROWS, DRAWS.float()), "draws is .*float32"),
+        (lambda: sample_rows(ROWS, DRAWS[:1]), r"draws is \[1\]"),
+        (lambda: sample_rows(ROWS, DRAWS, -1.0), "temperature is -1.0"),
+        (lambda: sample_rows(ROWS, DRAWS, torch.ones(9)), r"temperature is \[9\]"),
         (lambda: tree_attention(Q[0], POOL, POOL, **tables_of(), scale=1.0), "q has shape"),
         (lambda: tree_attention(Q, POOL[..., :4], POOL, **tables_of(), scale=1.0), "head dimensions must agree"),
         (lambda: tree_attention(Q, POOL, POOL[:2], **tables_of(), scale=1.0), "slots and KV heads must agree"),
@@ -178,6 +186,7 @@ def test_what_is_not_a_number_is_a_type_error(name, wrong):
 CALLS = {
     linear_logprob: ((HIDDEN, WEIGHT, TARGETS), {}),
     guide_logits: ((ROWS, ROWS, ROWS, 1.0), {}),
+    sample_rows: ((ROWS, DRAWS), {}),
     tree_attention: ((Q, POOL, POOL), {**tables_of(), "scale": 1.0}),
     write_kv: ((POOL, POOL, Q[:, :1], Q[:, :1], TARGETS[:1]), {}),
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prm_search.triton_kernels import launch, tiles
+from prm_search.triton_kernels.reference import COLDEST
 
 _GUIDE_BLOCK = 2048
 _PART_BLOCK = 1024
@@ -34,3 +35,27 @@ def guide_logits(policy: Tensor, prm: Tensor, ref: Tensor, alpha: Tensor, out: T
         out.stride(0), splits, SPLITS=tiles.power_of_two(splits), BLOCK=_GUIDE_BLOCK, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def sample_rows(logits: Tensor, draws: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton launches of `sample_rows`, arguments unchecked."""
+    rows, vocabulary = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    out = torch.empty((2, rows), dtype=torch.float32, device=logits.device)
+    if rows:
+        from prm_search.triton_kernels import _jit_sample as jit
+
+        temperature, draws = temperature.contiguous(), draws.contiguous()
+        splits, share = tiles.row_splits(rows, vocabulary, launch.processors(logits.device), _PART_BLOCK)
+        parts = torch.empty((rows, splits, 3), dtype=torch.float32, device=logits.device)
+        firsts = torch.empty((rows, splits), dtype=torch.int32, device=logits.device)
+        launch.launch(
+            jit.sample_parts_kernel, (splits, rows), logits.device, logits, temperature, parts, firsts, vocabulary,
+            logits.stride(0), splits, share, COLDEST=COLDEST, BLOCK=_PART_BLOCK, num_warps=4,
+        )  # fmt: skip
+        launch.launch(
+            jit.sample_pick_kernel, (rows,), logits.device, logits, temperature, draws, parts, firsts, tokens, out,
+            vocabulary, logits.stride(0), splits, share, rows, COUNTERS=draws.dtype == torch.int64, COLDEST=COLDEST,
+            SPLITS=tiles.power_of_two(splits), BLOCK=_PART_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return tokens, out[0], out[1]

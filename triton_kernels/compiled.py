@@ -79,3 +79,15 @@ def guide_logits(policy_logits: Tensor, prm: Tensor, reference_logits: Tensor, a
 @guide_logits.register_fake
 def _(policy_logits, prm, reference_logits, alpha):  # type: ignore[no-untyped-def]
     return torch.empty_like(policy_logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("prm_search::sample_rows", mutates_args=())
+def sample_rows(logits: Tensor, draws: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, logprobs, tops = _rows_launch.sample_rows(logits, draws, temperature)
+    return tokens, logprobs.clone(), tops.clone()  # views of one tensor: an operator's results share no memory
+
+
+@sample_rows.register_fake
+def _(logits, draws, temperature):  # type: ignore[no-untyped-def]
+    number = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return torch.empty_like(number, dtype=torch.int64), number, torch.empty_like(number)

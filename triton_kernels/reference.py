@@ -132,6 +132,103 @@ def guide_logits(policy_logits: Tensor, prm: Tensor, reference: Tensor, alpha: T
     return steered if width == policy_logits.shape[1] else torch.cat([steered, policy_logits[:, width:]], dim=1)
 
 
+# ------------------------------------------------------------------------------------------------ sample_rows
+
+COLDEST = 1e-30  # temperatures below are this one: the smallest floats are 0 where numbers are divided by them
+_BLOCK = 256  # columns that are summed first: a running sum over a whole vocabulary in fp64 would be most of the time
+_LOW = 0xFFFFFFFF
+
+
+def philox_uniforms(counters: Tensor) -> Tensor:
+    """Numbers in [0, 1), fp64 `[R]`, of int64 `[R, 3]` (key, lineage, position): Philox 4x32-10.
+
+    The low 64 bits of a product of two 32-bit numbers are all of it, and torch's int64 keeps them whatever their sign.
+    """
+    key, lineage, position = counters.unbind(1)
+    c0, c1, c2, c3 = lineage & _LOW, (lineage >> 32) & _LOW, position & _LOW, torch.zeros_like(position)
+    k0, k1 = key & _LOW, (key >> 32) & _LOW
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return ((c0 << 21) | (c1 >> 11)).double() * 2.0**-53
+
+
+def sample_rows(logits: Tensor, draws: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, their log-probabilities and the most probable tokens', each `[R]`; a few rows at a time, in cache."""
+    uniform = draws if draws.dtype == torch.float64 else philox_uniforms(draws)
+    rows, vocabulary = logits.shape
+    many = max(1, _LOGIT_BUDGET // vocabulary)
+    if rows <= many:
+        return _sample_few(logits, uniform, temperature)
+    parts = []
+    for first in range(0, rows, many):
+        some = slice(first, first + many)
+        heat = temperature[some] if isinstance(temperature, Tensor) else temperature
+        parts.append(_sample_few(logits[some], uniform[some], heat))
+    tokens, logprobs, tops = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs), torch.cat(tops)
+
+
+def _sample_few(logits: Tensor, uniform: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    wide = logits.to(accumulate_dtype(logits.dtype))
+    if isinstance(temperature, Tensor):
+        greedy: Tensor | None = temperature == 0
+        if not logits.is_cuda and not torch.compiler.is_compiling() and not bool(greedy.any()):
+            greedy = None
+        rate: Tensor | float = (1 / temperature.to(wide.dtype).clamp(min=COLDEST))[:, None]
+    else:
+        greedy = None if temperature else torch.ones_like(uniform, dtype=torch.bool)
+        rate = 1 / max(temperature, COLDEST)
+    top = wide.amax(dim=-1, keepdim=True)
+    weights = wide - top
+    if isinstance(rate, float) and rate == 1.0:
+        sums = _block_sums(weights.exp_())
+        total = sums[:, -1:]
+    else:
+        total = _block_sums(weights.exp())[:, -1:]
+        sums = _block_sums(weights.mul_(rate).exp_())
+    tokens = _inverse_cdf(weights, sums, uniform[:, None])
+    if greedy is not None:
+        tokens = torch.where(greedy, wide.argmax(dim=-1), tokens)
+    rest = total.log()
+    drawn = (wide.gather(1, tokens[:, None]) - top) - rest
+    return tokens, drawn[:, 0].to(wide.dtype), (-rest)[:, 0].to(wide.dtype)
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    """Running sums of `[R, V]` after each block of columns, fp64 `[R, blocks]`."""
+    whole = weights.shape[1] // _BLOCK * _BLOCK
+    sums = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1) if whole else weights[:, :0]
+    if whole < weights.shape[1]:
+        sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=1)
+    return sums.cumsum(-1, dtype=torch.float64)
+
+
+def _inverse_cdf(weights: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
+    """The column at which the running sum of weights first exceeds uniform times their total: `[R]` int64, never one
+    of weight 0. `sums`: after each block; uniform: `[R, 1]` fp64."""
+    if sums.shape[1] == 1:
+        sums = weights.cumsum(-1, dtype=torch.float64)
+        goal = _below(uniform * sums[:, -1:], sums)
+        return torch.searchsorted(sums, goal, right=True).squeeze(1).clamp_(max=weights.shape[1] - 1)
+    goal = _below(uniform * sums[:, -1:], sums)
+    block = torch.searchsorted(sums, goal, right=True).clamp(max=sums.shape[1] - 1)  # NaN has no place
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    columns = block * _BLOCK + torch.arange(min(_BLOCK, weights.shape[1]), device=weights.device)
+    outside = columns >= weights.shape[1]
+    inside = weights.gather(1, columns.clamp(max=weights.shape[1] - 1)).masked_fill_(outside, 0.0)
+    running = inside.cumsum(-1, dtype=torch.float64)
+    place = torch.searchsorted(running, _below(goal - before, running), right=True)
+    return (block * _BLOCK + place).squeeze(1).clamp_(max=weights.shape[1] - 1)
+
+
+def _below(goal: Tensor, sums: Tensor) -> Tensor:
+    """`goal` [R, 1], kept below the last of its row's running sums, which rounding may have it reach."""
+    last = sums[:, -1:]
+    return torch.minimum(goal, torch.nextafter(last, torch.zeros_like(last)))
+
+
 # --------------------------------------------------------------------------------------------- tree_attention
 
 

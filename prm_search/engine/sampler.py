@@ -1,4 +1,4 @@
-"""Log-probabilities -> tokens: temperature and filters, then the inverse CDF of counter-based uniforms."""
+"""Log-probabilities -> tokens: temperature and filters, then a counter-based draw; see `sample_rows`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ..rng import uniforms
+from ..rng import counters_of, uniforms_at
 from ..sampling import Sampling
+from ..triton_kernels import sample_rows
+from ..triton_kernels.reference import COLDEST
 from .decoding_row import DecodingRow
 from .to_device import number_to_device
-
-BLOCK = 256  # tokens of the vocabulary that are summed first when one is drawn
-COLDEST = 1e-30  # temperatures below are this one: the smallest floats are 0 where tensors are divided by them
 
 
 def filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -45,33 +43,6 @@ def filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return scores
 
 
-def inverse_cdf(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token at which the cumulative probability, in vocabulary order, first exceeds the uniform number.
-
-    Args:
-        scores: [R, V] unnormalised log-probabilities, -inf where forbidden.
-        uniform: [R] float64 in [0, 1).
-
-    Returns:
-        [R] int64, never a token of probability zero.
-    """
-    weights = F.pad(scores.softmax(-1), (0, -scores.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    # Two levels: one running sum over a whole vocabulary in fp64 would be most of a token step.
-    sums = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # [R, blocks]
-    goal = _below(uniform.to(sums.device)[:, None] * sums[:, -1:], sums)
-    block = torch.searchsorted(sums, goal, right=True)
-    before = F.pad(sums, (1, 0)).gather(1, block)
-    inside = weights.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
-    place = torch.searchsorted(inside, _below(goal - before, inside), right=True)
-    return (block * BLOCK + place).squeeze(1)
-
-
-def _below(goal: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """`goal` [R, 1], kept below the last of its row's running sums, which rounding may have it reach."""
-    last = sums[:, -1:]
-    return torch.minimum(goal, torch.nextafter(last, torch.zeros_like(last)))
-
-
 class Sampler:
     """Draws one token a row. Subclass and override `scores` to put other logits processors in."""
 
@@ -94,24 +65,28 @@ class Sampler:
             logprobs: [R, V] nats; row i is the next-token distribution of rows[i].
             rows: what is decoded.
         """
-        scores = self.scores(logprobs, rows)
-        greedy = [row.request.sampling.temperature == 0 for row in rows]
-        if all(greedy):
-            return scores.argmax(-1)
-        uniform = uniforms(
-            [row.request.sampling.seed for row in rows],
+        samplings = [row.request.sampling for row in rows]
+        heat = np.array([sampling.temperature for sampling in samplings])
+        scores = logprobs
+        if type(self).scores is not Sampler.scores or any(_filters(sampling) for sampling in samplings):
+            scores, heat = self.scores(logprobs, rows), (heat > 0).astype(float)
+        counters = counters_of(
+            [sampling.seed for sampling in samplings],
             [row.request.node.tree.stream for row in rows],
             [row.lineage for row in rows],
             [row.position for row in rows],
         )
-        tokens = inverse_cdf(scores, number_to_device(uniform, scores.device))
-        if any(greedy):
-            tokens = torch.where(number_to_device(np.array(greedy), scores.device), scores.argmax(-1), tokens)
-        return tokens
+        draws = counters if scores.is_cuda else uniforms_at(counters)
+        temperature = number_to_device(heat, scores.device) if (heat != heat[0]).any() else float(heat[0])
+        return sample_rows(scores, number_to_device(draws, scores.device), temperature).tokens
 
 
-def _is_plain(s: Sampling) -> bool:
-    return s.temperature == 1.0 and s.top_p == 1.0 and not s.top_k and s.min_p == 0.0
+def _filters(sampling: Sampling) -> bool:
+    return sampling.top_p < 1.0 or bool(sampling.top_k) or sampling.min_p > 0.0
+
+
+def _is_plain(sampling: Sampling) -> bool:
+    return sampling.temperature == 1.0 and not _filters(sampling)
 
 
 def _by_sampling(rows: Sequence[DecodingRow]) -> dict[Sampling, list[int]]:
