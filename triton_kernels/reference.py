@@ -173,9 +173,9 @@ def sample_rows(logits: Tensor, draws: Tensor, temperature: Tensor | float) -> t
 def _sample_few(logits: Tensor, uniform: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     wide = logits.to(accumulate_dtype(logits.dtype))
     if isinstance(temperature, Tensor):
-        greedy: Tensor | None = temperature == 0
-        if not logits.is_cuda and not torch.compiler.is_compiling() and not bool(greedy.any()):
-            greedy = None
+        cold = temperature == 0
+        readable = not logits.is_cuda and not torch.compiler.is_compiling()
+        greedy = None if readable and not bool(cold.any()) else cold
         rate: Tensor | float = (1 / temperature.to(wide.dtype).clamp(min=COLDEST))[:, None]
     else:
         greedy = None if temperature else torch.ones_like(uniform, dtype=torch.bool)
