@@ -33,6 +33,8 @@ _PUBLIC = {
     "Driver": ".driver.driver",
     "HFPolicy": ".policies.hf",
     "ImplicitPRM": ".scorers.implicit.implicit_prm",
+    "Judge": ".scorers.explicit.judge",
+    "JudgeFormat": ".scorers.explicit.judge_formats",
     "OutcomeRM": ".scorers.explicit.outcome_rm",
     "PRMFormat": ".scorers.explicit.formats",
     "StepPRM": ".scorers.explicit.step_prm",
@@ -81,6 +83,8 @@ if TYPE_CHECKING:
     from .policies.hf import HFPolicy as HFPolicy, Steered as Steered
     from .protocols import Policy as Policy, Sampling as Sampling, Scorer as Scorer
     from .scorers.explicit.formats import PRMFormat as PRMFormat
+    from .scorers.explicit.judge import Judge as Judge
+    from .scorers.explicit.judge_formats import JudgeFormat as JudgeFormat
     from .scorers.explicit.outcome_rm import OutcomeRM as OutcomeRM
     from .scorers.explicit.step_prm import StepPRM as StepPRM
     from .scorers.explicit.step_scores import StepScores as StepScores

@@ -53,10 +53,14 @@ class ScorerDefaults(ABC):
         name: key of its rewards in Node.rewards.
         default_value: the value that the scorer's rewards are meant for, used where neither the call nor the strategy
             names one; None for q.
+        reward_range: the least and the most that a step's reward can be; None for no bounds.
+        whole: it rewards finished answers alone, on their last step; all other steps get 0.
     """
 
     name: str
     default_value: str | Value | None = None
+    reward_range: tuple[float, float] | None = None
+    whole: bool = False
 
     @property
     def models(self) -> Mapping[str, Hashable]:
@@ -100,6 +104,8 @@ class _Completed(ScorerDefaults):
         self.scorer = scorer
         self.name = scorer.name
         self.default_value = getattr(scorer, "default_value", None)
+        self.reward_range = getattr(scorer, "reward_range", None)
+        self.whole = getattr(scorer, "whole", False)
 
     @property
     def models(self) -> Mapping[str, Hashable]:

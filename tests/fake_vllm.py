@@ -27,6 +27,7 @@ class ByteTokenizer:
     """A tokenizer of bytes, with what TokenText and encode_prompt ask of one. Token 0 ends the sequence."""
 
     all_special_ids = (EOS,)
+    all_special_tokens = ("</s>",)
     eos_token_id = EOS
     chat_template = None
 

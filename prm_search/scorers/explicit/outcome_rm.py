@@ -48,6 +48,7 @@ class OutcomeRM(ScorerBase):
     """
 
     kind = "outcome model"
+    whole = True
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class OutcomeRM(ScorerBase):
         if weight is None or weight.ndim != 2 or weight.shape[0] not in (1, 2):
             shape = "nothing" if weight is None else list(weight.shape)
             raise ValueError(f"{HEAD}.weight is {shape}: an outcome model has a head of one output, or of two classes")
+        self.reward_range = (0.0, 1.0) if weight.shape[0] == 2 else None
         squash: Squash = "second" if weight.shape[0] == 2 else "none"
         self._read = TensorHead((HEAD,), squash).reader(self.rm.head, tensors, tokenizer, self.rm.config.hidden_size)
         self._spelling = Spelling(tokenizer)
@@ -148,7 +150,8 @@ class OutcomeRM(ScorerBase):
         """The paths of a search tree; made on first use."""
         paths = self._trees.get(tree)
         if paths is None:
-            question, plain = question_of(self.name, tree.prompt, self._spelling), self._spelling.plain
+            plain = self._spelling.plain
+            question = question_of(self.name, tree.prompt, plain)
             paths = self._trees[tree] = PathTree(
                 tree,
                 self.rm,

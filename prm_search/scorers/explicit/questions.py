@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ...prompt import Prompt
-from .layouts import Spelling
 
 
-def question_of(name: str, prompt: Prompt, spelling: Spelling) -> list[dict[str, Any]]:
+def question_of(name: str, prompt: Prompt, plain: Callable[[str], str]) -> list[dict[str, Any]]:
     """Return a prompt as chat messages; plain text is the user's.
 
     Args:
         name: of the scorer, for the message.
         prompt: text or messages.
-        spelling: of the scorer's tokenizer.
+        plain: breaks up control tokens that a text spells; see Spelling.plain.
 
     Raises:
         ValueError: the prompt is given only as token ids.
@@ -30,5 +30,5 @@ def question_of(name: str, prompt: Prompt, spelling: Spelling) -> list[dict[str,
         )
     for message in messages:
         if isinstance(message.get("content"), str):
-            message["content"] = spelling.plain(message["content"])
+            message["content"] = plain(message["content"])
     return messages

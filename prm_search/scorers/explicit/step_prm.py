@@ -68,6 +68,7 @@ class StepPRM(ScorerBase):
             raise ValueError(f"too_long={too_long!r}: it is 'error' or 'keep'")
         self.format = resolve_format(format)
         self.default_value = self.format.aggregate  # what its authors judge answers by
+        self.reward_range = self.format.low, self.format.high
         self.too_long = too_long
         self.prm = (
             model if isinstance(model, LanguageModel) else LanguageModel.of(model, adapter=adapter, capacity=capacity)
@@ -192,7 +193,8 @@ class StepPRM(ScorerBase):
         """The paths of a search tree; made on first use."""
         paths = self._trees.get(tree)
         if paths is None:
-            question, plain = question_of(self.name, tree.prompt, self._spelling), self._spelling.plain
+            plain = self._spelling.plain
+            question = question_of(self.name, tree.prompt, plain)
             tokenizer, layout = self.tokenizer, self.format.layout
             paths = self._trees[tree] = PathTree(
                 tree,
