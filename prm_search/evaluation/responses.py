@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -80,9 +80,16 @@ def evaluate_responses(
             names the problem).
     """
     pairs = list(scorers) if isinstance(scorers, Sequence) else [scorers]
-    names = [pair.name for pair in pairs]
-    if not pairs or len(set(names)) < len(names):
-        raise ValueError(f"scorers are named {names}: at least one is needed, each with a name of its own")
+    check_responses(problems, [pair.name for pair in pairs], plan, judge)
+    extract = resolve_answer(answer) or final_answer
+    missing = ((index, problem) for index, problem in enumerate(problems) if index not in (done or {}))
+    return response_records(missing, pairs, plan, judge, extract)
+
+
+def check_responses(problems: Sequence[Answered], names: Sequence[str], plan: Plan, judge: Judge | None) -> None:
+    """Raises ValueError where problems, names of scorers, plan and judge do not suit; see evaluate_responses."""
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"scorers are named {list(names)}: at least one is needed, each with a name of its own")
     odd = [name for name in plan.strategies if name not in VOTES]
     if odd:
         raise ValueError(f"strategies: {', '.join(odd)} would sample; responses that exist take {', '.join(VOTES)}")
@@ -93,21 +100,17 @@ def evaluate_responses(
             )
         if (judge is None or problem.answer is None) and any(response.right is None for response in problem.responses):
             raise ValueError(f"problems[{index}]: a response has no label, and there is no right answer to judge it by")
-    extract = resolve_answer(answer) or final_answer
-    return _records(problems, pairs, plan, judge, extract, done or {})
 
 
-def _records(
-    problems: Sequence[Answered],
+def response_records(
+    problems: Iterable[tuple[int, Answered]],
     pairs: Sequence[ImplicitPRM],
     plan: Plan,
     judge: Judge | None,
     extract: Answer,
-    done: Mapping[int, dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    for index, problem in enumerate(problems):
-        if index in done:
-            continue
+    """The records of some problems, each with its place in the whole list; see evaluate_responses."""
+    for index, problem in problems:
         responses = problem.responses[: plan.most]
         costs: dict[str, Cost] = {}
         values: list[dict[str, dict[str, float]]] = [{} for _ in responses]

@@ -77,10 +77,7 @@ def evaluate(
     for scorer in pairs:
         require("scorers", scorer, Scorer)
     names = [scorer.name for scorer in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"scorers are named {names}: each needs a name of its own (ImplicitPRM(..., name=...))")
-    if plan.ranked and not pairs:
-        raise ValueError(f"scorers is empty: {', '.join(plan.ranked)} need at least one")
+    check_scorers(plan, names)
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch={batch!r}: an integer >= 1 is needed")
     plain_prompts = [problem.prompt for problem in problems]
@@ -89,33 +86,66 @@ def evaluate(
     for scorer in pairs:  # whose context may be shorter
         encode_all(plain_prompts, Participants(policy, own, scorer, None, None).encode)
     extract = resolve_answer(answer) or final_answer
-    judgings = [Judging(judge, extract, problem.answer) for problem in problems]
-    run = _Run(prompts, judgings, policy, {scorer.name: scorer for scorer in pairs}, plan, batch, on_result)
-    return run.records(done or {})
+    judgings = {place: Judging(judge, extract, problem.answer) for place, problem in enumerate(problems)}
+    by_name = {scorer.name: scorer for scorer in pairs}
+    run = EvaluationPart(dict(enumerate(prompts)), judgings, policy, by_name, plan, batch, on_result)
+    units = dict(enumerate(plan.units(len(problems), names)))
+    tokens = sampled_tokens(plan, units, done or {})
+    return run.records({index: unit for index, unit in units.items() if index not in (done or {})}, tokens)
+
+
+def check_scorers(plan: Plan, names: Sequence[str]) -> None:
+    """Raises ValueError where a plan needs scorers and there are none, or two have one name."""
+    if len(set(names)) < len(names):
+        raise ValueError(f"scorers are named {list(names)}: each needs a name of its own (ImplicitPRM(..., name=...))")
+    if plan.ranked and not names:
+        raise ValueError(f"scorers is empty: {', '.join(plan.ranked)} need at least one")
+
+
+#: Policy tokens of the first n samples: (problem, seed, n) -> tokens. What beam and lookahead may sample.
+SampledTokens = dict[tuple[int, int | None, int], int]
+
+
+def sampled_tokens(plan: Plan, units: Mapping[int, Unit], done: Mapping[int, Record]) -> SampledTokens:
+    """The tokens of the samples among finished records, by the units of all records."""
+    return {
+        (units[index].problem, units[index].seed, n): tokens_of(record, n)
+        for index, record in done.items()
+        if units[index].kind == "samples"
+        for n in plan.budgets
+    }
 
 
 @dataclass
-class _Run:
-    prompts: Sequence[tuple[Prompt, int]]
-    judgings: Sequence[Judging]
+class EvaluationPart:
+    """An evaluation of some problems, or of all of them.
+
+    Attributes:
+        prompts: problem -> its prompt with token ids, and how many equal ones stand before it in the whole list.
+        judgings: problem -> its rules.
+        policy, plan, batch, on_result: as of `evaluate`.
+        scorers: by name.
+    """
+
+    prompts: Mapping[int, tuple[Prompt, int]]
+    judgings: Mapping[int, Judging]
     policy: Policy
     scorers: Mapping[str, Scorer]
     plan: Plan
     batch: int
     on_result: Callable[[Unit, Result], object] | None = None
 
-    def records(self, done: Mapping[int, Record]) -> Iterator[Record]:
-        units = self.plan.units(len(self.prompts), list(self.scorers))
-        # What beam and lookahead may sample: (problem, seed, n) -> tokens.
-        tokens = {
-            (units[index].problem, units[index].seed, n): tokens_of(record, n)
-            for index, record in done.items()
-            if units[index].kind == "samples"
-            for n in self.plan.budgets
-        }
+    def records(self, units: Mapping[int, Unit], known: SampledTokens) -> Iterator[Record]:
+        """Run units, which are in the plan's order by index.
+
+        Args:
+            units: index -> unit; a search stands behind the samples that it is compared with, or these are known.
+            known: of samples that are finished already.
+        """
+        tokens = dict(known)
         # Units of one strategy, seed and pair run together.
-        for (kind, _, cell), group in groupby(enumerate(units), _together):
-            jobs = [self._job(index, unit, tokens) for index, unit in group if index not in done]
+        for (kind, _, cell), group in groupby(units.items(), _together):
+            jobs = [self._job(index, unit, tokens) for index, unit in group]
             scorer = None if cell is None or cell.pair is None else self.scorers[cell.pair]
             for job, result in _searches(self.policy, scorer, jobs, self.batch):
                 unit, seconds = units[job.place], job.seconds
@@ -130,7 +160,7 @@ class _Run:
                     self.on_result(unit, result)
                 yield head | record
 
-    def _job(self, index: int, unit: Unit, tokens: Mapping[tuple[int, int | None, int], int]) -> Job:
+    def _job(self, index: int, unit: Unit, tokens: SampledTokens) -> Job:
         prompt, occurrence = self.prompts[unit.problem]
         sampling, budget = self.plan.sampling(unit.seed or 0), Budget()
         if unit.kind == "search" and unit.cell is not None:

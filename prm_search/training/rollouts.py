@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from ..checks import require
@@ -13,7 +13,7 @@ from ..protocols import Policy, PolicyBase, Request, Sampling
 from ..search import encode_all
 from ..tree import Node, Prompt, SearchTree
 
-__all__ = ["Label", "Problem", "Rollout", "sample_rollouts"]
+__all__ = ["Label", "Problem", "Rollout", "RolloutJob", "draw_rollouts", "sample_rollouts"]
 
 Label = Callable[[str, str], tuple[str | None, bool]]
 
@@ -97,49 +97,69 @@ def sample_rollouts(
         raise ValueError(f"stop={sampling.stop!r}: this policy takes no stop strings")
     prompts = [problem.prompt for problem in problems]
     encoded = encode_all(prompts, lambda prompt: prompt.with_ids(policy.encode(prompt)), "problems[{}]".format)
-    return _sample(problems, encoded, policy, n, sampling, label, frozenset(done), batch)
+    finished = frozenset(done)
+    jobs = (
+        RolloutJob(i, prompt, occurrence, problems[i].answer, tuple(k for k in range(n) if (i, k) not in finished))
+        for i, (prompt, occurrence) in enumerate(encoded)
+    )
+    return draw_rollouts(jobs, policy=policy, sampling=sampling, label=label, batch=batch)
 
 
-def _sample(
-    problems: Sequence[Problem],
-    encoded: Sequence[tuple[Prompt, int]],
-    policy: Policy,
-    n: int,
-    sampling: Sampling,
-    label: Label,
-    done: frozenset[tuple[int, int]],
-    batch: int,
+@dataclass(frozen=True)
+class RolloutJob:
+    """The responses that are wanted of one problem.
+
+    Attributes:
+        problem: its place in the whole list.
+        prompt: with its token ids.
+        occurrence: how many equal prompts stand before it in the whole list.
+        answer: the reference answer.
+        samples: which of its responses.
+    """
+
+    problem: int
+    prompt: Prompt
+    occurrence: int
+    answer: str
+    samples: Sequence[int]
+
+
+def draw_rollouts(
+    jobs: Iterable[RolloutJob], *, policy: Policy, sampling: Sampling, label: Label, batch: int
 ) -> Iterator[Rollout]:
-    wanted = {i: [k for k in range(n) if (i, k) not in done] for i in range(len(problems))}
-    waiting = deque(i for i in wanted if wanted[i])
-    places: dict[Request, tuple[int, int]] = {}
+    """Sample and label what `jobs` want, at most `batch` problems at a time; other arguments as of sample_rollouts.
+
+    The jobs are begun in order. The next is asked for when there is room for it.
+    """
+    waiting = (job for job in jobs if job.samples)
+    places: dict[Request, tuple[RolloutJob, int]] = {}
     left: dict[SearchTree, int] = {}
     try:
-        while waiting or left:
-            while waiting and len(left) < batch:
-                i = waiting.popleft()
-                prompt, occurrence = encoded[i]
-                tree = SearchTree(prompt, occurrence=occurrence)
+        while True:
+            for job in islice(waiting, batch - len(left)):
+                tree = SearchTree(job.prompt, occurrence=job.occurrence)
                 how = _within(sampling, PolicyBase.of(policy).context, len(tree.prompt_ids))
                 requests = []
-                for k in wanted[i]:
+                for k in job.samples:
                     tree.root.drawn = k
                     requests.append(Request.draw(tree.root, 1, how, until="end", merge=False))
-                places.update(zip(requests, ((i, k) for k in wanted[i]), strict=True))
+                places.update(zip(requests, ((job, k) for k in job.samples), strict=True))
                 left[tree] = len(requests)
                 policy.submit(requests)
+            if not left:
+                return
             for request, (node, *_) in policy.advance():
-                i, k = places.pop(request)
+                job, k = places.pop(request)
                 tree = request.node.tree
                 text, cut = node.path_text(), node.finish != "stop"
-                answer, right = (None, False) if cut else label(text, problems[i].answer)
+                answer, right = (None, False) if cut else label(text, job.answer)
                 ids = tuple(node.path_ids())
                 left[tree] -= 1
                 if not left[tree]:
                     del left[tree]
                     policy.release(tree)
                 logprobs = _logprobs(node)
-                yield Rollout(i, k, tree.prompt_ids, ids, text, str(node.finish), answer, right, logprobs)
+                yield Rollout(job.problem, k, tree.prompt_ids, ids, text, str(node.finish), answer, right, logprobs)
     finally:
         for tree in left:
             policy.release(tree)

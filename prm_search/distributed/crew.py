@@ -1,0 +1,232 @@
+"""Crew: the workers of one run. It starts them, hands out chunks, and replaces those that die."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from ..tree import Prompt
+from .cluster import Cluster, ClusterError, Failure, import_ray
+from .schedule import TRIES, Schedule
+from .worker import About, Message, OpenWork, Refusal, Task, Worker, versions
+
+IN_A_ROW = 4  # losses of one worker without a record between them, after which it is not replaced
+PATIENCE = 30.0  # seconds without news, after which workers that have no machine yet are spoken of
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A worker, and the one that takes its place when it dies.
+
+    Attributes:
+        number: counted from 0.
+        actor: the process; None where it is not replaced any more.
+        awaited: the reference of what it is doing: loading, encoding, or a stream of messages; None where nothing.
+        about: None until it is ready.
+        losses: in a row.
+        forwards: of the process that runs.
+    """
+
+    number: int
+    actor: Any = None
+    awaited: Any = None
+    about: About | None = None
+    losses: int = 0
+    forwards: int = 0
+
+    def __str__(self) -> str:
+        return f"worker {self.number}" + ("" if self.about is None else f" on {self.about.node}")
+
+
+class Crew:
+    """The workers of one run.
+
+    Args:
+        cluster: is open.
+        open_work: is called in each worker, and loads its models there.
+
+    Raises:
+        ClusterError: from `encode` and `run`: a worker cannot load its models, or all workers were lost too often.
+    """
+
+    def __init__(self, cluster: Cluster, open_work: OpenWork) -> None:
+        self._ray = import_ray()
+        self._cluster = cluster
+        self._open_work = open_work
+        self._versions = versions()
+        self._kind = self._ray.remote(Worker).options(
+            num_cpus=1, num_gpus=cluster.gpus_per_worker, max_restarts=0, scheduling_strategy="SPREAD"
+        )
+        self._slots = [_Slot(number) for number in range(cluster.workers)]
+
+    def __enter__(self) -> Crew:
+        for slot in self._slots:
+            self._start(slot)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for slot in self._slots:
+            self._kill(slot)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """Token ids of prompts, by the first worker that is ready.
+
+        Raises:
+            ValueError: a prompt is empty or too long; the message begins with "problems[place]:".
+        """
+        while True:
+            for slot in self._news():
+                if slot.about is None:
+                    self._loaded(slot)
+                    continue
+                reference, slot.awaited = slot.awaited, None
+                try:
+                    encoded: list[tuple[int, ...]] = self._ray.get(reference)
+                    return encoded
+                except self._ray.exceptions.RayTaskError as error:
+                    raise ValueError(_reason(error)) from error
+                except self._ray.exceptions.RayActorError as error:
+                    self._lost(slot, _reason(error))
+            ready = [slot for slot in self._slots if slot.about is not None]
+            if ready and not any(slot.awaited is not None for slot in ready):
+                ready[0].awaited = ready[0].actor.encode.remote(list(prompts))
+
+    def run(
+        self, tasks: Mapping[int, Task], schedule: Schedule, failed: Callable[[Failure], object]
+    ) -> Iterator[tuple[int, Any]]:
+        """Work on tasks; records are given out as they arrive, each with its index.
+
+        Args:
+            tasks: by their places.
+            schedule: of these places.
+            failed: called with each problem that is given up.
+        """
+        missing = {place: set(task.wanted) for place, task in tasks.items()}
+        while schedule.active:
+            for slot in self._slots:
+                if slot.about is not None and slot.awaited is None and (chunk := schedule.next(slot.number)):
+                    left = [_without(tasks[place], missing[place]) for place in chunk]
+                    slot.awaited = slot.actor.run.options(num_returns="streaming").remote(left)
+            for slot in self._news():
+                if slot.about is None:
+                    self._loaded(slot)
+                else:
+                    yield from self._read(slot, missing, schedule, failed)
+
+    def _read(
+        self, slot: _Slot, missing: Mapping[int, set[int]], schedule: Schedule, failed: Callable[[Failure], object]
+    ) -> Iterator[tuple[int, Any]]:
+        """The records of a worker's next message; or what becomes of its chunk's end, or its own."""
+        before = len(schedule.failed)
+        try:
+            message: Message = self._ray.get(next(slot.awaited))
+        except StopIteration:
+            slot.awaited = None
+            if schedule.held(slot.number):
+                self._take_back(slot, schedule, "ended without a record")
+        except self._ray.exceptions.RayTaskError as error:
+            slot.awaited = None
+            self._take_back(slot, schedule, _reason(error))
+            if not isinstance(error.cause, ValueError | TypeError):  # the models may be in no state to go on
+                self._replace(slot)
+        except self._ray.exceptions.RayActorError as error:
+            self._take_back(slot, schedule, _reason(error))
+            self._lost(slot, _reason(error))
+        else:
+            slot.losses = 0
+            self._cluster.forward_calls += message.forwards - slot.forwards
+            slot.forwards = message.forwards
+            for place, index, record in message.entries:
+                if isinstance(record, Refusal):
+                    schedule.refused(slot.number, place, record.reason)
+                    continue
+                missing[place].discard(index)
+                if not missing[place]:
+                    schedule.finished(slot.number, place)
+                yield index, record
+        for place in list(schedule.failed)[before:]:
+            failed(Failure(place, schedule.failed[place]))
+
+    def _take_back(self, slot: _Slot, schedule: Schedule, reason: str) -> None:
+        loss = schedule.lost(slot.number, f"{slot}: {reason}")
+        fate = [
+            f"{len(places)} {words}"
+            for places, words in (
+                (loss.untouched, "of its problems had not begun"), (loss.retried, "are tried again"),
+                (loss.failed, f"failed {TRIES} times"),
+            ) if places
+        ]  # fmt: skip
+        self._cluster.notice(f"{slot}: {reason}" + (f"; {', '.join(fate)}" if fate else ""))
+
+    def _loaded(self, slot: _Slot) -> None:
+        """Take note that a worker is ready, or lost. Raises ClusterError where it cannot load its models."""
+        reference, slot.awaited = slot.awaited, None
+        try:
+            slot.about = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise ClusterError(f"{slot}: {_reason(error)}") from error
+        except self._ray.exceptions.RayActorError as error:
+            self._cluster.notice(f"{slot}: {_reason(error)} while it loaded its models")
+            self._lost(slot, _reason(error))
+
+    def _lost(self, slot: _Slot, reason: str) -> None:
+        """Replace a worker that died, unless that has happened too often."""
+        slot.losses += 1
+        if slot.losses < IN_A_ROW:
+            self._replace(slot)
+            return
+        self._kill(slot)
+        self._cluster.notice(f"{slot} is not replaced: it was lost {IN_A_ROW} times without a record between")
+        if all(other.actor is None for other in self._slots):
+            raise ClusterError(f"every worker was lost {IN_A_ROW} times in a row: {reason}")
+
+    def _replace(self, slot: _Slot) -> None:
+        self._kill(slot)
+        self._start(slot)
+
+    def _start(self, slot: _Slot) -> None:
+        slot.about, slot.forwards = None, 0
+        slot.actor = self._kind.remote()
+        slot.awaited = slot.actor.load.remote(self._open_work, self._versions, self._cluster.gpus_per_worker)
+
+    def _kill(self, slot: _Slot) -> None:
+        if slot.actor is not None:
+            self._ray.kill(slot.actor)
+        slot.actor = slot.awaited = None
+
+    def _news(self) -> list[_Slot]:
+        """Wait until a worker has something to say. Returns all that have."""
+        busy = [slot for slot in self._slots if slot.awaited is not None]
+        references = [slot.awaited for slot in busy]
+        while True:
+            ready, _ = self._ray.wait(references, num_returns=1, timeout=PATIENCE, fetch_local=False)
+            if ready:
+                break
+            homeless = sum(slot.about is None for slot in busy)
+            if homeless:
+                self._cluster.notice(f"{homeless} workers are loading, or wait for a machine with room for them")
+        ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
+        names = {id(reference) for reference in ready}
+        return [slot for slot in busy if id(slot.awaited) in names]
+
+
+def _without(task: Task, missing: set[int]) -> Task:
+    """The task without the records that have come already."""
+    return Task(task.place, tuple(index for index in task.wanted if index in missing), task.content)
+
+
+def _reason(error: Any) -> str:
+    """Return what happened, on one line."""
+    cause = getattr(error, "cause", None)
+    if cause is not None:  # an exception in the worker
+        text = " ".join(str(cause).split())
+        return text if isinstance(cause, ValueError | OSError | ImportError) else f"{type(cause).__name__}: {text}"
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    text = " ".join(filter(None, lines)) or type(error).__name__
+    detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text)
+    return f"died ({detail[1].rstrip('. ') if detail else text})"
