@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from fakes import FakePolicy, FakeScorer, ids
 
+from prm_search.distributed.cluster import loopback
 from prm_search.protocols import Request
 from prm_search.tree import Node, Prompt
 
@@ -58,12 +59,12 @@ class Poisoned(FakePolicy):
 
 
 class Strict(FakePolicy):
-    """Refuses prompts that begin with z."""
+    """Refuses the prompt zz."""
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         token_ids = super().encode(prompt)
-        if token_ids[0] == ord("z"):
-            raise ValueError("no prompt begins with z")
+        if token_ids == ids("zz"):
+            raise ValueError("zz is no prompt")
         return token_ids
 
 
@@ -98,15 +99,16 @@ def two_machines(cpus: int, gpus: int = 0) -> Iterator[str]:
     """The address of a cluster of two logical machines on 127.0.0.1; its processes are gone at the end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("OMP_NUM_THREADS", "1")
+        import ray
         from ray.cluster_utils import Cluster
 
         machine = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": 80 << 20}
-        cluster = Cluster(initialize_head=True, head_node_args=machine | {"include_dashboard": False})
-        try:
-            cluster.add_node(**machine)
-            yield cluster.address
-        finally:
-            cluster.shutdown()
+        with loopback(ray):
+            cluster = Cluster(initialize_head=True, head_node_args=machine | {"include_dashboard": False})
+            try:
+                cluster.add_node(**machine)
+                yield cluster.address
+            finally:
+                cluster.shutdown()

@@ -131,7 +131,7 @@ class Cluster:
         else:
             _reach(address)
         try:
-            with _loopback(ray) if address == LOCAL else nullcontext():
+            with loopback(ray) if address == LOCAL else nullcontext():
                 ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
             self._close()
@@ -171,7 +171,7 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def _loopback(ray: Any) -> Iterator[None]:
+def loopback(ray: Any) -> Iterator[None]:
     """Have a cluster that is started meanwhile bind to 127.0.0.1, as Ray does by itself on macOS."""
     name, constants = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray._private.ray_constants
     environment, constant = os.environ.get(name), getattr(constants, "ENABLE_RAY_CLUSTER", None)

@@ -13,7 +13,7 @@ from .cluster import Cluster, ClusterError, Failure, import_ray
 from .schedule import TRIES, Schedule
 from .worker import About, Message, OpenWork, Refusal, Task, Worker, versions
 
-IN_A_ROW = 4  # losses of one worker without a record between them, after which it is not replaced
+IN_A_ROW = 3  # losses of one worker without a record between them, after which it is not replaced
 PATIENCE = 30.0  # seconds without news, after which workers that have no machine yet are spoken of
 
 
@@ -154,14 +154,13 @@ class Crew:
 
     def _take_back(self, slot: _Slot, schedule: Schedule, reason: str) -> None:
         loss = schedule.lost(slot.number, f"{slot}: {reason}")
-        fate = [
-            f"{len(places)} {words}"
-            for places, words in (
-                (loss.untouched, "of its problems had not begun"), (loss.retried, "are tried again"),
-                (loss.failed, f"failed {TRIES} times"),
-            ) if places
-        ]  # fmt: skip
-        self._cluster.notice(f"{slot}: {reason}" + (f"; {', '.join(fate)}" if fate else ""))
+        fates = (
+            (loss.retried, "to be tried again"),
+            (loss.failed, f"failed {TRIES} times"),
+            (loss.untouched, "not begun"),
+        )
+        counts = [f"{len(places)} {fate}" for places, fate in fates if places]
+        self._cluster.notice(f"{slot}: {reason}" + (f"; problems: {', '.join(counts)}" if counts else ""))
 
     def _loaded(self, slot: _Slot) -> None:
         """Take note that a worker is ready, or lost. Raises ClusterError where it cannot load its models."""

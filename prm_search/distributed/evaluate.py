@@ -79,15 +79,21 @@ def _evaluate(
         for index, unit in units.items():
             if index not in done:
                 missing.setdefault(unit.problem, {})[index] = unit
-        known: dict[int, SampledTokens] = {}
-        for key, tokens in sampled_tokens(plan, units, done).items():
-            known.setdefault(key[0], {})[key] = tokens
-        tasks = {
-            i: Task(i, tuple(own), (*prompts[i], problems[i].answer, own, known.get(i, {})))
-            for i, own in missing.items()
-        }
-        for _, record in distribute(crew, cluster, tasks, batch, batch, on_failure):
+        known: dict[int, SampledTokens] = {i: {} for i in missing}
+        note_samples(plan, units, done, known)
+        tasks = {i: Task(i, tuple(own), (*prompts[i], problems[i].answer, own, known[i])) for i, own in missing.items()}
+        for index, record in distribute(crew, cluster, tasks, batch, batch, on_failure):
+            note_samples(plan, units, {index: record}, known)  # for a worker that takes the problem over
             yield record
+
+
+def note_samples(
+    plan: Plan, units: Mapping[int, Unit], records: Mapping[int, Record], known: Mapping[int, SampledTokens]
+) -> None:
+    """Note what searches may sample, by the samples among finished records, for the problems that are in `known`."""
+    for key, tokens in sampled_tokens(plan, units, records).items():
+        if key[0] in known:
+            known[key[0]][key] = tokens
 
 
 class EvaluationWork:

@@ -133,16 +133,22 @@ class Worker:
         return encoded
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Message]:
-        """Work on tasks; records that come close together travel together."""
+        """Work on tasks; records that come close together travel together, and before an error."""
         entries: list[Entry] = []
         sent = float("-inf")
-        for entry in self._loaded.run(tasks):
-            entries.append(entry)
-            if time.monotonic() - sent >= GROUP_SECONDS:
-                yield Message(entries, self._loaded.forward_calls)
-                entries, sent = [], time.monotonic()
+        error = None
+        try:
+            for entry in self._loaded.run(tasks):
+                entries.append(entry)
+                if time.monotonic() - sent >= GROUP_SECONDS:
+                    yield Message(entries, self._loaded.forward_calls)
+                    entries, sent = [], time.monotonic()
+        except Exception as raised:
+            error = raised
         if entries:
             yield Message(entries, self._loaded.forward_calls)
+        if error is not None:
+            raise error
 
     @property
     def _loaded(self) -> Work:
