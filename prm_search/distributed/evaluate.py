@@ -18,7 +18,7 @@ from ..protocols import PolicyBase
 from ..tree import Prompt
 from .cluster import Cluster
 from .crew import Crew
-from .loading import Load, pair_loader, policy_loader
+from .loading import Load, policy_loader, scorer_loader
 from .runs import OnFailure, check_open, distribute, encoded
 from .worker import Entry, OpenWork, Task
 
@@ -44,8 +44,8 @@ def evaluate(
         problems, plan, judge, answer, done: as of evaluation.evaluate; judge and answer are sent to the workers.
         cluster: is open.
         policy: as of `rollout`.
-        scorers: by the names that records have: a name or a folder of a pair with a card, or a function without
-            arguments that loads any scorer of that name in the worker that calls it.
+        scorers: by the names that records have: a hub id or folder (see scorers.load.load_scorer), or a function
+            without arguments that loads any scorer of that name in the worker that calls it.
         batch: problems that a worker has under way; changes no record but its seconds.
         on_failure: as of `rollout`.
 
@@ -53,7 +53,7 @@ def evaluate(
         ClusterError, TypeError: as `rollout`.
         ValueError: as evaluation.evaluate.
     """
-    loaders = {name: pair_loader(pair) for name, pair in (scorers or {}).items()}
+    loaders = {name: scorer_loader(scorer, name) for name, scorer in (scorers or {}).items()}
     check_scorers(plan, list(loaders))
     count("batch", batch)
     check_open(cluster)
@@ -153,7 +153,7 @@ def evaluate_responses(
     Args:
         batch: problems that a worker is handed at a time; changes no record.
     """
-    loaders = {name: pair_loader(pair) for name, pair in scorers.items()}
+    loaders = {name: scorer_loader(scorer, name) for name, scorer in scorers.items()}
     check_responses(problems, list(loaders), plan, judge)
     count("batch", batch)
     check_open(cluster)

@@ -20,9 +20,9 @@ def policy_loader(policy: str | Load) -> Load:
     return _loader("policy", policy, Policy, _hf_policy)
 
 
-def pair_loader(pair: str | Load, place: int | None = None) -> Load:
-    """The same of a scorer; a name stands for a pair with a card. `place` is its place in a list of them."""
-    return _loader("scorer" if place is None else f"scorers[{place}]", pair, Scorer, _pair)
+def scorer_loader(scorer: str | Load, name: str = "prm") -> Load:
+    """The same of a scorer, which a name or folder stands for as load_scorer reads it; `name` is of its rewards."""
+    return _loader("scorer", scorer, Scorer, partial(_scorer, name=name))
 
 
 def _loader(name: str, value: str | Load, kind: Any, load: Callable[[str], Any]) -> Load:
@@ -43,8 +43,8 @@ def _hf_policy(name: str) -> Any:
     return HFPolicy.from_pretrained(name, **placement())
 
 
-def _pair(name: str) -> Any:
+def _scorer(model: str, name: str) -> Any:
     from ..models.placement import placement
-    from ..scorers.implicit.implicit_prm import ImplicitPRM
+    from ..scorers.load import load_scorer
 
-    return ImplicitPRM.from_pretrained(name, name=name, **placement())
+    return load_scorer(model, name=name, **placement())

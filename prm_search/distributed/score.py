@@ -13,7 +13,7 @@ from ..steps import StepRule
 from .cluster import Cluster
 from .crew import Crew
 from .evaluate import forwards
-from .loading import Load, pair_loader
+from .loading import Load, scorer_loader
 from .runs import OnFailure, check_open, distribute
 from .worker import Entry, OpenWork, Refusal, Task
 
@@ -37,8 +37,8 @@ def score(
     Args:
         prompts, responses, steps, append_eos: as of ScorerBase.score; one prompt a response.
         cluster: is open.
-        scorer: name or folder of a pair with a card, or a function without arguments that loads any scorer with a
-            `score` in the worker that calls it.
+        scorer: a hub id or folder (see scorers.load.load_scorer), or a function without arguments that loads any scorer
+            with a `score` in the worker that calls it.
         done: places that are not wanted.
         batch: responses scored together; changes no score beyond its last digits.
         on_failure: called with each response that cannot be scored; None to raise FailedProblems once all others are.
@@ -57,7 +57,7 @@ def score(
         for place, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         if place not in done
     }
-    open_work = partial(ScoreWork, pair_loader(scorer), steps, append_eos, batch)
+    open_work = partial(ScoreWork, scorer_loader(scorer), steps, append_eos, batch)
     return _score(tasks, cluster, open_work, batch, on_failure)
 
 
