@@ -141,14 +141,14 @@ class Crew:
             slot.losses = 0
             self._cluster.forward_calls += message.forwards - slot.forwards
             slot.forwards = message.forwards
-            for place, index, record in message.entries:
-                if isinstance(record, Refusal):
-                    schedule.refused(slot.number, place, record.reason)
+            for entry in message.entries:
+                if isinstance(entry.record, Refusal):
+                    schedule.refused(slot.number, entry.place, entry.record.reason)
                     continue
-                missing[place].discard(index)
-                if not missing[place]:
-                    schedule.finished(slot.number, place)
-                yield index, record
+                missing[entry.place].discard(entry.index)
+                if not missing[entry.place]:
+                    schedule.finished(slot.number, entry.place)
+                yield entry.index, entry.record
         for place in list(schedule.failed)[before:]:
             failed(Failure(place, schedule.failed[place]))
 

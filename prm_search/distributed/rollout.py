@@ -90,10 +90,11 @@ class RolloutWork:
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Entry]:
         """The responses that the tasks want. A content is a prompt, its occurrence and the reference answer."""
-        jobs = [
-            RolloutJob(task.place, *task.content, samples=tuple(index - task.place * self._n for index in task.wanted))
-            for task in tasks
-        ]
-        how = {"sampling": self._sampling, "label": self._label, "batch": self._batch}
-        for sample in draw_rollouts(jobs, policy=self._policy, **how):
+        jobs = []
+        for task in tasks:
+            prompt, occurrence, answer = task.content
+            samples = tuple(index - task.place * self._n for index in task.wanted)
+            jobs.append(RolloutJob(task.place, prompt, occurrence, answer, samples))
+        drawn = draw_rollouts(jobs, policy=self._policy, sampling=self._sampling, label=self._label, batch=self._batch)
+        for sample in drawn:
             yield Entry(sample.problem, sample.problem * self._n + sample.sample, sample)

@@ -41,7 +41,8 @@ class Refusal:
     reason: str
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Entry:
     """One record of a task.
 
     Attributes:
@@ -96,7 +97,7 @@ OpenWork = Callable[[], Work]  # loads the models
 
 
 class Worker:
-    """What runs as a Ray actor. It starts without models; `load` brings them."""
+    """The class of the Ray actors. It starts without models; `load` brings them."""
 
     def __init__(self) -> None:
         self._work: Work | None = None
