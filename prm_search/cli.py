@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
         0 for success. 1 where nobody reads the output any more. 2 for bad input, after one line on standard error. 130
         for Ctrl-C; finished results are kept. Errors of the program itself leave as exceptions.
     """
-    arguments = list(sys.argv[1:] if args is None else args)
+    arguments = _spelled_out(list(sys.argv[1:] if args is None else args))
     debug = "--debug" in arguments
     try:
         status = int(app(arguments, prog_name="prm-search", standalone_mode=False) or 0)
@@ -85,6 +85,15 @@ def main(args: Sequence[str] | None = None) -> int:
     if status == INTERRUPTED:  # also from typer, which makes an exit of Ctrl-C
         _say("interrupted")
     return status
+
+
+def _spelled_out(arguments: Sequence[str]) -> list[str]:
+    """The words, with `--ray` where it has no address as `--ray=local`: typer knows no options like it."""
+    following = [*arguments[1:], "--"]
+    return [
+        "--ray=local" if word == "--ray" and after.startswith("-") else word
+        for word, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _one_line(error: Exception) -> str | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import RULE, FakePolicy, ids, sampling
-from records import untimed
+from records import lines, untimed, write
 from workers import (
     Doomed,
     Poisoned,
@@ -23,6 +25,7 @@ from workers import (
 )
 
 from prm_search import distributed
+from prm_search.demo import chains, pair_dir
 from prm_search.distributed import Cluster, ClusterError, FailedProblems
 from prm_search.evaluation import Plan, evaluate
 from prm_search.problems import Problem
@@ -99,19 +102,19 @@ def test_a_worker_killed_in_the_middle_changes_no_byte(crew, alone, notices, tmp
 def test_what_is_done_already_is_left_out_and_equal_prompts_still_draw_differently(crew, alone):
     places = [(i, k) for i in range(len(PROBLEMS)) for k in range(N)]
     done = {(i, k) for i, k in places if (i + k) % 2 or i == 3}
-    lines = zip(alone.splitlines(keepends=True), places, strict=True)
-    assert rolled(crew(1), done=done) == "".join(line for line, place in lines if place not in done)
+    expected = zip(alone.splitlines(keepends=True), places, strict=True)
+    assert rolled(crew(1), done=done) == "".join(line for line, place in expected if place not in done)
 
 
-@pytest.mark.parametrize("error", [None, "the device is gone"], ids=["killed", "raised"])
+@pytest.mark.parametrize("error", [None, RuntimeError("the device is gone")], ids=["killed", "raised"])
 def test_a_poisoned_problem_fails_alone_after_three_tries(crew, alone, notices, tmp_path, error):
     place = next(i for i, problem in enumerate(PROBLEMS) if problem.prompt.token_ids == ids("p"))
     failures: list[distributed.Failure] = []
     found = rolled(crew(1), policy=partial(Poisoned, str(tmp_path), error), batch=4, on_failure=failures.append)
-    lines = alone.splitlines(keepends=True)
-    assert found == "".join(line for i, line in enumerate(lines) if i // N != place)
+    expected = alone.splitlines(keepends=True)
+    assert found == "".join(line for i, line in enumerate(expected) if i // N != place)
     assert [failure.place for failure in failures] == [place]
-    assert (error or "died") in failures[0].reason
+    assert ("died" if error is None else "RuntimeError: the device is gone") in failures[0].reason
     beside = [path.read_text() for path in sorted(tmp_path.iterdir())]
     assert len(beside) == 3
     assert beside[2] == repr([ids("p")])
@@ -120,10 +123,10 @@ def test_a_poisoned_problem_fails_alone_after_three_tries(crew, alone, notices, 
 
 def test_without_on_failure_the_run_ends_with_the_failed_problems(crew, tmp_path):
     with crew(1) as cluster:
-        policy = partial(Poisoned, str(tmp_path), "gone")
+        policy = partial(Poisoned, str(tmp_path), ValueError("no such letter"))  # after which the worker goes on
         flow = distributed.rollout(PROBLEMS[4:7], cluster=cluster, policy=policy, batch=1, **HOW)
         drawn = [next(flow).problem for _ in range(2 * N)]
-        with pytest.raises(FailedProblems, match=r"problems\[1\] failed: worker 0 on 127.0.0.1: RuntimeError: gone"):
+        with pytest.raises(FailedProblems, match=r"problems\[1\] failed: worker 0 on 127.0.0.1: no such letter"):
             next(flow)
     assert sorted(drawn) == [0] * N + [2] * N
     assert len(list(tmp_path.iterdir())) == 3
@@ -184,6 +187,90 @@ def test_an_evaluation_goes_on_from_its_samples(crew, evaluated_alone):
 def test_a_scorer_has_the_name_of_its_records(crew):
     with crew(1) as cluster, pytest.raises(ClusterError, match="the one under 'other' is named 'prm'"):
         evaluated(cluster, scorers={"other": scorer})
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    """The demo's pair and policy, computing in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("exact") / "pair"
+    shutil.copytree(pair_dir(), folder)
+    for name in ("policy", "prm"):
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def folder(workdir: Path) -> Path:
+    """A folder with problems and responses, where commands run."""
+    asked = chains.problems(5, split="prm", length=3)
+    rows = [{"id": f"p{i}", "question": each.prompt, "answer": each.answer} for i, each in enumerate(asked)]
+    write("problems.jsonl", rows)
+    answers = [";".join(f"a+{i}={i}" for i in range(1, 2 + k)) for k in range(5)]
+    write("responses.jsonl", [{"prompt": each.prompt, "response": answers[k]} for k, each in enumerate(asked)])
+    Path("judging.py").write_text("def right(text, answer):\n    return text.rstrip().endswith(answer)\n")
+    return workdir
+
+
+def test_the_commands_give_the_files_of_one_process(machines, run, folder, pair):
+    on_ray = ("--ray", machines, "--gpus-per-worker", "0", "--workers")
+    sampled = ("--policy", pair / "policy", "--data", "problems.jsonl", "--max-new-tokens", "24", "--batch", "2")
+    commands = {
+        "rollout": ("rollout", *sampled, "--n", "2", "--label", "judging.py:right"),
+        "score": ("score", "--pair", pair, "--data", "responses.jsonl", "--batch", "2", "--json"),
+        "eval": ("eval", *sampled, "--pair", pair, "--label", "exact", "--budgets", "1,2",
+                 "--strategies", "best_of_n,beam"),
+    }  # fmt: skip
+    for name, command in commands.items():
+        records = "records.jsonl" if name == "eval" else ""
+        status, printed, error = run(*command, "--out", "here")
+        assert status == 0, error
+        status, on_workers, error = run(*command, "--out", "there", *on_ray, 2 if name == "rollout" else 1)
+        assert status == 0, error
+        here, there = lines(Path("here", records)), lines(Path("there", records))
+        assert [record["index"] for record in there] == list(range(len(here)))
+        assert text(map(untimed, there)) == text(map(untimed, here))
+        if name == "score":
+            assert on_workers == printed
+        for path in (Path("here"), Path("there")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_response_that_cannot_be_scored_fails_alone_by_its_line(machines, run, folder, pair):
+    bad = {"prompt": "=1a?", "response": [10**6]}
+    write("responses.jsonl", [*lines("responses.jsonl")[:3], bad])
+    status, printed, error = run(
+        "score", "--pair", pair, "--data", "responses.jsonl", "--out", "scores", "--json", "--ray", machines,
+        "--workers", "1", "--gpus-per-worker", "0",
+    )  # fmt: skip
+    assert status == 2
+    assert [record["index"] for record in lines("scores")] == [0, 1, 2]
+    assert len(printed.splitlines()) == 3
+    assert "responses.jsonl, line 4 failed: " in error
+    assert error.splitlines()[-1] == "prm-search: 1 of 4 failed: responses.jsonl, line 4"
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--workers", "2"), "--workers needs --ray"),
+        (("--gpus-per-worker", "1"), "--gpus-per-worker needs --ray"),
+        (("--ray", "--workers", "0"), "--workers 0: at least 1 is needed"),
+        (("--ray", "nowhere"), "--ray: address='127.0.0.2:1': this process is connected to"),
+        (("--ray", "--workers", "99"), "--workers: workers=99, gpus_per_worker=1: the cluster has room for 2 workers"),
+    ],
+)
+def test_command_lines_that_make_no_sense(machines, run, folder, options, line):
+    status, _, error = run("rollout", "--policy", "demo", "--data", "problems.jsonl", "--out", "out", *options)
+    assert status == 2
+    assert line.replace("127.0.0.2:1", options[1]) in error
+    assert len(error.splitlines()) == 1
+    assert not Path("out").exists()
 
 
 # -- what a cluster cannot do ------------------------------------------------------------------------------------------

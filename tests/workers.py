@@ -43,7 +43,7 @@ class Doomed(FakePolicy):
 class Poisoned(FakePolicy):
     """Is killed, or raises, by whoever asks for POISON, and notes in a folder which prompts it was asked beside it."""
 
-    def __init__(self, folder: str, error: str | None) -> None:
+    def __init__(self, folder: str, error: Exception | None) -> None:
         super().__init__()
         self.folder, self.error = folder, error
 
@@ -53,7 +53,7 @@ class Poisoned(FakePolicy):
             number = len(list(Path(self.folder).iterdir()))
             Path(self.folder, f"{number}").write_text(repr(prompts))
             if self.error is not None:
-                raise RuntimeError(self.error)
+                raise self.error
             os.kill(os.getpid(), signal.SIGKILL)
         return super().advance()
 

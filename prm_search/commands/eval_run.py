@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,15 @@ from ..answers import Answer
 from ..evaluation.plan import Plan, Unit
 from ..evaluation.report import PLOTS_NEED, table, write_report
 from ..evaluation.samples import Judge
+from ..problems import Problem
 from . import BadInput, options
 from .groups import Engine, Place
-from .problems import encoded
+from .problems import at_lines, encoded
 from .records import Item, digests, finished, reason
+from .workers import Failures, Workers, absolute, absolutes, place_of, sent_whole
 
 if TYPE_CHECKING:
+    from ..distributed import Cluster
     from ..evaluation.responses import Answered
 
 RECORDS, RUN = "records.jsonl", "run.json"
@@ -74,15 +77,30 @@ class NamedModels:
 
     def load(self) -> tuple[Any, list[Any]]:
         """The policy, or None without one, and the pairs."""
+        return None if self.policy is None else self.load_policy(), [self.load_pair(name) for name in self.names]
+
+    def load_policy(self) -> Any:
+        """The policy, which there is."""
+        from .models import quiet
+
+        quiet()
+        return self.engine.load(str(self.policy), Place(device=self.device, dtype=self.dtype))
+
+    def load_pair(self, name: str, model: str | None = None) -> Any:
+        """One of the pairs. `model` is where it lies, if not where its name says."""
         from .models import load_pair, quiet
 
         quiet()
-        place = Place(device=self.device, dtype=self.dtype)
-        where = place.options()
-        policy = None if self.policy is None else self.engine.load(self.policy, place)
+        where = Place(device=self.device, dtype=self.dtype).options()
         if self.prm is not None:
-            return policy, [load_pair(None, self.prm, self.reference, beta=self.beta, name=self.prm, **where)]
-        return policy, [load_pair(name, None, None, beta=self.beta, name=name, **where) for name in self.pairs]
+            return load_pair(None, self.prm, self.reference, beta=self.beta, name=name, **where)
+        return load_pair(model or name, None, None, beta=self.beta, name=name, **where)
+
+    def sent(self, cluster: Cluster) -> NamedModels:
+        """The same for workers of a cluster: whole paths, and their device. The pairs keep their names."""
+        place = place_of(Place(device=self.device, dtype=self.dtype), cluster, self.engine.engine)
+        policy = None if self.policy is None else absolute(self.policy)
+        return replace(absolutes(self), policy=policy, device=place.device)
 
 
 @dataclass(frozen=True)
@@ -118,7 +136,7 @@ class EvalRun:
     def records(
         self, done: Mapping[int, dict[str, Any]], batch: int, loaded: Callable[..., object]
     ) -> Iterator[dict[str, Any]]:
-        """Load the models, hand them to `loaded`, and run what is missing. Raises BadInput that names a line."""
+        """Load the models here, hand them to `loaded`, and run what is missing. Raises BadInput that names a line."""
         from ..evaluation.responses import evaluate_responses
         from ..evaluation.run import evaluate
 
@@ -127,21 +145,39 @@ class EvalRun:
         how: dict[str, Any] = {
             "scorers": scorers, "plan": self.plan, "judge": self.judge, "answer": self.answer, "done": done
         }  # fmt: skip
-        try:
+        with at_lines(self.items):
             if self.answered:
                 flow = evaluate_responses(self.answered, **how)
             else:
                 problems = [encoded(item, policy) for item in self.items]
                 flow = evaluate(problems, policy=policy, batch=batch, **how)
-            for record in flow:
-                extra = self.items[record["problem"]].extra
-                yield {**record, **({"id": extra["id"]} if "id" in extra else {})}
-        except ValueError as error:
-            message = reason(error)
-            match = re.match(r"(?:problems|prompts)\[(\d+)\]:? ", message)
-            if match is None:
-                raise
-            raise BadInput(f"{self.items[int(match[1])].where}: {message[match.end() :]}") from error
+            yield from map(self._named, flow)
+
+    def records_of_workers(
+        self, done: Mapping[int, dict[str, Any]], batch: int, workers: Workers, failures: Failures
+    ) -> Iterator[dict[str, Any]]:
+        """The same records, as they arrive from the workers of a cluster."""
+        from ..distributed import evaluate, evaluate_responses
+
+        with workers.open(failures.bar) as cluster, at_lines(self.items):
+            sent_whole(self.judge, getattr(self.judge, "same", None), getattr(self.judge, "answer", None), self.answer)
+            models = self.models.sent(cluster)
+            how: dict[str, Any] = {
+                "scorers": {name: partial(models.load_pair, name, absolute(name)) for name in self.models.names},
+                "plan": self.plan, "judge": self.judge, "answer": self.answer, "done": done, "cluster": cluster,
+                "on_failure": failures,
+            }  # fmt: skip
+            if self.answered:
+                flow = evaluate_responses(self.answered, **how)
+            else:
+                problems = [Problem(item.prompt, str(item.response)) for item in self.items]
+                flow = evaluate(problems, policy=models.load_policy, batch=batch, **how)
+            yield from map(self._named, flow)
+
+    def _named(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record with its problem's id, where that has one."""
+        extra = self.items[record["problem"]].extra
+        return {**record, **({"id": extra["id"]} if "id" in extra else {})}
 
 
 def describe(folder: Path, about: Mapping[str, Any]) -> None:

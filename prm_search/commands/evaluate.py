@@ -22,6 +22,7 @@ from .problems import function_of, make_judge
 from .progress import Bar
 from .records import Item, RecordFile, report
 from .responses import read_responses
+from .workers import Failures, Workers
 
 if TYPE_CHECKING:
     from ..evaluation.responses import Answered
@@ -141,6 +142,7 @@ def evaluate(
     compared: Compared,
     steps: groups.Steps,
     draws: groups.Draws,
+    workers: Workers,
     output: groups.OutFolder,
     common: Common,
 ) -> None:
@@ -169,19 +171,29 @@ def evaluate(
     about_run = {"title": output.title, "expected": len(keys), "about": about}
     with RecordFile(str(folder / RECORDS), keys, resume=output.resume) as file:
         records = dict(file.done)
+        bar = Bar("records", len(keys) - len(records))
+        failures = Failures(items, bar)
         try:
             if len(records) < len(keys):
-                with Bar("records", len(keys) - len(records)) as bar:
-                    for record in run.records(dict(records), output.batch, bar.watch):
+                if workers.ray is None:
+                    flow = run.records(dict(records), output.batch, bar.watch)
+                else:
+                    flow = run.records_of_workers(dict(records), output.batch, workers, failures)
+                with bar:
+                    for record in flow:
                         if not records:
                             describe(folder, about_run)
                         records[record["index"]] = record
                         file.write({"key": keys[record["index"]], **record})
                         bar.tick()
+            file.put_in_order()
         finally:
             report(file, len(records), len(keys))
+        if failures.places:
+            about["failed"] = failures.names
         describe(folder, about_run)
         rebuild(folder)
+    failures.check()
 
 
 def _check_source(policy: groups.MaybePolicy, problems: Problems, compared: Compared) -> None:

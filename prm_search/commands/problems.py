@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,19 @@ def encoded(item: Item, policy: Any) -> Problem:
     except ValueError as error:
         raise BadInput(f"{item.where}: {reason(error)}") from error
     return Problem(prompt, str(item.response))
+
+
+@contextmanager
+def at_lines(items: Sequence[Item]) -> Iterator[None]:
+    """Let a ValueError of the library that names a problem by its place name its line. Raises BadInput then."""
+    try:
+        yield
+    except ValueError as error:
+        message = reason(error)
+        match = re.match(r"(?:problems|prompts)\[(\d+)\]:? ", message)
+        if match is None:
+            raise
+        raise BadInput(f"{items[int(match[1])].where}: {message[match.end() :]}") from error
 
 
 def _problem(

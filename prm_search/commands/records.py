@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -227,6 +228,34 @@ class RecordFile:
             with suppress(OSError):
                 os.ftruncate(self._file.fileno(), whole)
             raise BadInput(f"--out {self.path} cannot be written: {reason(error)}") from error
+
+    def put_in_order(self) -> None:
+        """Order the records by their index, as the last thing that is done to a finished file.
+
+        A reader finds the one order or the other: the file is written anew beside itself, and takes its place. Where
+        that cannot be done it stays as it is, and a line on standard error says so.
+        """
+        if not self.path.is_file():  # a device, or a pipe
+            return
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        ordered = sorted(lines, key=lambda line: int(parse_json(line, str(self.path))["index"]))
+        if ordered == lines:
+            return
+        beside = self.path.with_name(f"{self.path.name}.ordered")
+        try:
+            with beside.open("wb") as file:
+                file.writelines(ordered)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.copymode(self.path, beside)
+            os.replace(beside, self.path)
+        except OSError as error:
+            with suppress(OSError):
+                beside.unlink()
+            print(f"prm-search: {self.path} stays in the order of finishing: {reason(error)}", file=sys.stderr)
+            return
+        self._file.close()
+        self._file = self.path.open("ab", buffering=0)
 
     def _shut(self) -> None:
         self._file.close()

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from ..checks import MANY
-from ..training.rollouts import sample_rollouts
+from ..problems import Problem
+from ..training.rollouts import Rollout, sample_rollouts
 from . import groups, options
 from .config import Common
 from .grouped import grouped
-from .problems import encoded
+from .problems import at_lines, encoded
 from .progress import Bar
-from .records import RecordFile, digests, report
+from .records import Item, RecordFile, digests, report
+from .workers import Failures, Workers, absolute, load_policy, place_of, sent_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ def rollout(
     labels: groups.Labels,
     count: Count,
     draws: groups.SeededDraws,
+    workers: Workers,
     records: groups.OutFile,
     common: Common,
 ) -> None:
@@ -49,19 +53,18 @@ def rollout(
         "rollout", policy.policy, place.dtype, labels.label, labels.answer, repr(sampling), *policy.names(),
     )  # fmt: skip
     with RecordFile(records.out, keys, resume=records.resume) as file:
-        from .models import quiet
-
         done = dict(file.done)
+        bar = Bar("responses", len(keys) - len(done))
+        failures = Failures(items, bar)
+        how: dict[str, Any] = {
+            "n": n, "sampling": sampling, "label": judge, "batch": records.batch,
+            "done": {divmod(place, n) for place in done},
+        }  # fmt: skip
         try:
-            quiet()
-            sampler = policy.load(policy.policy, place)
-            problems = [encoded(item, sampler) for item in items]
-            bar = Bar("responses", len(keys) - len(done))
-            bar.watch(sampler)
-            drawn = sample_rollouts(
-                problems, policy=sampler, n=n, sampling=sampling, label=judge, batch=records.batch,
-                done={divmod(place, n) for place in done},
-            )  # fmt: skip
+            if workers.ray is None:
+                drawn = _here(items, policy, place, bar, how)
+            else:
+                drawn = _on_workers(items, policy, place, workers, failures, how)
             with bar:
                 for sample in drawn:
                     item, index = items[sample.problem], sample.problem * n + sample.sample
@@ -70,9 +73,41 @@ def rollout(
                     file.write(record)
                     done[index] = record
                     bar.tick(len(sample.response_ids))
+            file.put_in_order()
         finally:
             report(file, len(done), len(keys))
     print(summary(done.values()), file=sys.stderr)
+    failures.check()
+
+
+def _here(
+    items: Sequence[Item], policy: groups.Policy, place: groups.Place, bar: Bar, how: Mapping[str, Any]
+) -> Iterator[Rollout]:
+    """Responses that this process samples."""
+    from .models import quiet
+
+    quiet()
+    sampler = policy.load(policy.policy, place)
+    bar.watch(sampler)
+    return sample_rollouts([encoded(item, sampler) for item in items], policy=sampler, **how)
+
+
+def _on_workers(
+    items: Sequence[Item],
+    policy: groups.Policy,
+    place: groups.Place,
+    workers: Workers,
+    failures: Failures,
+    how: Mapping[str, Any],
+) -> Iterator[Rollout]:
+    """The same responses by the workers of a cluster."""
+    from ..distributed import rollout as distributed_rollout
+
+    problems = [Problem(item.prompt, str(item.response)) for item in items]
+    with workers.open(failures.bar) as cluster, at_lines(items):
+        sent_whole(how["label"].same, how["label"].answer)
+        load = partial(load_policy, policy, absolute(policy.policy), place_of(place, cluster, policy.engine))
+        yield from distributed_rollout(problems, cluster=cluster, policy=load, on_failure=failures, **how)
 
 
 def summary(records: Iterable[Mapping[str, Any]]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +20,7 @@ from .grouped import grouped
 from .options import DATA, OUTPUT
 from .progress import Bar
 from .records import Item, RecordFile, digests, dumps, read_items, reason, report, rounded, writable, write_text
+from .workers import Failures, Workers, absolutes, load_scorer, place_of
 
 if TYPE_CHECKING:
     from ..scorers.scores import Scores
@@ -62,6 +65,7 @@ def score(
     pair: groups.Pair,
     place: groups.Place,
     steps: groups.Steps,
+    workers: Workers,
     output: Output,
     common: Common,
 ) -> None:
@@ -76,31 +80,80 @@ def score(
     )
     out = output.out
     with RecordFile(out, keys, resume=output.resume) if out is not None else nullcontext() as file:
-        from .models import quiet
-
         records = {} if file is None else dict(file.done)
+        waiting = [place for place in range(len(items)) if place not in records]
+        bar = Bar("responses", len(waiting))
+        failures = Failures(items, bar)
+        run = Run(pair, place, items, waiting, rule, responses.cut, output.batch)
         try:
-            quiet()
-            scorer = pair.load(place)
-            waiting = [place for place in range(len(items)) if place not in records]
-            with Bar("responses", len(waiting)) as bar:
-                bar.watch(scorer)
-                for index, scores in score_all(scorer, items, waiting, rule, responses.cut, output.batch):
+            flow = run.here(bar) if workers.ray is None else run.on_workers(workers, failures)
+            turn = deque(waiting)
+            with bar:
+                for index, scores in flow:
                     record = record_of(items[index], scores, index=index, key=keys[index])
                     if file is not None:
                         file.write(record)
                     records[index] = record
-                    with bar.aside():
-                        show(items[index], record, output.as_json)
+                    with bar.aside():  # in the order of the input, whatever the order of the scores
+                        while turn and (turn[0] in records or turn[0] in failures.places):
+                            if turn[0] in records:
+                                show(items[turn[0]], records[turn[0]], output.as_json)
+                            turn.popleft()
                     bar.tick()
+            if file is not None:
+                file.put_in_order()
         finally:
             report(file, len(records), len(items))
     if output.html is not None:
         from .html import page
 
         shown = [(items[place], records[place]) for place in sorted(records)]
-        source = page(f"Rewards by {pair.title}", f"beta {scorer.beta:g}", shown)
-        write_text("--html", output.html, source)
+        write_text("--html", output.html, page(f"Rewards by {pair.title}", run.title, shown))
+    failures.check()
+
+
+@dataclass
+class Run:
+    """The scoring of some responses, by this process or by workers.
+
+    Attributes:
+        pair, place: as given.
+        items: all responses.
+        waiting: places of those that are to be scored.
+        steps, cut, batch: as given.
+        title: of a page, once the run has begun.
+    """
+
+    pair: groups.Pair
+    place: groups.Place
+    items: Sequence[Item]
+    waiting: Sequence[int]
+    steps: StepRule
+    cut: bool
+    batch: int
+    title: str = ""
+
+    def here(self, bar: Bar) -> Iterator[tuple[int, Scores]]:
+        """Places and scores, by this process. Raises BadInput as score_items does."""
+        from .models import quiet
+
+        quiet()
+        scorer = self.pair.load(self.place)
+        self.title = f"beta {scorer.beta:g}"
+        bar.watch(scorer)
+        return score_all(scorer, self.items, self.waiting, self.steps, self.cut, self.batch)
+
+    def on_workers(self, workers: Workers, failures: Failures) -> Iterator[tuple[int, Scores]]:
+        """Places and scores as they arrive, by the workers of a cluster."""
+        from ..distributed import score as distributed_score
+
+        with workers.open(failures.bar) as cluster:
+            load = partial(load_scorer, absolutes(self.pair), place_of(self.place, cluster))
+            yield from distributed_score(
+                [item.prompt for item in self.items], [item.response for item in self.items], cluster=cluster,
+                scorer=load, steps=self.steps, append_eos=not self.cut,
+                done=frozenset(range(len(self.items))) - frozenset(self.waiting), batch=self.batch, on_failure=failures,
+            )  # fmt: skip
 
 
 def score_all(
