@@ -133,6 +133,14 @@ class EvalRun:
         names = digests(self.items, "eval", *settings)
         return [names[unit.problem] for unit in self.units]
 
+    def records_of(
+        self, workers: Workers, done: Mapping[int, dict[str, Any]], batch: int, failures: Failures
+    ) -> Iterator[dict[str, Any]]:
+        """What is missing, by workers where there are some, or by this process. Raises as those do."""
+        if workers.ray is None:
+            return self.records(done, batch, failures.bar.watch)
+        return self.records_of_workers(done, batch, workers, failures)
+
     def records(
         self, done: Mapping[int, dict[str, Any]], batch: int, loaded: Callable[..., object]
     ) -> Iterator[dict[str, Any]]:

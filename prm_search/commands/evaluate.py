@@ -175,10 +175,7 @@ def evaluate(
         failures = Failures(items, bar)
         try:
             if len(records) < len(keys):
-                if workers.ray is None:
-                    flow = run.records(dict(records), output.batch, bar.watch)
-                else:
-                    flow = run.records_of_workers(dict(records), output.batch, workers, failures)
+                flow = run.records_of(workers, dict(records), output.batch, failures)
                 with bar:
                     for record in flow:
                         if not records:
