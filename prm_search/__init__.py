@@ -32,6 +32,7 @@ _PUBLIC = {
     "ConstantReference": ".scorers.implicit.implicit_prm",
     "Driver": ".driver.driver",
     "HFPolicy": ".policies.hf",
+    "GenerativeVerifier": ".scorers.explicit.verifier",
     "ImplicitPRM": ".scorers.implicit.implicit_prm",
     "Judge": ".scorers.explicit.judge",
     "JudgeFormat": ".scorers.explicit.judge_formats",
@@ -47,6 +48,7 @@ _PUBLIC = {
     "Scorer": ".protocols",
     "Scores": ".scorers.implicit.implicit_prm",
     "SearchTree": ".tree",
+    "VerifierFormat": ".scorers.explicit.verifier_formats",
     "Steered": ".policies.hf",
     "StepRule": ".steps",
     "Usage": ".usage",
@@ -88,6 +90,8 @@ if TYPE_CHECKING:
     from .scorers.explicit.outcome_rm import OutcomeRM as OutcomeRM
     from .scorers.explicit.step_prm import StepPRM as StepPRM
     from .scorers.explicit.step_scores import StepScores as StepScores
+    from .scorers.explicit.verifier import GenerativeVerifier as GenerativeVerifier
+    from .scorers.explicit.verifier_formats import VerifierFormat as VerifierFormat
     from .scorers.implicit.implicit_prm import (
         ConstantReference as ConstantReference,
         ImplicitPRM as ImplicitPRM,

@@ -29,8 +29,8 @@ class JudgeFormat:
     """A judge's prompt and verdict.
 
     Args:
-        text: what is asked, with {question}, and {answer} (the whole text so far), {steps} (numbered, a line each) or
-            {step} (the last one alone). What stands before the solution is encoded once for all steps of a search, so
+        text: what is asked, with {question}, and {answer} (the whole text so far), {steps} ("Step 1: ...", a line
+            each) or {step} (the last one alone). What stands before the solution is encoded once for all steps of a search, so
             the instruction for the last step belongs behind it.
         words: verdict words, each one token, with their values (see `grades`).
         per: "step" to judge each step, "answer" to judge finished answers.
@@ -53,10 +53,7 @@ class JudgeFormat:
     aggregate: str | None = None
 
     def __post_init__(self) -> None:
-        checks.non_empty("text", self.text)
-        places = set(_PLACE.findall(self.text))
-        if "question" not in places or len(places) < 2:
-            raise ValueError("text: {question} is needed, and one of {answer}, {steps} and {step}")
+        check_text(self.text)
         if not isinstance(self.words, Mapping):
             raise TypeError(f"words={checks.shown(self.words)}: a dict from words to values is needed")
         check_words(list(self.words))
@@ -92,16 +89,40 @@ class JudgeFormat:
             question: chat messages.
             steps: texts of the answer so far; of a whole answer one.
         """
-        parts = {
-            "question": plain_question(question),
-            "answer": steps[0] if len(steps) == 1 else "\n\n".join(steps),
-            "steps": "\n".join(f"Step {number}: {step}" for number, step in enumerate(steps, start=1)),
-            "step": steps[-1],
-        }
-        text = _PLACE.sub(lambda match: parts[match[1]], self.text)
+        text = filled(self.text, question, steps)
         if self.chat:
             return chat_prompt(self.system, text)
         return Prompt(text=text if self.system is None else f"{self.system}\n\n{text}")
+
+
+def filled(text: str, question: Messages, steps: Sequence[str]) -> str:
+    """Return a prompt with its places filled, each once, whatever braces the parts hold.
+
+    Args:
+        text: with {question}, {answer}, {steps} or {step}; see JudgeFormat.
+        question: chat messages.
+        steps: texts of the answer so far, at least one.
+    """
+    parts = {
+        "question": plain_question(question),
+        "answer": "\n\n".join(steps),
+        "steps": "\n".join(_labelled(number, step) for number, step in enumerate(steps, start=1)),
+        "step": steps[-1],
+    }
+    return _PLACE.sub(lambda match: parts[match[1]], text)
+
+
+def _labelled(number: int, step: str) -> str:
+    label = f"Step {number}:"
+    return step if step.startswith(label) else f"{label} {step}"
+
+
+def check_text(text: str) -> None:
+    """Check a prompt's text. Raises TypeError or ValueError where a place is missing."""
+    checks.non_empty("text", text)
+    places = set(_PLACE.findall(text))
+    if "question" not in places or len(places) < 2:
+        raise ValueError("text: {question} is needed, and one of {answer}, {steps} and {step}")
 
 
 _TEACHER = "You check solutions of problems. You answer with one word."

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from ...checks import HoldsModels
 from ...next_token import NextToken
@@ -15,6 +16,7 @@ from ...policies.hf import HFPolicy
 from ...policy import AsyncPolicy, AsyncPolicyBase, PolicyBase
 from ...prompt import Prompt
 from ...sampling import Request, Sampling
+from ...tokens import encode_text
 from ...tree import Node, SearchTree
 from ..base import BATCH_TOKENS, ScorerBase
 from ..responses import Steps
@@ -35,12 +37,19 @@ class AskWords:
 
 
 @dataclass(frozen=True, eq=False)
-class DrawAnswers:
-    """Work for a policy: answers below nodes, so many each; see PolicyBase.expand."""
+class Drawn:
+    """Answers to draw below a node: so many, to their ends."""
 
-    nodes: Sequence[Node]
-    counts: Sequence[int]
+    node: Node
+    count: int
     sampling: Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class DrawAnswers:
+    """Work for a policy: answers below nodes whose trees have the policy's token ids; see PolicyBase.expand."""
+
+    wanted: Sequence[Drawn]
 
 
 Work = AskWords | DrawAnswers
@@ -62,6 +71,8 @@ class PolicyScorer(HoldsModels, ScorerBase):
         TypeError: policy is none.
         ValueError: per is neither.
     """
+
+    one_piece: ClassVar[bool] = True  # whole answers are read as one text, not in steps
 
     def __init__(self, policy: Any, *, name: str, per: Per) -> None:
         self.policy: PolicyBase | AsyncPolicyBase = (
@@ -125,18 +136,18 @@ class PolicyScorer(HoldsModels, ScorerBase):
             raise TypeError(
                 f"{self.kind} {self.name!r} asks an asynchronous policy: use asearch, or await ascore_nodes(nodes)"
             )
-        flow = self._flow(nodes)
         results: Any = None
-        while True:
-            try:
-                work = flow.send(results)
-            except StopIteration:
-                return
-            results = (
-                policy.next_token_logprobs(work.asks, work.words)
-                if isinstance(work, AskWords)
-                else self._draw(policy, work)
-            )
+        with closing(self._flow(nodes)) as flow:
+            while True:
+                try:
+                    work = flow.send(results)
+                except StopIteration:
+                    return
+                results = (
+                    policy.next_token_logprobs(work.asks, work.words)
+                    if isinstance(work, AskWords)
+                    else _draw(policy, work)
+                )
 
     async def ascore_nodes(self, nodes: Sequence[Node]) -> None:
         """score_nodes beside the running event loop: on it, or for a blocking policy in a thread."""
@@ -144,38 +155,17 @@ class PolicyScorer(HoldsModels, ScorerBase):
         if not isinstance(policy, AsyncPolicyBase):
             await asyncio.to_thread(self.score_nodes, nodes)
             return
-        flow = self._flow(nodes)
         results: Any = None
-        while True:
-            try:
-                work = flow.send(results)
-            except StopIteration:
-                return
-            if isinstance(work, AskWords):
-                results = await policy.next_token_logprobs(work.asks, work.words)
-            else:
-                results = await asyncio.gather(*map(policy.run, self._requests(policy, work)))
-
-    def _requests(self, policy: PolicyBase | AsyncPolicyBase, work: DrawAnswers) -> list[Request]:
-        for node in work.nodes:
-            if node.tree.prompt.token_ids is None:
-                node.tree.prompt = node.tree.prompt.with_ids(policy.encode(node.tree.prompt))
-        return [
-            Request.draw(node, count, work.sampling, until="end")
-            for node, count in zip(work.nodes, work.counts, strict=True)
-        ]
-
-    def _draw(self, policy: PolicyBase, work: DrawAnswers) -> list[list[Node]]:
-        own, requests = policy.session(), self._requests(policy, work)
-        answers: dict[Request, list[Node]] = {}
-        try:
-            own.submit(requests)
-            while len(answers) < len(requests):
-                answers.update(own.advance())
-        except BaseException:
-            own.drop([request for request in requests if request not in answers])
-            raise
-        return [answers[request] for request in requests]
+        with closing(self._flow(nodes)) as flow:
+            while True:
+                try:
+                    work = flow.send(results)
+                except StopIteration:
+                    return
+                if isinstance(work, AskWords):
+                    results = await policy.next_token_logprobs(work.asks, work.words)
+                else:
+                    results = await asyncio.gather(*map(policy.run, _requests(work)))
 
     def release(self, tree: SearchTree) -> None:
         """Forget a tree, and have the policy free what it encoded for it."""
@@ -190,6 +180,10 @@ class PolicyScorer(HoldsModels, ScorerBase):
     def _steps(self, node: Node) -> tuple[str, ...]:
         """The texts of a node's path, white space around each dropped, empty ones left out."""
         return tuple(self._plain(text) for part in step_texts(node) if (text := part.strip()))
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a text as an answer goes on with it; of a policy without a tokenizer, its bytes."""
+        return encode_text(self.tokenizer, text, self.token_text)
 
     def _judged(self, node: Node) -> bool:
         """Return True if a node gets a number of its own: an answer that is finished, or a step that adds text."""
@@ -222,12 +216,31 @@ class PolicyScorer(HoldsModels, ScorerBase):
             batch_tokens: tokens handled at once, about; bounds the memory, changes no result.
 
         Returns:
-            B StepScores, in order; one score each where answers are judged.
+            B StepScores, in order. Where answers are judged, the last step has the score.
 
         Raises:
             ValueError, TypeError: as ScorerBase.score, of text.
         """
-        return score_texts(self, prompts, responses, steps=steps, batch_tokens=batch_tokens, whole=self.whole)
+        return score_texts(
+            self, prompts, responses, steps=steps, batch_tokens=batch_tokens, whole=self.whole and self.one_piece
+        )
+
+
+def _requests(work: DrawAnswers) -> list[Request]:
+    return [Request.draw(one.node, one.count, one.sampling, until="end") for one in work.wanted]
+
+
+def _draw(policy: PolicyBase, work: DrawAnswers) -> list[list[Node]]:
+    own, requests = policy.session(), _requests(work)
+    answers: dict[Request, list[Node]] = {}
+    try:
+        own.submit(requests)
+        while len(answers) < len(requests):
+            answers.update(own.advance())
+    except BaseException:
+        own.drop([request for request in requests if request not in answers])
+        raise
+    return [answers[request] for request in requests]
 
 
 class Utf8Tokenizer:
