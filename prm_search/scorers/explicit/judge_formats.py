@@ -30,8 +30,8 @@ class JudgeFormat:
 
     Args:
         text: what is asked, with {question}, and {answer} (the whole text so far), {steps} ("Step 1: ...", a line
-            each) or {step} (the last one alone). What stands before the solution is encoded once for all steps of a search, so
-            the instruction for the last step belongs behind it.
+            each) or {step} (the last one alone). What stands before the solution is encoded once for all steps of a
+            search, so the instruction for the last step belongs behind it.
         words: verdict words, each one token, with their values (see `grades`).
         per: "step" to judge each step, "answer" to judge finished answers.
         system: a system turn before it; None for none.

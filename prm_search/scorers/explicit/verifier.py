@@ -47,9 +47,9 @@ class GenerativeVerifier(PolicyScorer):
     """A generative verifier: `samples` critiques of a step or an answer, each followed by the question for its verdict.
 
     The score is the mean over critiques of sum_w p(w) v(w) / sum_w p(w): of yes and no the mean P(yes). "think_prm" is
-    ThinkPRM's form (arXiv 2504.16828), one critique of the whole answer, and "think_prm_steps" of each prefix. "gen_prm"
-    is GenPRM's (arXiv 2504.00891) without code: a conversation of a turn a step, each sample with its own earlier
-    critiques. Nothing that a model writes is ever executed.
+    ThinkPRM's form (arXiv 2504.16828), one critique of the whole answer, and "think_prm_steps" of each prefix.
+    "gen_prm" is GenPRM's (arXiv 2504.00891) without code: a conversation of a turn a step, each sample with its own
+    earlier critiques. Nothing that a model writes is ever executed.
 
     Where these differ from the published code: a verdict word counts in any case. GenPRM's verdict is read at its place
     and not drawn; the more probable one stands in the conversation.
