@@ -158,8 +158,8 @@ class GenerativeVerifier(PolicyScorer):
             for one, answers in zip(rounds, drawn, strict=True):
                 own = samples.setdefault(one.key, {})
                 own.update(zip(one.samples, (critiques[end] for end in answers), strict=True))
-            for (tree, key), own in samples.items():
-                self._critiques[tree][key] = tuple(own[place] for place in range(self.samples))
+            for (tree, steps), own in samples.items():
+                self._critiques[tree][steps] = tuple(own[place] for place in range(self.samples))
         finally:
             for one in rounds:
                 self.policy.release(one.start.tree)
@@ -191,7 +191,7 @@ class GenerativeVerifier(PolicyScorer):
         return [f"{one.text}{one.verdict}{self.format.behind}" for one in before]
 
     def _sampling(self, one: _Round) -> Sampling:
-        """How the critiques of a round are drawn: as the format says, within the policy's context."""
+        """Return how the critiques of a round are drawn: as the format says, within the policy's context."""
         begun = len(one.start.token_ids)
         tokens, context = begun + self.format.max_new_tokens, self.policy.context
         if context is not None:
