@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from .answers import Answer, boxed, hashes, last_number, resolve_answer
 from .answers.equivalence import alike, equivalent, form
+from .answers.verifiers import answer_to, is_source, score
 from .tree import Prompt
 
 Same = Callable[[str, str], bool]
@@ -35,6 +36,8 @@ def stated_answer(solution: str) -> str:
 @dataclass(frozen=True)
 class Judge:
     """Labels responses.
+
+    A problem of reasoning-gym is judged by its own verifier, whatever `same` names: see answers.verifiers.
 
     Args:
         same: "math": the answers are equivalent, by spelling, number, or math-verify. "exact": the same without
@@ -68,10 +71,13 @@ class Judge:
         """The answer found in a complete response (None where none is, or none is looked for), and its label."""
         if not isinstance(self.same, str):
             return None, bool(self.same(text, reference))
-        extract = resolve_answer(self.answer) or final_answer
+        verified = is_source(reference)
+        extract = resolve_answer(self.answer) or (answer_to if verified else final_answer)
         extracted = extract(text)
         if extracted is None:
             return None, False
+        if verified:
+            return extracted, score(reference, extracted) >= 1.0
         if self.same == "exact":
             return extracted, alike(form(extracted), form(reference))
         return extracted, equivalent(extracted, reference)

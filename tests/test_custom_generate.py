@@ -30,7 +30,9 @@ def test_the_folder_decodes_as_the_function_does(pair_of, inputs, guided):
 
 def test_remote_code_is_not_run_unasked(pair_of, inputs, guided):
     with pytest.raises(ValueError, match="trust_remote_code"):
-        pair_of[0].generate(**inputs, max_new_tokens=9, custom_generate=FOLDER, trust_remote_code=False, prm_guidance=guided())
+        pair_of[0].generate(
+            **inputs, max_new_tokens=9, custom_generate=FOLDER, trust_remote_code=False, prm_guidance=guided()
+        )
 
 
 def test_an_explicit_do_sample_false_is_refused(pair_of, inputs, guided):

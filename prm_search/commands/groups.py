@@ -31,7 +31,10 @@ from .records import Item
 
 CHAT = typer.Option("--chat", help="Prompts are user messages to a chat model.", rich_help_panel=DATA)
 OUT_HELP = "Write JSON Lines here, each record as soon as it is finished."
-DATA_HELP = "JSON Lines (- is stdin) or a name for the package datasets, with fields as GSM8K and MATH have them."
+DATA_HELP = (
+    "JSON Lines (- is stdin), a name for the package datasets, with fields as GSM8K and MATH have them, or "
+    "reasoning_gym:TASK?size=200."
+)
 
 
 @dataclass(frozen=True, kw_only=True)

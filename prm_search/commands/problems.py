@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..answers import ANSWERS as EXTRACTORS
+from ..answers import ANSWERS as EXTRACTORS, verifiers
 from ..problems import LABELS, Judge, Problem, stated_answer
 from . import BadInput
 from .records import Item, asked_in, json_lines, prompt_of, reason
@@ -39,7 +39,8 @@ def read_problems(
     Of a solution in GSM8K's form the answer is what follows "####", of one in MATH's form what is in the box.
 
     Args:
-        data: a JSON Lines file, "-" for standard input, or a name for datasets.load_dataset.
+        data: a JSON Lines file, "-" for standard input, a name for datasets.load_dataset, or a task of reasoning-gym,
+            `reasoning_gym:TASK?size=200`.
         config, split: of a data set.
         limit: read so many at most.
         template: a text prompt is put where this has {}.
@@ -62,6 +63,8 @@ def read_rows(
     data: str, *, config: str | None = None, split: str = "train", limit: int | None = None
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Records of a JSON Lines file or a data set, each with what to call it; arguments as of read_problems."""
+    if verifiers.is_source(data):
+        return islice(_tasks(data), limit)
     local = data == "-" or os.path.isfile(data) or data.endswith((".jsonl", ".json"))
     return islice(json_lines(data) if local else _rows(data, config, split), limit)
 
@@ -106,6 +109,14 @@ def _problem(
         raise BadInput(f'{where}: an "answer" or a "solution" is needed, a text or a number')
     extra = {"id": record["id"]} if "id" in record else {}
     return Item(where, prompt_of(question, where, chat, system), stated if worked else stated_answer(stated), extra)
+
+
+def _tasks(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        for place, row in enumerate(verifiers.rows(source)):
+            yield f"{source}, problem {place}", row
+    except (ValueError, ImportError) as error:
+        raise BadInput(f"--data {reason(error)}") from error
 
 
 def _rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
