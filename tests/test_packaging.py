@@ -41,7 +41,8 @@ def test_every_package_folder_is_listed():
 def test_every_folder_with_code_is_a_package():
     """A folder without __init__.py would be importable from the checkout and missing from the wheel."""
     folders = {file.parent for folder in SETUPTOOLS["package-dir"].values() for file in (ROOT / folder).rglob("*.py")}
-    assert [str(f.relative_to(ROOT)) for f in sorted(folders) if not (f / "__init__.py").is_file()] == []
+    bare = [str(f.relative_to(ROOT)) for f in sorted(folders) if not (f / "__init__.py").is_file()]
+    assert bare == ["integrations/custom_generate/custom_generate"]  # transformers loads it by its path
 
 
 @pytest.mark.parametrize("name", ["triton_kernels", "integrations"])

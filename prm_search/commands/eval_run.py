@@ -136,7 +136,7 @@ class EvalRun:
     def records_of(
         self, workers: Workers, done: Mapping[int, dict[str, Any]], batch: int, failures: Failures
     ) -> Iterator[dict[str, Any]]:
-        """What is missing, by workers where there are some, or by this process. Raises as those do."""
+        """Compute what is missing, by workers where there are some, or by this process. Raises as those do."""
         if workers.ray is None:
             return self.records(done, batch, failures.bar.watch)
         return self.records_of_workers(done, batch, workers, failures)

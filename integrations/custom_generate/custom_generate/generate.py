@@ -1,4 +1,4 @@
-"""Reward-guided decoding as a decoding method of transformers: what `custom_generate="<this folder or repository>"` loads."""
+"""Reward-guided decoding as a decoding method that transformers loads: `generate(custom_generate=PATH_OR_REPO)`."""
 
 from typing import Any
 

@@ -128,7 +128,7 @@ class GenerativeVerifier(PolicyScorer):
         return self._steps(node) or ("",)
 
     def _needed(self, node: Node) -> Iterator[tuple[SearchTree, Key]]:
-        """What has to be judged for a node: itself, and for a conversation each step before."""
+        """Return what has to be judged for a node: itself, and for a conversation each step before."""
         known, key = self._critiques.setdefault(node.tree, {}), self._key(node)
         for length in range(len(key) if self.format.later is None else 1, len(key) + 1):
             if key[:length] not in known:
