@@ -1,4 +1,4 @@
-"""Confidence of the policy in each token that rows draw, where a row's request asks for it; nothing is computed else."""
+"""Confidence of the policy in each drawn token, where a row's request asks for it; nothing is computed else."""
 
 from __future__ import annotations
 
