@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import prm_search
+from prm_search.integrations.huggingface import generate as decode
 
 
 def generate(model: Any, *args: Any, prm_guidance: Any = None, do_sample: bool | None = None, **kwargs: Any) -> Any:
@@ -19,5 +19,4 @@ def generate(model: Any, *args: Any, prm_guidance: Any = None, do_sample: bool |
     for name in ("custom_generate", "trust_remote_code"):
         kwargs.pop(name, None)
     sampled = True if do_sample is None else do_sample
-    decode = prm_search.generate
     return model.generate(*args, custom_generate=decode, do_sample=sampled, prm_guidance=prm_guidance, **kwargs)
