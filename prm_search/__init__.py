@@ -32,6 +32,7 @@ _PUBLIC = {
     "ConstantReference": ".scorers.implicit.implicit_prm",
     "Driver": ".driver.driver",
     "HFPolicy": ".policies.hf",
+    "Ensemble": ".scorers.ensemble",
     "GenerativeVerifier": ".scorers.explicit.verifier",
     "ImplicitPRM": ".scorers.implicit.implicit_prm",
     "Judge": ".scorers.explicit.judge",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from .integrations.huggingface import disable as disable, enable as enable, generate as generate
     from .policies.hf import HFPolicy as HFPolicy, Steered as Steered
     from .protocols import Policy as Policy, Sampling as Sampling, Scorer as Scorer
+    from .scorers.ensemble import Ensemble as Ensemble
     from .scorers.explicit.formats import PRMFormat as PRMFormat
     from .scorers.explicit.judge import Judge as Judge
     from .scorers.explicit.judge_formats import JudgeFormat as JudgeFormat

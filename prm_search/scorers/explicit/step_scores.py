@@ -63,7 +63,7 @@ def score_texts(
         ends.append(end)
     try:
         for batch in _batches(ends, batch_tokens):
-            scorer.score_nodes(batch)
+            scorer.score_exact(batch)
         value = resolve_value(scorer.default_value or "last")
         return [
             StepScores(
