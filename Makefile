@@ -22,7 +22,7 @@ SOURCES := $(shell find prm_search triton_kernels integrations -type f -not -nam
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-smollm2 test lint format typecheck pytest pytest-vllm soak fuzz bench report docs dist wheel clean clean-venv
+.PHONY: help demo demo-smollm2 test lint format typecheck pytest pytest-vllm soak fuzz bench report docs frontend dist wheel clean clean-venv
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -84,6 +84,10 @@ docs: $(VENV)/.stamp-docs dist/.stamp ## the documentation as a site, build/site
 	$(BIN)/python scripts/stage_site.py
 	$(BIN)/python -m zipfile -e dist/*.whl build/site/package
 	$(BIN)/mkdocs build --quiet --strict
+
+# What is committed in prm_search/viewer/static is built of frontend/; only who changes the sources needs npm.
+frontend: ## build the pages' script and style anew (npm)
+	cd frontend && npm ci && npm run build
 
 dist: $(VENV)/.stamp-dev dist/.stamp ## sdist, and the wheel built from it
 wheel: dist

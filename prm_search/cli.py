@@ -19,6 +19,7 @@ from .commands.rollout import rollout
 from .commands.score import score
 from .commands.serve import serve
 from .commands.train import train
+from .commands.view import view
 
 app = typer.Typer(
     name="prm-search",
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
 )
-for command in (demo, generate, score, rollout, train, export_tree, eval_steps):
+for command in (demo, generate, score, rollout, train, export_tree, eval_steps, view):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command(context_settings={"allow_extra_args": True})(serve)  # what follows -- is for the engine's own server

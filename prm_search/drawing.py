@@ -16,6 +16,7 @@ from typing import Protocol, Self, TypeVar
 
 import numpy as np
 
+from .pieces import POLICY
 from .sampling import Request
 from .steps import StepMatcher
 from .stop_strings import StopMatcher
@@ -206,7 +207,10 @@ def nodes_of(request: Request, draws: Sequence[AnyDraw], sampler: Hashable | Non
     Returns:
         The children that have drawn something, in order, each with the nodes of its chain; twins share nodes.
     """
-    request.node.tree.meter.add("sampled", sampler, sum(draw.sampled for draw in draws))
+    tree = request.node.tree
+    tree.meter.add("sampled", sampler, sum(draw.sampled for draw in draws))
+    if draws:
+        tree.vocabularies[POLICY] = draws[0].tokens
     kept = [draw for draw in draws if draw.chain]
     request = replace(request, lineages=tuple(draw.lineage for draw in kept))
     return list(zip(kept, commit(request, [draw.chain for draw in kept], sampler), strict=True))

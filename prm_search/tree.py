@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .pieces import POLICY, Pieces, Vocabulary
 from .prompt import Prompt, plain_ids
 from .rng import stream
 from .tree_record import FINISHES, check_tree
@@ -203,6 +204,8 @@ class SearchTree:
         seed: of the search, for strategies that draw numbers of their own.
         notes: what a reader of the result should know, in sentences; scorers add to it.
         log_z: estimate of log sum_y policy(y) exp(value(y) / temperature), nats, where a strategy makes one.
+        vocabularies: the bytes of token ids, for who shows tokens: the policy's by the name "", which a policy's draws
+            bring, and those of pairs with another tokenizer by theirs.
     """
 
     def __init__(self, prompt: Prompt | str, *, occurrence: int = 0) -> None:
@@ -213,6 +216,7 @@ class SearchTree:
         self.seed = 0
         self.log_z: float | None = None
         self.notes: list[str] = []
+        self.vocabularies: dict[str, Vocabulary] = {}
         self.nodes: list[Node] = []
         self._stream: int | None = None
         self.root = self._append(Node(self, None, ()))
@@ -287,7 +291,19 @@ class SearchTree:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies hold one flat record a node: a long path is as deep as a short one."""
-        return _replanted, (self.prompt, self.occurrence, self.primary, self.meter, list(map(_state, self.nodes)))
+        states = list(map(_state, self.nodes))
+        return _replanted, (self.prompt, self.occurrence, self.primary, self.meter, states, self.pieces())
+
+    def pieces(self) -> dict[str, Pieces]:
+        """The bytes of the tree's own token ids, by vocabulary."""
+        ids = {name: self._ids_of(name) for name in self.vocabularies}
+        return {name: Pieces.of(self.vocabularies[name], ids[name]) for name in ids}
+
+    def _ids_of(self, name: str) -> set[int]:
+        """Every token id in one of its vocabularies."""
+        if name == POLICY:
+            return {token_id for node in self.nodes for token_id in node.token_ids}
+        return {token_id for node in self.nodes for token_id in node.reward_ids.get(name, ())}
 
     def to_json(self, indent: int | None = None) -> str:
         """The whole tree as JSON: prompt, and for each node its tokens, text, rewards, value and finish."""
@@ -303,6 +319,7 @@ class SearchTree:
             "primary": self.primary,
             "log_z": self.log_z,
             "notes": self.notes,
+            "pieces": {name: pieces.record() for name, pieces in self.pieces().items()},
             "nodes": [_node_record(node) for node in self.nodes],
         }
         return json.dumps(record, ensure_ascii=False, indent=indent)
@@ -322,7 +339,8 @@ class SearchTree:
             tree = cls(_read_prompt(record["prompt"]), occurrence=record["occurrence"])
             tree.primary = record["primary"]
             tree.notes = list(record.get("notes", ()))
-            tree.log_z = record.get("log_z")  # trees of older versions have none, and no weights
+            tree.log_z = record.get("log_z")  # trees of older versions have none, and no weights or pieces
+            tree.vocabularies |= {name: Pieces.read(pieces) for name, pieces in record.get("pieces", {}).items()}
             _restore(tree.root, record["nodes"][0])
             for item in record["nodes"][1:]:
                 node = Node(tree, tree.nodes[item["parent"]], item["token_ids"])
@@ -342,10 +360,18 @@ def _state(node: Node) -> dict[str, Any]:
     return own | {"parent": None if node.parent is None else node.parent.index}
 
 
-def _replanted(prompt: Prompt, occurrence: int, primary: str, meter: Meter, states: list[dict[str, Any]]) -> SearchTree:
+def _replanted(
+    prompt: Prompt,
+    occurrence: int,
+    primary: str,
+    meter: Meter,
+    states: list[dict[str, Any]],
+    vocabularies: Mapping[str, Vocabulary],
+) -> SearchTree:
     """The tree of these states."""
     tree = SearchTree(prompt, occurrence=occurrence)
     tree.primary, tree.meter = primary, meter
+    tree.vocabularies |= vocabularies
     for state in states:
         parent = state.pop("parent")
         node = tree.root if parent is None else tree._append(Node(tree, tree.nodes[parent], state["token_ids"]))

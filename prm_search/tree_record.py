@@ -49,6 +49,14 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _by_id(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: _each(fits)(value) and all(key.isdecimal() and key.isascii() for key in value)
+
+
+def _pieces(value: Any) -> bool:
+    return isinstance(value, dict) and _by_id(_text)(value.get("text")) and _by_id(_hexadecimal)(value.get("bytes", {}))
+
+
 _COUNT: Check = ("an integer >= 0", _int)
 _TREE: dict[str, Check] = {
     "version": ("1", lambda value: _int(value) and value == 1),
@@ -58,6 +66,7 @@ _TREE: dict[str, Check] = {
     "nodes": ("a list of at least one node", lambda value: isinstance(value, list) and bool(value)),
 }
 _TREE_OPTIONAL: dict[str, Check] = {  # trees of older versions have none
+    "pieces": ('an object with "text" of token ids, and "bytes", for each vocabulary', _each(_pieces)),
     "log_z": ("a number or null", _none_or(_number)),
     "notes": ("a list of texts", lambda value: isinstance(value, list) and all(map(_text, value))),
 }

@@ -83,6 +83,13 @@ def main() -> None:
     require(any(file.suffix == ".safetensors" for file in data), f"the demo pair has no weights: {data}")
     print(f"smoke: the demo pair has {len(data)} files, {sum(file.stat().st_size for file in data) / 2**20:.1f} MiB")
 
+    from prm_search.viewer.page import view_page
+    from prm_search.viewer.page_tree import PageStep, PageTree
+
+    page = view_page("smoke", [PageTree("tree", [("", "prompt")], [PageStep(0, "step")])])
+    require("</script>" in page and "</style>" in page, "the page of view lacks its script or style")
+    print(f"smoke: a page of view has {len(page) / 2**10:.0f} KiB")
+
     command = Path(sys.executable).parent / "prm-search"
     shown = subprocess.run([command, "--help"], check=True, capture_output=True, text=True).stdout
     require("demo" in shown, f"prm-search --help shows no demo: {shown}")

@@ -56,7 +56,7 @@ def require_equal(what: str, left: dict[str, bytes], right: dict[str, bytes]) ->
 
 def build_from_checkout(scratch: Path) -> Path:
     """A wheel of a copy of the checkout; in the checkout itself setuptools would reuse whatever an older build left."""
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "node_modules")
     shutil.copytree(ROOT, scratch / "copy", ignore=ignored)
     run(
         sys.executable,

@@ -21,16 +21,17 @@ PACKAGES = {
 
 # The plain records and rules: no torch, and no model.
 PLAIN = (
-    "answers", "checks", "drawing", "files", "next_token", "policy", "prefixes", "private_tokenizer", "problems",
-    "prompt", "protocols", "rng", "sampling", "steps", "stop_strings", "token_bytes", "tokens", "tree", "tree_record",
-    "usage", "values",
+    "answers", "checks", "drawing", "files", "next_token", "pieces", "policy", "prefixes", "private_tokenizer",
+    "problems", "prompt", "protocols", "rng", "sampling", "steps", "stop_strings", "token_bytes", "tokens", "tree",
+    "tree_record", "usage", "values",
 )  # fmt: skip
 # The order of docs/development.md: a room, and the rooms that it may know beside itself. Each stands above those.
 ORDER: dict[str, tuple[str, ...]] = {
     "triton_kernels": (),
     "plain": (),
+    "viewer": ("plain",),
     "strategies": ("plain",),
-    "driver": ("strategies", "plain"),
+    "driver": ("strategies", "viewer", "plain"),
     "search": ("driver", "strategies", "plain"),
     "guidance": ("driver", "strategies", "plain"),
     "engine": ("triton_kernels", "plain"),
@@ -52,7 +53,7 @@ ORDER |= {
 ORDER["commands"] = tuple(ORDER)
 ORDER["cli"] = tuple(ORDER)
 
-TORCH_FREE = ("plain", "strategies", "driver", "search", "guidance")
+TORCH_FREE = ("plain", "viewer", "strategies", "driver", "search", "guidance")
 ROOT_FILES = {"__init__", "cli", "guidance", "search", *PLAIN} - {"answers"}
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from prm_search.scorers.scores import Scores, text_pieces
+from prm_search.pieces import text_pieces
+from prm_search.scorers.scores import Scores
 from prm_search.steering import Stream
 from prm_search.steps import StepRule
 

@@ -24,6 +24,7 @@ from .workers import Failures, Workers, absolute, absolutes, place_of, sent_whol
 
 if TYPE_CHECKING:
     from ..distributed import Cluster
+    from ..driver.result import Result
     from ..evaluation.responses import Answered
 
 RECORDS, RUN = "records.jsonl", "run.json"
@@ -134,17 +135,32 @@ class EvalRun:
         return [names[unit.problem] for unit in self.units]
 
     def records_of(
-        self, workers: Workers, done: Mapping[int, dict[str, Any]], batch: int, failures: Failures
+        self,
+        workers: Workers,
+        done: Mapping[int, dict[str, Any]],
+        batch: int,
+        failures: Failures,
+        on_result: Callable[[Unit, Result], object] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Compute what is missing, by workers where there are some, or by this process. Raises as those do."""
+        """Compute what is missing, by workers where there are some, or by this process. Raises as those do.
+
+        `on_result` is for searches of this process; see evaluation.evaluate.
+        """
         if workers.ray is None:
-            return self.records(done, batch, failures.bar.watch)
+            return self.records(done, batch, failures.bar.watch, on_result)
         return self.records_of_workers(done, batch, workers, failures)
 
     def records(
-        self, done: Mapping[int, dict[str, Any]], batch: int, loaded: Callable[..., object]
+        self,
+        done: Mapping[int, dict[str, Any]],
+        batch: int,
+        loaded: Callable[..., object],
+        on_result: Callable[[Unit, Result], object] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Load the models here, hand them to `loaded`, and run what is missing. Raises BadInput that names a line."""
+        """Load the models here, hand them to `loaded`, and run what is missing. Raises BadInput that names a line.
+
+        `on_result` is called with each search that ends; see evaluation.evaluate.
+        """
         from ..evaluation.responses import evaluate_responses
         from ..evaluation.run import evaluate
 
@@ -158,7 +174,7 @@ class EvalRun:
                 flow = evaluate_responses(self.answered, **how)
             else:
                 problems = [encoded(item, policy) for item in self.items]
-                flow = evaluate(problems, policy=policy, batch=batch, **how)
+                flow = evaluate(problems, policy=policy, batch=batch, on_result=on_result, **how)
             yield from map(self._named, flow)
 
     def records_of_workers(
@@ -193,8 +209,11 @@ def describe(folder: Path, about: Mapping[str, Any]) -> None:
     (folder / RUN).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def rebuild(folder: Path) -> None:
-    """Make the report of a folder from its records, and print its table. Raises BadInput where it has none."""
+def rebuild(folder: Path) -> dict[str, Any]:
+    """Make the report of a folder from its records, and print its table.
+
+    Returns what `describe` noted. Raises BadInput where the folder has none.
+    """
     try:
         about = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
@@ -205,3 +224,4 @@ def rebuild(folder: Path) -> None:
     print(f"{folder}: report.md, report.json", file=sys.stderr)
     if find_spec("matplotlib") is None:
         print(f"prm-search: {PLOTS_NEED}, and --report-only", file=sys.stderr)
+    return dict(about)

@@ -16,11 +16,12 @@ from ..values import VALUES
 from . import BadInput, groups, options
 from .config import Common
 from .eval_run import RECORDS, EvalRun, NamedModels, describe, rebuild
+from .eval_trees import kept_trees, trees_page
 from .grouped import grouped
-from .options import ADVANCED, DATA, MODELS, PAIR_HELP, listed, numbers
+from .options import ADVANCED, DATA, MODELS, OUTPUT, PAIR_HELP, listed, numbers
 from .problems import function_of, make_judge
 from .progress import Bar
-from .records import Item, RecordFile, report
+from .records import Item, RecordFile, report, writable
 from .responses import read_responses
 from .workers import Failures, Workers
 
@@ -132,6 +133,16 @@ class Compared:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Output(groups.OutFolder):
+    """Places of records, report and page."""
+
+    html: Annotated[
+        str | None,
+        typer.Option(help="A page of the search trees, which are kept in the folder, too.", rich_help_panel=OUTPUT),
+    ] = None
+
+
 @grouped
 def evaluate(
     policy: groups.MaybePolicy,
@@ -143,18 +154,22 @@ def evaluate(
     steps: groups.Steps,
     draws: groups.Draws,
     workers: Workers,
-    output: groups.OutFolder,
+    output: Output,
     common: Common,
 ) -> None:
     """Compare strategies at equal budgets on problems with known answers."""
     folder = Path(output.out)
+    if output.html is not None:
+        writable("--html", output.html)
     if output.report_only:
-        rebuild(folder)
+        _report(folder, output.html)
         return
     models = NamedModels(
         policy.policy, pairs.pair or (), pairs.prm, pairs.reference, pairs.beta, place.device, place.dtype, policy
     )
     _check_source(policy, problems, compared)
+    if output.html is not None and (problems.responses is not None or workers.ray is not None):
+        raise BadInput("--html shows the searches of this process: there are none with --responses, nor with --ray")
     label, answer = labels.label, labels.answer
     judge = make_judge(label, answer if ":" not in label else None)
     items, answered = problems.read()
@@ -169,17 +184,29 @@ def evaluate(
     about = {**card, "label": label, "answer": answer, "plan": plan.card()}
     keys = run.keys(models.card(), place.dtype, label, answer, plan.card())
     about_run = {"title": output.title, "expected": len(keys), "about": about}
-    with RecordFile(str(folder / RECORDS), keys, resume=output.resume) as file:
+    failures = _record(run, keys, folder, about_run, output, workers)
+    _report(folder, output.html)
+    failures.check()
+
+
+def _record(
+    run: EvalRun, keys: Sequence[str], folder: Path, about: dict[str, Any], output: Output, workers: Workers
+) -> Failures:
+    """Run what is missing, each record on disk before the next one is made. Returns the problems that failed."""
+    with (
+        RecordFile(str(folder / RECORDS), keys, resume=output.resume) as file,
+        kept_trees(folder, run.units, keys, wanted=output.html is not None, resume=output.resume) as keep,
+    ):
         records = dict(file.done)
         bar = Bar("records", len(keys) - len(records))
-        failures = Failures(items, bar)
+        failures = Failures(run.items, bar)
         try:
             if len(records) < len(keys):
-                flow = run.records_of(workers, dict(records), output.batch, failures)
+                flow = run.records_of(workers, dict(records), output.batch, failures, keep)
                 with bar:
                     for record in flow:
                         if not records:
-                            describe(folder, about_run)
+                            describe(folder, about)
                         records[record["index"]] = record
                         file.write({"key": keys[record["index"]], **record})
                         bar.tick()
@@ -187,10 +214,16 @@ def evaluate(
         finally:
             report(file, len(records), len(keys))
         if failures.places:
-            about["failed"] = failures.names
-        describe(folder, about_run)
-        rebuild(folder)
-    failures.check()
+            about["about"]["failed"] = failures.names
+        describe(folder, about)
+    return failures
+
+
+def _report(folder: Path, html: str | None) -> None:
+    """Make the report of a folder from its records, and the page of its trees where one is asked for."""
+    about = rebuild(folder)
+    if html is not None:
+        trees_page(folder, html, about["title"], about["expected"])
 
 
 def _check_source(policy: groups.MaybePolicy, problems: Problems, compared: Compared) -> None:

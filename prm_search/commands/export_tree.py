@@ -12,14 +12,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ..files import Distinct, one_writer, parse_json
+from ..files import one_writer
 from ..training.trees import NODES, tree_records
 from ..tree import Prompt, SearchTree
 from . import BadInput, groups, options
 from .config import Common
 from .grouped import grouped
-from .records import Item, dumps, json_lines, reason
+from .records import Item, dumps, reason
 from .rollout import summary
+from .tree_files import tree_records_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +118,7 @@ def _records(where: str, tree: SearchTree, answer: str | None, judge: Any, nodes
 def _trees(paths: list[str]) -> Iterator[tuple[str, SearchTree, dict[str, Any]]]:
     """Trees with what to call them, and the id of the prompt."""
     for path in paths:
-        whole, once = _whole(path), Distinct()
-        for where, record in [(path, whole)] if whole is not None else json_lines(path):
-            once.add(where, record)
+        for where, record in tree_records_of(path):
             tree = record.get("tree", record)
             if not isinstance(tree, dict) or "nodes" not in tree:
                 raise BadInput(f'{where}: there is no "tree": was it generated with --tree?')
@@ -128,17 +127,6 @@ def _trees(paths: list[str]) -> Iterator[tuple[str, SearchTree, dict[str, Any]]]
             except ValueError as error:
                 raise BadInput(f"{where}: {reason(error)}") from error
             yield where, search_tree, {"id": record["id"]} if "id" in record else {}
-
-
-def _whole(path: str) -> Mapping[str, Any] | None:
-    """The one object that a file holds, as SearchTree.to_json with an indent writes it; None for JSON Lines."""
-    if path == "-" or path.endswith(".jsonl"):
-        return None
-    try:
-        record = parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
-    except (OSError, ValueError):
-        return None  # the lines say what is wrong
-    return record if isinstance(record, dict) else None
 
 
 def _asked(prompt: Prompt) -> str:

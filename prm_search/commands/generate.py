@@ -14,17 +14,20 @@ import typer
 from ..answers import SELECTS
 from ..driver.search_settings import SearchSettings
 from ..strategies import STRATEGIES, BestOfN, Steer, Strategy
-from ..tree import Node, Prompt
+from ..tree import Prompt
 from . import BadInput, groups, options, render
 from .config import Common
 from .grouped import grouped
 from .options import ADVANCED, CHOICE, OUTPUT, PROMPTS, SEARCH
 from .progress import Bar
-from .records import Item, RecordFile, asked, digests, dumps, prompt_of, read_items, reason, report
+from .records import Item, RecordFile, asked, digests, dumps, prompt_of, read_items, reason, report, writable
+from .view import write_page
+from .view_records import page_tree, result_page, step_record
 
 if TYPE_CHECKING:
     from ..driver.participants import Participants
     from ..driver.result import Event, Result
+    from ..viewer.page_tree import PageTree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +137,10 @@ class Shown:
     tree: Annotated[
         bool, typer.Option("--tree", help="Show the search trees; in JSON, hold them.", rich_help_panel=OUTPUT)
     ] = False
+    html: Annotated[
+        str | None,
+        typer.Option(help="A page of the search trees, as of prm-search view.", rich_help_panel=OUTPUT),
+    ] = None
     as_json: Annotated[bool, groups.JSON] = False
 
 
@@ -163,11 +170,13 @@ def generate(
         repr(settings.strategy), repr(settings.sampling), repr(settings.budget), search.value, choice.select,
         choice.answer, choice.weight, choice.weight_temperature, shown.tree, *policy.names(),
     )  # fmt: skip
+    if shown.html is not None:
+        writable("--html", shown.html)
     out = records.out
     with RecordFile(out, keys, resume=records.resume) if out is not None else nullcontext() as file:
         from .models import load_pair, quiet
 
-        run = Run(items, keys, settings, file, as_json=shown.as_json, with_tree=shown.tree)
+        run = Run(items, keys, settings, file, as_json=shown.as_json, with_tree=shown.tree, html=shown.html)
         try:
             quiet()
             sampler = policy.load(policy.policy, place)
@@ -176,6 +185,7 @@ def generate(
             run.go(sampler, scorer, second or None, records.batch)
         finally:
             report(file, len(run.done), len(items))
+        run.page()
 
 
 def _settings(
@@ -211,9 +221,11 @@ class Run:
         *,
         as_json: bool,
         with_tree: bool,
+        html: str | None,
     ) -> None:
         self.items, self.keys, self.settings, self.file = items, keys, settings, file
-        self.as_json, self.with_tree = as_json, with_tree
+        self.as_json, self.with_tree, self.html = as_json, with_tree, html
+        self._pages: dict[int, PageTree] = {}
         self.screen = render.console()
         self.done = set() if file is None else set(file.done)
         self._cut_into_steps = False
@@ -244,10 +256,24 @@ class Run:
                 self.file.write(record)
             if self.as_json:
                 print(dumps(record), flush=True)
+        if self.html is not None:
+            self._pages[place] = result_page(result, self._name(place))
         self.done.add(place)
         self._cut_into_steps |= any(node.finish == "step" for node in result.tree.nodes[1:])
         if not self.as_json:
             self._show(result)
+
+    def page(self) -> None:
+        """Write the page of the searches, where one is asked for: those of an earlier run as the file has them."""
+        if self.html is None:
+            return
+        for place, record in {} if self.file is None else self.file.done.items():
+            self._pages[place] = page_tree(record, self.items[place].where, self._name(place))
+        title = f"Search: {type(self.settings.strategy).__name__}"
+        write_page("--html", self.html, title, [self._pages[place] for place in sorted(self._pages)])
+
+    def _name(self, place: int) -> str:
+        return str(self.items[place].extra.get("id", f"prompt {place}"))
 
     def _record(self, place: int, result: Result) -> dict[str, Any]:
         item, usage = self.items[place], result.usage
@@ -260,7 +286,7 @@ class Run:
             "answer": result.answer,
             "value": result.value,
             "stopped": result.stopped,
-            "steps": [_step(node) for node in ([] if result.node is None else result.node.path())],
+            "steps": [step_record(node) for node in ([] if result.node is None else result.node.path())],
             "candidates": [
                 {"text": node.path_text(), "value": node.value, "finish": node.finish, "count": node.count}
                 for node in result.candidates
@@ -292,13 +318,6 @@ class Run:
 
 def _tokens(bar: Bar) -> Callable[[Event], object]:
     return lambda event: bar.sampled(sum(len(node.token_ids) for node in event.nodes))
-
-
-def _step(node: Node) -> dict[str, Any]:
-    step: dict[str, Any] = {"text": node.text, "tokens": len(node.token_ids), "value": node.value}
-    if node.scored_by(node.tree.primary):
-        step |= {"reward": node.reward, "q": node.q}
-    return step
 
 
 def _encode(items: Sequence[Item], models: Participants[Any]) -> list[tuple[Prompt, int]]:

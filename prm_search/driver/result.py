@@ -8,6 +8,8 @@ from typing import Literal
 from ..answers import Selection
 from ..tree import Node, SearchTree
 from ..usage import Usage
+from ..viewer.notebook import notebook_html
+from ..viewer.page_tree import PageTree, costs_of
 
 
 @dataclass
@@ -59,6 +61,14 @@ class Result:
     def log_z(self) -> float | None:
         """Estimate of log sum_y policy(y) exp(value(y) / temperature), nats, of a ParticleFilter; else None."""
         return self.tree.log_z
+
+    def _repr_html_(self) -> str:
+        """The answer and its tree, as notebooks show a result."""
+        facts = [("stopped", self.stopped)]
+        if self.answer is not None:
+            facts.insert(0, ("answer", self.answer))
+        page = PageTree.of(self.tree, "Search", chosen=self.node, facts=facts, usage=costs_of(self.usage))
+        return notebook_html(page, self.text, facts)
 
     def __repr__(self) -> str:
         value = "None" if self.value is None else f"{self.value:.4g}"

@@ -150,7 +150,7 @@ def encode_steps(
     Raises:
         ValueError: two steps end in the same token, or the tokenizer does not spell the text.
     """
-    from ..scorers.scores import text_pieces
+    from ..pieces import text_pieces
     from ..tokens import encode_text
 
     for form in ("", "NFC", "NFKC"):  # some tokenizers normalise

@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from .. import checks
+from ..pieces import text_pieces
 from ..protocols import ScorerDefaults
 from ..tokens import TokenizerMatch, TokenText, encode_prompt
 from ..tree import Node, Prompt, SearchTree
 from .responses import Response, Steps, batches, read_responses
-from .scores import Scores, text_pieces
+from .scores import Scores
 
 BATCH_TOKENS = 1 << 15
 BETA = 0.05  # what the released pairs were trained with; a card says otherwise

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from codecs import utf_8_decode
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,19 +64,3 @@ class Scores:
 
     def __repr__(self) -> str:
         return f"<Scores tokens={len(self.token_ids)} steps={len(self.step_ends)} reward={self.reward:.4g}>"
-
-
-def text_pieces(token_ids: Sequence[int], piece: Callable[[int], bytes]) -> tuple[str, ...]:
-    """The text that each token adds: "" for one that leaves a character unfinished; joined they are the whole text.
-
-    Args:
-        token_ids: [T].
-        piece: bytes that a token id adds (`TokenText.piece`).
-    """
-    pieces, rest = [], b""
-    for place, token_id in enumerate(token_ids, 1):
-        rest += piece(token_id)
-        text, used = utf_8_decode(rest, "replace", place == len(token_ids))
-        pieces.append(text)
-        rest = rest[used:]
-    return tuple(pieces)

@@ -296,6 +296,7 @@ class ImplicitPRM(Pair):
         if own:
             for (_, node), (ratios, grown, ids) in zip(own, score_paths(own, self._constant), strict=True):
                 node.set_rewards(self.name, self.beta * ratios, self.beta * grown, ids)
+                node.tree.vocabularies[self.name] = self.token_text
         self.score_exact([node for node in todo if self._own_tree(node) is None])
 
     def score_exact(self, nodes: Sequence[Node]) -> None:
