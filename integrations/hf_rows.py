@@ -21,7 +21,6 @@ from prm_search.engine.sampler import Sampler
 
 if TYPE_CHECKING:
     from prm_search.engine.decoding_row import DecodingRow
-    from prm_search.engine.language_model import LanguageModel
     from prm_search.tree import SearchTree
 
 # What a class needs to see, beside the scores.
@@ -36,8 +35,6 @@ TOKENS = frozenset({
     "NoRepeatNGramLogitsProcessor", "RepetitionPenaltyLogitsProcessor", "SequenceBiasLogitsProcessor",
     "SuppressTokensAtBeginLogitsProcessor",
 })  # fmt: skip
-# Multiply scores by something that depends on their sign: log-probabilities instead of logits would change the result.
-SCALED = frozenset({"ExponentialDecayLengthPenalty", "RepetitionPenaltyLogitsProcessor"})
 # What the others came from, for the error.
 ARGUMENTS = {
     "EncoderNoRepeatNGramLogitsProcessor": "encoder_no_repeat_ngram_size",
@@ -105,33 +102,33 @@ class RowIds:
 
 
 class ProcessorSampler(Sampler):
-    """Draws from what generate's processors and warpers make of the logits.
+    """Draws from what generate's processors and warpers make of the logits. Some multiply scores by what depends on
+    their sign, so log-probabilities would not do.
 
     Args:
         processors: in generate's order.
         ids: the rows' ids.
         expanded: how many rows generate made of each prompt.
-        lm: the policy's model.
 
     Raises:
         ValueError: a processor is not known to be free of state.
     """
 
-    def __init__(self, processors: Sequence[Any], ids: RowIds, expanded: int, lm: LanguageModel) -> None:
+    takes_logits = True
+
+    def __init__(self, processors: Sequence[Any], ids: RowIds, expanded: int) -> None:
         names = [type(processor).__name__ for processor in processors]
         for name, processor in zip(names, processors, strict=True):
             ours = type(processor).__module__ == "transformers.generation.logits_process"
             if not ours or name not in NOTHING | TOKENS:
                 _refuse(name)
         self._processors = list(processors)
-        self._reads = any(name in TOKENS for name in names)
-        self._scaled = any(name in SCALED for name in names)
+        self._reads = self.reads_rows = any(name in TOKENS for name in names)
         self._ids = ids
         self._expanded = expanded
-        self._lm = lm
 
-    def draw(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> torch.Tensor:
-        """See Sampler.draw.
+    def scores(self, logits: torch.Tensor, rows: Sequence[DecodingRow]) -> torch.Tensor:
+        """See Sampler.scores; of logits, as generate calls them.
 
         Raises:
             ValueError: without randomness a search asks for more than one response, or a processor forbids all tokens.
@@ -141,14 +138,10 @@ class ProcessorSampler(Sampler):
                 "do_sample=False draws one and the same response every time, but the strategy asks for several: pass "
                 "do_sample=True (ps.enable does so by itself; custom_generate=ps.generate cannot)"
             )
-        return super().draw(logprobs, rows)
-
-    def scores(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> torch.Tensor:
-        """See Sampler.scores."""
         if not self._processors:
-            return logprobs
+            return logits
         # None of these classes writes to the scores it is given.
-        scores = logprobs + self._normalizers(rows).to(logprobs.device) if self._scaled else logprobs
+        scores = logits
         if not self._reads:
             scores = self._processed(scores.new_zeros((len(rows), 1), dtype=torch.long), scores, rows)
         else:
@@ -176,16 +169,6 @@ class ProcessorSampler(Sampler):
                 processor.prompt_ignore_length = skipped[places]
             scores = processor(ids, scores)
         return scores
-
-    def _normalizers(self, rows: Sequence[DecodingRow]) -> torch.Tensor:
-        """[R, 1] what the logits were lessened by to become log-probabilities, nats."""
-        hidden = []
-        for row in rows:
-            node = row.request.node
-            last = (row.branches[-1][0] if row.branches else self._lm.memo(node.tree).branch(node)).row()
-            assert last is not None  # the row's next token is about to be drawn from it
-            hidden.append(last)
-        return self._lm.head.logits(torch.stack(hidden)).logsumexp(dim=-1, keepdim=True)
 
 
 class CriteriaStop:

@@ -89,7 +89,7 @@ def generate(
         lm,
         tokenizer,
         stop_ids=call.stop_ids,
-        sampler=ProcessorSampler(logits_processor or [], ids, call.returned, lm),
+        sampler=ProcessorSampler(logits_processor or [], ids, call.returned),
         stop=CriteriaStop(call.criteria, ids) if call.criteria else None,
     )
     greedy = not generation_config.do_sample

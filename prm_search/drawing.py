@@ -161,6 +161,28 @@ class Draw:
         self.drawn += 1
         self.left -= 1
 
+    def record_many(
+        self, tokens: Sequence[int], logprobs: Sequence[float], confidences: Sequence[float] | None = None
+    ) -> None:
+        """Record next tokens of which an engine knows already that none of them ends the step or the child.
+
+        The matcher has to be told apart from this. Raises RuntimeError where the child is done.
+        """
+        if self.done:
+            raise RuntimeError("this child is done: it takes no further token")
+        if not tokens:
+            return
+        if self.fresh:
+            self.chain.append(Segment())
+            self.fresh = False
+        segment = self.chain[-1]
+        segment.token_ids.extend(tokens)
+        segment.logprobs.extend(logprobs)
+        if confidences is not None and self.request.sampling.confidence_tokens:
+            segment.confidences.extend(confidences)
+        self.drawn += len(tokens)
+        self.left -= len(tokens)
+
     def settle(self, stop: bool = False) -> None:
         """See whether the newest token ends the step or the child; stop as in `take`."""
         segment = self.chain[-1]

@@ -13,7 +13,8 @@ from codecs import utf_8_decode
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -64,6 +65,7 @@ class StepRule:
     _pattern: re.Pattern[str] | None = field(init=False, repr=False, compare=False, default=None)
     _keep: int = field(init=False, repr=False, compare=False, default=0)
     _settled: bool = field(init=False, repr=False, compare=False, default=False)
+    _first: tuple[str, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
         delimiter = self.delimiter
@@ -107,6 +109,12 @@ class StepRule:
             first = _completing_first(delimiters)
             object.__setattr__(self, "_literal", re.compile("|".join(map(re.escape, first))))
             object.__setattr__(self, "_keep", max(map(len, first)) - 1)
+            object.__setattr__(self, "_first", tuple(first))
+
+    @property
+    def finite(self) -> bool:
+        """Return True if delimiters can be told by a `StepMatcher.text_state`: no regex, and none is a whole text."""
+        return self.regex is None and sum(map(len, self._first)) <= 1000
 
     def matcher(self, piece: Callable[[int], bytes], node: Node | None = None) -> StepMatcher:
         """A matcher for what follows a node, or for a response from its start.
@@ -133,6 +141,18 @@ class StepRule:
         if len(token_ids) and (not ends or ends[-1] != len(token_ids)):
             ends.append(len(token_ids))
         return ends
+
+
+class TextState(NamedTuple):
+    """The part of a matcher's text that later text can still make matter.
+
+    Fields: `partial`, first bytes of a character; `tail`, the longest end of the text since the last delimiter that some
+    delimiter begins with; `content`, whether more than whitespace came before it.
+    """
+
+    partial: bytes
+    tail: str
+    content: bool
 
 
 class StepMatcher:
@@ -175,6 +195,21 @@ class StepMatcher:
     def cut(self) -> None:
         """The step ended before a token; the matcher is ready for the next step."""
         self._tokens = 0
+
+    def text_state(self) -> TextState:
+        """Return what is known of the text, for a rule without a regex: equal states go on alike."""
+        begins = _beginnings(self._rule._first)
+        at = next(at for at in range(len(self._tail) + 1) if self._tail[at:] in begins)
+        return TextState(self._partial, self._tail[at:], self._content or _solid(self._tail[:at]))
+
+    def restore(self, state: TextState, tokens: int) -> None:
+        """Go on from a `text_state`, after so many tokens of the step."""
+        self._partial, self._tail, self._content = state
+        self._tokens = tokens
+
+    def read(self, token_id: int) -> bool:
+        """Take a token's text without counting it; True where a delimiter that ends the step completes in it."""
+        return self._scan(self._piece(token_id))
 
     def copy(self) -> StepMatcher:
         """An independent matcher in the same state."""
@@ -264,6 +299,12 @@ def _completing_first(delimiters: Iterable[str]) -> list[str]:
             if not completed[following]:  # what is longer completes later
                 queue.append(following)
     return reached
+
+
+@lru_cache(maxsize=64)
+def _beginnings(delimiters: tuple[str, ...]) -> frozenset[str]:
+    """Return what could go on to a delimiter: the proper beginnings of all, the empty one among them."""
+    return frozenset({"", *(one[:n] for one in delimiters for n in range(len(one)))})
 
 
 def _solid(text: str) -> bool:

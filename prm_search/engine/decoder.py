@@ -1,7 +1,8 @@
 """Continuous decoding of many rows over one or several LanguageModels: a row that ends makes room for a waiting one.
 
-A row draws one child. It holds a branch in each model: the policy's, and those of models that steer it. Rows of one
-node share its KV and its next-token distribution; each token is encoded once a model.
+A row draws one child. It grows a branch in each model: the policy's, and those of models that steer it. Rows of one
+node share its KV and its next-token distribution; each token is encoded once a model. What a token does to all rows is
+done to arrays (`RowTable`, `Growth`); a row's object is touched when its step may end.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import torch
 from ..drawing import Tokens, nodes_of
 from ..sampling import Request
 from ..tree import Node, SearchTree
+from ..triton_kernels.reference import log_softmax
 from .confidence import confidence_columns, ranked_tokens
 from .decoding_row import DecodingRow
+from .growth import Growth
 from .language_model import LanguageModel
 from .node_logprobs import node_logprobs
+from .row_table import RowTable
 from .sampler import Sampler
 from .to_device import to_device
 
-# Combines the rows' log-softmax under each model, [R, V] each, into the scores to draw from, [R, V].
+# Combines the rows' logits (log-probabilities, for a Sampler that takes these) under each model, [R, V] each, into the
+# scores to draw from, [R, V].
 Combine = Callable[[Sequence[torch.Tensor], Sequence[DecodingRow]], torch.Tensor]
 
 
@@ -58,19 +63,26 @@ class Decoder:
         self.stop_ids = stop_ids
         self.max_rows = max_rows
         self.stop = stop
+        self._own_draw = type(sampler).draw is not Sampler.draw
+        own = self._own_draw or type(sampler).scores is not Sampler.scores
+        self._normalised = own and not (sampler.takes_logits and not self._own_draw)
         self._jobs: dict[Request, list[DecodingRow]] = {}
+        self._open: dict[Request, int] = {}  # rows of a job that are not done
         self._waiting: deque[DecodingRow] = deque()
-        self._active: list[DecodingRow] = []
+        self._table = RowTable(len(lms), stop_ids, watch=stop is not None or (own and sampler.reads_rows))
+        self._growths = [Growth(lm.tree) for lm in lms]
+        self._newest = np.zeros(0, np.int64)  # of the table's rows: drawn, not encoded yet
 
     @property
     def busy(self) -> bool:
         """Return True if any row is waiting or under way."""
-        return bool(self._waiting or self._active)
+        return bool(self._waiting or self._table.rows)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue the rows of these requests."""
         for request in requests:
             rows = self._jobs[request] = DecodingRow.of(request, self.tokens, self.stop_ids)
+            self._open[request] = len(rows)
             self._waiting.extend(rows)
 
     def advance(self) -> list[tuple[Request, list[Node]]]:
@@ -80,39 +92,30 @@ class Decoder:
             requests whose last row ended, with the last node of each child's chain.
         """
         self._admit()
-        rows = self._active
-        if not rows:
+        if not self._table.rows:
             return []
-        logprobs, index = self._distributions()
-        (at,) = to_device([np.array([index[id(row)] for row in rows])], logprobs[0].device)
-        spread = [table.index_select(0, at.to(table.device)) for table in logprobs]
-        scores = self.combine(spread, rows) if self.combine else spread[0]
-        tokens = torch.as_tensor(self.sampler.draw(scores, rows), device=scores.device)
-        tokens = ranked_tokens(tokens, spread[0], rows)
-        readings = self._read_drawn(tokens, spread, confidence_columns(spread[0], rows))
-        drawn = [row for row, reading in zip(rows, readings, strict=True) if self._record(row, reading)]
-        stopped = [False] * len(drawn) if self.stop is None or not drawn else self.stop(drawn)
-        for row, stop in zip(drawn, stopped, strict=True):
-            row.settle(bool(stop))
-        self._active = [row for row in self._active if not row.done]
-        ended = [request for request, job in self._jobs.items() if all(row.done for row in job)]
-        return [(request, self._finish(request, self._jobs.pop(request))) for request in ended]
+        self._book(self._draw())
+        if all(self._open.values()):
+            return []
+        ended = [request for request, rows in self._open.items() if not rows]
+        return [(request, self._finish(request)) for request in ended]
 
     def interrupt(self, request: Request) -> list[Node]:
         """End a request now; see Policy.interrupt."""
-        job = self._jobs.pop(request)
-        self._forget(job)
-        for row in job:
+        self._forget([request])
+        for row in self._jobs[request]:
             row.interrupt()
-        return self._finish(request, job)
+        return self._finish(request)
 
     def drop(self, requests: Sequence[Request]) -> None:
         """Forget requests and what was drawn for them; those that are answered already are no error."""
+        self._forget(requests)
         for request in requests:
-            job = self._jobs.pop(request, [])
-            self._forget(job)
-            for row in job:
-                self._drop(row)
+            self._open.pop(request, None)
+            for row in self._jobs.pop(request, []):
+                for lm, branches in zip(self.lms, row.branches, strict=False):
+                    for branch in reversed(branches):
+                        lm.tree.release(branch)
 
     def release(self, tree: SearchTree) -> None:
         """Drop a tree's requests and free its KV in every model."""
@@ -124,20 +127,25 @@ class Decoder:
 
     def _admit(self) -> None:
         """Let waiting rows in while there is room for them and for the KV they may come to need."""
+        rows = self._table.rows
+        if not self._waiting or len(rows) >= self.max_rows:
+            return
         room = min(lm.tree.capacity for lm in self.lms)
-        load = sum(self._weight(row) for row in self._active)
-        nodes = {row.request.node for row in self._active}
+        load = sum(map(self._table.most, range(len(rows))))
+        nodes = {row.request.node for row in rows}
         load += sum(len(node.tree.prompt_ids) + node.end for node in nodes)
-        while self._waiting and len(self._active) < self.max_rows:
+        new: list[DecodingRow] = []
+        while self._waiting and len(rows) + len(new) < self.max_rows:
             row = self._waiting[0]
             node = row.request.node
             load += self._weight(row) + (0 if node in nodes else len(node.tree.prompt_ids) + node.end)
-            if self._active and load > room:
+            if (rows or new) and load > room:
                 break
             if node not in nodes:
                 nodes.add(node)
                 self._read(node)
-            self._active.append(self._waiting.popleft())
+            new.append(self._waiting.popleft())
+        self._table.add(new)
 
     def _read(self, node: Node) -> None:
         """Score a path that was built by hand while it is encoded: a scorer on the same model may want it later."""
@@ -153,97 +161,159 @@ class Decoder:
             return min(row.left, longest)
         return row.left
 
-    def _distributions(self) -> tuple[list[torch.Tensor], dict[int, int]]:
-        """Next-token log-softmax under each model, and which line of it each active row reads."""
-        index: dict[int, int] = {}
-        nodes: dict[Node, int] = {}
-        ids: list[Sequence[int]] = []
-        continued: list[DecodingRow] = []
-        for row in self._active:
-            if row.token is not None:
-                index[id(row)] = len(ids)
-                ids.append([row.token])
-                continued.append(row)
-        for row in self._active:
-            if row.token is None:
-                node = self.lms[0].memo(row.request.node.tree).first(row.request.node)
-                if node not in nodes:  # twins, drawn by different requests, have one distribution
-                    nodes[node] = len(ids)
-                    ids.append(())
-                index[id(row)] = nodes[node]
+    def _draw(self) -> np.ndarray:
+        """Draw a token for each row: [C, R], the columns of `_columns`. Rows that begin have their branches then."""
+        rows, grown = self._table.rows, len(self._growths[0])
+        places: dict[Node, int] = {}
+        at: list[int] = []
+        for row in rows[grown:]:
+            node = self.lms[0].memo(row.request.node.tree).first(row.request.node)
+            at.append(grown + places.setdefault(node, len(places)))  # twins of different requests are one
+        nodes = [[lm.memo(node.tree).branch(node) for node in places] for lm in self.lms]
         begun = []  # every model's forward is launched before the first is waited for
-        for k, lm in enumerate(self.lms):
-            branches = [row.branches[-1][k] for row in continued] + [lm.memo(node.tree).branch(node) for node in nodes]
-            begun.append(lm.begin_extend(branches, ids, want="log_softmax"))
-        return [pending.result() for pending in begun], index  # type: ignore[misc]
+        try:
+            for lm, growth, branches in zip(self.lms, self._growths, nodes, strict=True):
+                begun.append(lm.begin_round(growth, self._newest, branches))
+            tables = [pending.result() for pending in begun]
+            if at:
+                index = np.concatenate([np.arange(grown), at])
+                (on,) = to_device([index], tables[0].device)
+                tables = [table.index_select(0, on.to(table.device)) for table in tables]
+            columns = self._columns(tables, grown).cpu().numpy()
+            for k, lm in enumerate(self.lms):
+                if np.isnan(columns[1 + k]).any():
+                    raise lm.not_numbers()
+        except BaseException:
+            for pending in reversed(begun):
+                pending.undo()
+            raise
+        for lm, growth, branches in zip(self.lms, self._growths, nodes, strict=True):
+            with lm.tree.lock:
+                growth.add([branches[place - grown] for place in at])
+        return columns
 
-    def _read_drawn(
-        self, tokens: torch.Tensor, tables: Sequence[torch.Tensor], more: Sequence[torch.Tensor]
-    ) -> list[list[float]]:
-        """Each row's token, its log-prob under each model and `more`: what the host waits for, in one transfer."""
-        columns = [tokens]
-        for table in tables:
-            inside = tokens.to(table.device).clamp(max=table.shape[1] - 1)
-            columns.append(table.gather(1, inside[:, None]).squeeze(1).to(tokens.device))
-        columns += [column.to(tokens.device) for column in more]
-        drawn: list[list[float]] = torch.stack([column.double() for column in columns], dim=1).tolist()
-        highest = int(max(token for token, *_ in drawn))
-        for lm, table in zip(self.lms, tables, strict=True):
-            if highest >= table.shape[1]:
-                raise ValueError(
-                    f"the policy drew token {highest}, but {lm.id} has {table.shape[1]} tokens: a pair that steers "
-                    "needs all of the policy's tokens"
-                )
-        return drawn
+    def _columns(self, tables: list[torch.Tensor], grown: int) -> torch.Tensor:
+        """What the host waits for, in one transfer: [C, R] fp64.
 
-    def _record(self, row: DecodingRow, reading: Sequence[float]) -> bool:
-        """Record a drawn token, unless the row's step and the row end before it; return True if it is recorded.
+        The rows' tokens, their log-prob under each model, and the confidence_columns where a row asks for them.
 
         Args:
-            row: the row that drew it.
-            reading: the token, its log-prob under each model, and the confidence_columns.
+            tables: logits of the rows under each model, [R, V] each.
+            grown: rows that have drawn before.
         """
-        token, values, more = int(reading[0]), reading[1 : 1 + len(self.lms)], reading[1 + len(self.lms) :]
-        top, confidence = more or (0.0, None)
-        if row.cut_before(exp(top), exp(values[0])):
-            return False
-        if row.fresh:
-            self._open(row)
-        row.record(token, values[0], confidence)
-        for k, value in enumerate(values):
-            row.scored[-1][k].append(value)
-        row.token = token
-        return True
-
-    def _open(self, row: DecodingRow) -> None:
-        """Start a step: an empty fork, in each model, of what the row has read so far."""
-        if row.branches:
-            above = row.branches[-1]
+        rows = self._table.rows
+        asks = any(one.confidence_tokens or one.steps.confidence is not None for one in self._table.samplings)
+        if self._normalised:
+            tables = [log_softmax(table) for table in tables]
+        scores = self.combine(tables, rows) if self.combine else tables[0]
+        known = False
+        if self._own_draw:
+            tokens = torch.as_tensor(self.sampler.draw(scores, rows), device=scores.device)
         else:
-            node = row.request.node
-            above = [lm.memo(node.tree).branch(node) for lm in self.lms]
-        row.branches.append([lm.tree.fork(branch) for lm, branch in zip(self.lms, above, strict=True)])
-        row.scored.append([[] for _ in self.lms])
+            drawn, known = self.sampler.sample(scores, self._table)
+            tokens = drawn.tokens
+        if any(row.request.ranked for row in rows[grown:]):
+            tokens, known = ranked_tokens(tokens, tables[0], rows), False
+        columns = [tokens]
+        for table in tables:
+            if known and self.combine is None:
+                columns.append(drawn.logprobs)
+                continue
+            inside = tokens.to(table.device).clamp(max=table.shape[1] - 1)
+            chosen = table.gather(1, inside[:, None]).squeeze(1)
+            columns.append((chosen if self._normalised else chosen - table.logsumexp(-1)).to(tokens.device))
+        if asks:
+            normal = tables[0] if self._normalised else log_softmax(tables[0])
+            columns += [column.to(tokens.device) for column in confidence_columns(normal, rows)]
+        return torch.stack([column.double() for column in columns])
+
+    # --- what was drawn --------------------------------------------------------------------------------------------
+
+    def _book(self, columns: np.ndarray) -> None:
+        """Record a token for each row, end what ends, and let rows go that are done."""
+        table, rows, models = self._table, self._table.rows, len(self.lms)
+        tokens = columns[0].astype(np.int64)
+        self._check(int(tokens.max()))
+        values = np.zeros((len(rows), models + 1))
+        values[:, :models] = columns[1 : 1 + models].T
+        more = len(columns) > 1 + models
+        if more:
+            values[:, -1] = columns[-1]
+        self._newest = tokens
+        told = []
+        for place in table.book(tokens, values).tolist():
+            row = rows[place]
+            table.catch_up(place, newest=False)
+            before = row.fresh
+            top = exp(columns[1 + models, place]) if more else 1.0
+            ended = row.cut_before(top, exp(values[place, 0]))
+            if row.fresh and not before:
+                self._cut(place)
+            if ended:
+                continue
+            row.read(int(tokens[place]), values[place].tolist())
+            told.append(place)
+        stopped = [False] * len(told) if self.stop is None or not told else self.stop([rows[place] for place in told])
+        for place, stop in zip(told, stopped, strict=True):
+            row = rows[place]
+            row.settle(bool(stop))
+            table.settled(place)
+            if row.fresh:
+                self._cut(place)
+        self._let_go([place for place, row in enumerate(rows) if row.done])
+
+    def _check(self, highest: int) -> None:
+        for lm in self.lms:
+            if highest >= lm.head.vocab:
+                raise ValueError(
+                    f"the policy drew token {highest}, but {lm.id} has {lm.head.vocab} tokens: a pair that steers "
+                    "needs all of the policy's tokens"
+                )
+
+    def _cut(self, place: int) -> None:
+        """End a row's step behind what it has drawn."""
+        drawn = self._table.rows[place].drawn
+        for lm, growth in zip(self.lms, self._growths, strict=True):
+            with lm.tree.lock:
+                growth.cut(place, drawn)
+
+    def _let_go(self, places: Sequence[int]) -> None:
+        """Take rows out of the tables, with their branches."""
+        if not places:
+            return
+        table, gone = self._table, set(places)
+        rows = [table.rows[place] for place in places]
+        kept = np.array([place for place in range(len(table.rows)) if place not in gone], np.int64)
+        table.keep(kept)
+        begun = [place for place in places if place < len(self._growths[0])]
+        self._newest = self._newest[kept[kept < len(self._newest)]]
+        for lm, growth in zip(self.lms, self._growths, strict=True):
+            with lm.tree.lock:
+                for row, branches in zip(rows, growth.remove(begun), strict=False):
+                    for spare in reversed(branches[len(row.chain) :]):
+                        lm.tree.release(spare)
+                    row.branches.append(branches[: len(row.chain)])
+        for row in rows:
+            self._open[row.request] -= 1
 
     # --- the end of a request --------------------------------------------------------------------------------------
 
-    def _finish(self, request: Request, job: Sequence[DecodingRow]) -> list[Node]:
+    def _finish(self, request: Request) -> list[Node]:
         """Put what was drawn into the tree, and its branches into the memos."""
+        job = self._jobs.pop(request)
+        del self._open[request]
         made = nodes_of(request, job, self.lms[0].id)
         for row, nodes in made:
-            for node, branches, scored in zip(nodes, row.branches, row.scored, strict=True):
-                for lm, branch, values in zip(self.lms, branches, scored, strict=True):
+            for k, lm in enumerate(self.lms):
+                for node, branch, scored in zip(nodes, row.branches[k], row.scored, strict=True):
                     # The last token of a row has not been encoded: it is, should the node be expanded.
                     branch.token_ids.extend(node.token_ids[len(branch.token_ids) :])
-                    lm.memo(node.tree).adopt(node, branch, np.asarray(values, np.float32))
+                    lm.memo(node.tree).adopt(node, branch, np.asarray(scored[k], np.float32))
         return [nodes[-1] for _, nodes in made]
 
-    def _forget(self, job: Sequence[DecodingRow]) -> None:
-        gone = {id(row) for row in job}
-        self._active = [row for row in self._active if id(row) not in gone]
-        self._waiting = deque(row for row in self._waiting if id(row) not in gone)
-
-    def _drop(self, row: DecodingRow) -> None:
-        for branches in row.branches:
-            for lm, branch in zip(self.lms, branches, strict=True):
-                lm.tree.release(branch)
+    def _forget(self, requests: Sequence[Request]) -> None:
+        """Take the rows of requests out of wherever they are."""
+        gone = {id(row) for request in requests for row in self._jobs.get(request, ())}
+        if gone:
+            self._let_go([place for place, row in enumerate(self._table.rows) if id(row) in gone])
+            self._waiting = deque(row for row in self._waiting if id(row) not in gone)

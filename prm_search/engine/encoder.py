@@ -20,6 +20,7 @@ from ..triton_kernels.launch import Backend
 from . import adapters
 from .admission.context_limits import context_of
 from .graph_step.choice import TokenSteps
+from .growth import Growth
 from .head import Head
 from .hidden_rows import WaveRows
 from .kv_tree import Branch, KVTree
@@ -30,7 +31,7 @@ from .runner import Runner
 from .waves import Piece, missing, next_batch, split
 
 T = TypeVar("T")
-Want = Literal["target", "hidden", "log_softmax"]
+Want = Literal["target", "hidden", "logits", "log_softmax"]
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
@@ -127,11 +128,12 @@ class Encoder:
             branches: B different branches of this model's tree.
             ids: new tokens of each, possibly none.
             want: "target": log-probability of each new token; "hidden": the last hidden row of each branch;
-                "log_softmax": the next-token distribution after each branch; None: only encode.
+                "log_softmax": the next-token distribution after each branch; "logits": the same before it is
+                normalised, and not looked at for numbers that are none; None: only encode.
 
         Returns:
             "target": B arrays [len(ids[i])] fp32, nats, NaN for a token with nothing before it;
-            "hidden": [B, D]; "log_softmax": [B, V] fp32 (fp64 for an fp64 model), nats.
+            "hidden": [B, D]; "logits", "log_softmax": [B, V] fp32 (fp64 for an fp64 model), nats.
 
         Raises:
             ValueError: a path with its new tokens exceeds the KV capacity or the context, a token id lies outside the
@@ -170,12 +172,119 @@ class Encoder:
                 rows = torch.stack([branch.end_row() for branch in branches])
                 if want == "hidden":
                     return self._pending(None, lambda _: self._handed_over(rows), undone)
+                if want == "logits":
+                    logits = self.head.logits(rows)
+                    return self._pending(None, lambda _: self._handed_over(logits), undone)
                 table = self.head.log_softmax(rows)
                 # One NaN, or inf, makes a whole row NaN.
                 return self._pending(table[:, :1], lambda _: self._handed_over(table), undone)
             except BaseException:
                 undone()
                 raise
+
+    def begin_round(self, growth: Growth, tokens: np.ndarray, nodes: Sequence[Branch]) -> Pending[torch.Tensor]:
+        """A token for each row of a growth, and whatever has no KV on the paths of nodes, in one forward if it fits.
+
+        Args:
+            growth: of this model's tree.
+            tokens: [R] int64, the newest of each row.
+            nodes: B further branches.
+
+        Returns:
+            logits [R + B, V] after the rows and the nodes; see extend. Numbers that are none are for the caller to find,
+            who then calls `Pending.undo` and raises `not_numbers`.
+
+        Raises:
+            ValueError: as extend.
+        """
+        rows, none = len(growth), [()] * len(nodes)
+        self._validate(nodes, none)
+        with self._running():
+            if rows:
+                self._check_ids(tokens)
+                reach = min(self.tree.capacity, self.context or self.tree.capacity)
+                if growth.reach() > reach or rows > self.forward_tokens or not growth.revive():
+                    return self._round_of_branches(growth, tokens, nodes)
+            elif nodes:
+                return self.begin_extend(nodes, none, want="logits")  # type: ignore[return-value]
+            undo = Undo(self.tree)
+
+            def undone() -> None:
+                with self.tree.lock:
+                    growth.take_back()
+                undo.roll_back()
+
+            begun = False
+            try:
+                wave = self._beside(rows, [node for node in nodes if missing(node)])
+                if wave is None:
+                    self._encode(nodes, None, undo)
+                    wave = []
+                if not (growth.live and self.tree.make_room(rows + sum(p.end - p.begin for p in wave))):
+                    growth.store()
+                    return self._round_of_branches(growth, tokens, nodes)
+                for node in nodes:
+                    self.tree.touch(node)
+                for piece in wave:
+                    undo.note(piece.branch)
+                slots, begun = growth.begin(tokens), True
+                final = self._forward_rows(growth, tokens, slots, wave, undo)
+                if nodes:
+                    final = torch.cat([final, torch.stack([node.end_row() for node in nodes])])
+                logits = self.head.logits(final)
+                return self._pending(None, lambda _: self._handed_over(logits), undone)
+            except BaseException:
+                if begun:
+                    undone()
+                else:
+                    undo.roll_back()
+                raise
+
+    def _beside(self, rows: int, nodes: Sequence[Branch]) -> list[Piece] | None:
+        """The pieces that nodes lack, if they fit a forward beside so many rows without an eviction; else None."""
+        if not nodes:
+            return []
+        batch = next_batch(nodes, self.tree.capacity, self.tree.free, self.forward_tokens)
+        new = rows + sum(piece.end - piece.begin for piece in batch.pieces)
+        fits = batch.branches == len(nodes) and new <= min(self.tree.free, self.forward_tokens)
+        return batch.pieces if fits else None
+
+    def _forward_rows(
+        self, growth: Growth, tokens: np.ndarray, slots: np.ndarray, wave: list[Piece], undo: Undo
+    ) -> torch.Tensor:
+        """The hidden rows [R, D] of a growth's newest tokens; with the pieces of a wave in the same forward."""
+        token_forward = None if wave else self.runner.plan_rows(growth, tokens, slots)
+        if token_forward is not None:
+            hidden = token_forward.run()
+        else:
+            taken = [self.tree.take(piece.branch, piece.end - piece.begin) for piece in wave]
+            pieces = [*wave, *growth.pieces()]
+            forward = self.runner.plan(pieces, [*taken, *np.split(slots, len(slots))])
+            rows = WaveRows(pieces, forward.order, {}, others=len(slots))
+            hidden, (ends, places) = forward.run([rows.ends, rows.others])
+            rows.keep_at_forks(hidden)
+            rows.keep(hidden, ends, self.id)
+            hidden = hidden.index_select(0, places)
+        self.forwards += 1
+        growth.grown(hidden)
+        for meter, count in growth.meters():
+            meter.add("encoded", self.id, count)
+        return hidden
+
+    def _round_of_branches(self, growth: Growth, tokens: np.ndarray, nodes: Sequence[Branch]) -> Pending[torch.Tensor]:
+        """A round in which rows grow as any branches do: what cannot be resident at once."""
+        growth.store()
+        branches = [*growth.tips, *nodes]
+        ids = [[token] for token in tokens.tolist()] + [[] for _ in nodes]
+        pending = self.begin_extend(branches, ids, want="logits")
+        growth.passed(tokens)
+
+        def undone() -> None:
+            with self.tree.lock:
+                growth.take_back()
+            pending.undo()
+
+        return self._pending(None, lambda _: pending.result(), undone)  # type: ignore[arg-type,return-value]
 
     def score(self, branches: Sequence[Branch], skip: Sequence[int] | None = None) -> list[np.ndarray]:
         """Encode branches that were never encoded and return the log-probabilities of their own tokens.
@@ -256,16 +365,20 @@ class Encoder:
             try:
                 host = np.empty(0) if numbers is None else numbers.cpu().numpy()
                 if np.isnan(host).any():
-                    raise ValueError(
-                        f"{self.id} gives probabilities that are not numbers: its weights hold NaN or inf, or what it "
-                        f"computes is beyond {str(self.module.dtype).removeprefix('torch.')}"
-                    )
+                    raise self.not_numbers()
                 return read(host)
             except BaseException:
                 undone()
                 raise
 
-        return Pending(finish, self.stream)
+        return Pending(finish, undone, self.stream)
+
+    def not_numbers(self) -> ValueError:
+        """Return the error of a model that computes NaN."""
+        return ValueError(
+            f"{self.id} gives probabilities that are not numbers: its weights hold NaN or inf, or what it computes is "
+            f"beyond {str(self.module.dtype).removeprefix('torch.')}"
+        )
 
     def _handed_over(self, tensor: torch.Tensor) -> torch.Tensor:
         """A result of this model's stream, kept in memory until the caller's stream is done with it."""

@@ -29,22 +29,27 @@ class WaveRows:
     """The rows of the pieces that one forward encodes: planned before it, on the host; filled in after it.
 
     Args:
-        wave: the pieces.
+        pieces: the pieces.
         order: the order in which they are packed.
         spans: id of a branch -> own tokens [low, high) that are to be scored.
+        others: how many pieces, the last ones, are none of these branches'.
 
     Attributes:
         ends: [G] int64 packed positions of the rows that are kept, each the newest of its branch.
         targets: what is scored.
+        others: packed positions of the others' rows.
     """
 
-    def __init__(self, wave: Sequence[Piece], order: Sequence[int], spans: Mapping[int, tuple[int, int]]) -> None:
-        self.wave = wave
+    def __init__(
+        self, pieces: Sequence[Piece], order: Sequence[int], spans: Mapping[int, tuple[int, int]], others: int = 0
+    ) -> None:
+        self.wave = wave = pieces[: len(pieces) - others]
         self._first: dict[int, int] = {}  # piece -> its first row
         offset = 0
         for i in order:
             self._first[i] = offset
-            offset += wave[i].end - wave[i].begin
+            offset += pieces[i].end - pieces[i].begin
+        self.others = np.array([self._first[i] for i in range(len(wave), len(pieces))], dtype=np.int64)
         self._grown = [i for i, piece in enumerate(wave) if piece.end > piece.branch.hidden_at]
         ends = [self._first[i] + wave[i].end - wave[i].begin - 1 for i in self._grown]
         self.ends = np.array(ends, dtype=np.int64)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..usage import Meter
+    from .growth import Growth
 
 
 class Branch:
@@ -130,6 +131,7 @@ class KVTree:
 
     Attributes:
         lock: held while slots change hands; whoever calls reserve, take, give_back or evict holds it.
+        growing: rows whose newest slots are in no branch yet.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -137,6 +139,7 @@ class KVTree:
             raise ValueError(f"capacity={capacity}: at least one token is needed")
         self.capacity = capacity
         self.lock = threading.RLock()
+        self.growing: set[Growth] = set()
         self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)  # a stack, lowest slot on top
         self.free = capacity
         self._clock = 0
@@ -211,19 +214,47 @@ class KVTree:
         Raises:
             ValueError: everything else is pinned.
         """
-        evicted = []
-        while self.free < slots:
-            branch = self._pop_leaf()
-            if branch is None:
-                break
-            self.evict(branch)
-            evicted.append(branch)
+        evicted: list[Branch] = []
+        self._evict_until(slots, evicted)
+        if self.free < slots and self.growing:
+            for growth in list(self.growing):
+                growth.store()
+            self._evict_until(slots, evicted)
         for branch, own in needed:
             if self.free < slots and branch.encoded > own:
                 self.give_back(branch, branch.encoded - own)
         if self.free < slots:
             raise ValueError(f"{slots} free KV slots are needed, {self.free} are left and the rest is in use")
         return evicted
+
+    def make_room(self, slots: int) -> bool:
+        """Evict as `reserve` does, but nothing that grows; return True if so many slots are free."""
+        self._evict_until(slots, [])
+        return self.free >= slots
+
+    def _evict_until(self, slots: int, evicted: list[Branch]) -> None:
+        while self.free < slots:
+            branch = self._pop_leaf()
+            if branch is None:
+                return
+            self.evict(branch)
+            evicted.append(branch)
+
+    def grab(self, slots: int) -> np.ndarray:
+        """Take free slots for tokens that are in no branch yet, [slots] int64; see `adopt` and `put_back`."""
+        self.free -= slots
+        return self._free[self.free : self.free + slots][::-1].copy()
+
+    def put_back(self, slots: np.ndarray) -> None:
+        """Free slots that were grabbed."""
+        self._free[self.free : self.free + len(slots)] = slots[::-1]
+        self.free += len(slots)
+
+    def adopt(self, branch: Branch, slots: np.ndarray) -> None:
+        """Make grabbed slots those of a branch's next tokens, which are encoded in them."""
+        self._hand(branch, slots)
+        branch.seen = max(branch.seen, branch.encoded)
+        self.touch(branch)
 
     def take(self, branch: Branch, tokens: int) -> np.ndarray:
         """Give the branch slots for its next `tokens` tokens; they count as encoded from now on.
@@ -233,8 +264,12 @@ class KVTree:
         """
         if tokens > self.free:
             raise ValueError(f"{tokens} slots asked for, {self.free} free: reserve them first")
-        slots = self._free[self.free - tokens : self.free][::-1].copy()
-        self.free -= tokens
+        slots = self.grab(tokens)
+        self._hand(branch, slots)
+        return slots
+
+    def _hand(self, branch: Branch, slots: np.ndarray) -> None:
+        tokens = len(slots)
         if branch.encoded == 0 and tokens:
             branch._path = None
             self._resident += 1
@@ -251,8 +286,7 @@ class KVTree:
             branch.slots = grown
         branch.slots[branch.encoded : stop] = slots
         branch.encoded = stop
-        self._offer(branch)
-        return slots
+        self.offer(branch)
 
     def give_back(self, branch: Branch, tokens: int) -> None:
         """Free the slots of the branch's last `tokens` encoded tokens, on which nothing resident may stand."""
@@ -267,7 +301,7 @@ class KVTree:
             self._resident -= 1
             if branch.parent is not None:
                 branch.parent.resident_children -= 1
-                self._offer(branch.parent)
+                self.offer(branch.parent)
 
     def evict(self, branch: Branch) -> None:
         """Take the branch's slots back; its tokens and hidden rows stay."""
@@ -295,7 +329,8 @@ class KVTree:
                     parent.children -= 1
                 tip = parent
 
-    def _offer(self, branch: Branch) -> None:
+    def offer(self, branch: Branch) -> None:
+        """Queue a branch for eviction, should it be a leaf."""
         if branch.queued or not branch.encoded or branch.resident_children:
             return
         if len(self._leaves) > 64 + 2 * self._resident:  # branches released long ago: let go of them
@@ -317,9 +352,9 @@ class KVTree:
             if branch.pins:
                 pinned.append(branch)
             elif tick != branch.tick:  # used since it was queued: try again at its present age
-                self._offer(branch)
+                self.offer(branch)
             elif branch.encoded and not branch.resident_children:
                 oldest = branch
         for branch in pinned:
-            self._offer(branch)
+            self.offer(branch)
         return oldest

@@ -23,11 +23,18 @@ class Pending(Generic[T]):
 
     Args:
         finish: reads the numbers; raises what is wrong with them. Called once.
+        undo: takes back what the call did, for a caller that finds something wrong with its result.
         stream: the CUDA stream that the forwards were launched on; None for the caller's own.
     """
 
-    def __init__(self, finish: Callable[[], T], stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(
+        self,
+        finish: Callable[[], T],
+        undo: Callable[[], None] = lambda: None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         self._finish = finish
+        self.undo = undo
         self._done = None if stream is None else stream.record_event()
         self._device = None if stream is None else stream.device
 

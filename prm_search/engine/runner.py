@@ -10,9 +10,11 @@ import torch
 from .attention.hook import Packed
 from .attention.kernel_layout import KernelLayout
 from .attention.layout import QueryRun
+from .attention.row_layout import RowLayout
 from .attention.torch_layout import TorchLayout
 from .graph_step.choice import TokenSteps
 from .graph_step.static_step import StaticForward
+from .growth import Growth
 from .module_run import ModuleRun
 from .to_device import to_device
 from .waves import Piece, chains, stem_of
@@ -41,12 +43,42 @@ class Runner:
         """
         return self.token_steps.plan(wave, slots) or PackedForward(self.run, wave, slots)
 
+    def plan_rows(self, growth: Growth, tokens: np.ndarray, slots: np.ndarray) -> TokenForward | None:
+        """Return how rows grow by a token each, in their order; None where that is run like any other pieces.
+
+        Args:
+            growth: live.
+            tokens, slots: [R] int64.
+        """
+        run = self.run
+        by_torch = run.backend == "torch" or (run.backend == "auto" and not run.on_gpu)
+        return TokenForward(run, growth, tokens, slots) if by_torch and not self.token_steps.static else None
+
 
 def layout_of(run: ModuleRun, units: Sequence[QueryRun]) -> TorchLayout | KernelLayout:
     """SDPA on the CPU, one Triton launch a layer on a GPU."""
     if run.backend == "torch" or (run.backend == "auto" and not run.on_gpu):
         return TorchLayout(units)
     return KernelLayout(units, run.backend)
+
+
+class TokenForward:
+    """A forward of one token for each row of a growth, planned from its arrays.
+
+    Args:
+        run: of the module.
+        growth, tokens, slots: as Runner.plan_rows.
+    """
+
+    def __init__(self, run: ModuleRun, growth: Growth, tokens: np.ndarray, slots: np.ndarray) -> None:
+        self._run = run
+        self._layout = RowLayout(growth, slots)
+        self._integers = [tokens, growth.length - 1, slots]
+
+    def run(self) -> torch.Tensor:
+        """Launch the forward; nothing is waited for. Returns [R, D] last hidden rows."""
+        ids, positions, slots = to_device(self._integers, self._run.device)
+        return self._run.hidden(ids.long(), positions.long(), Packed(self._run.pool, slots, self._layout))
 
 
 class PackedForward:
@@ -70,7 +102,7 @@ class PackedForward:
         self._run = run
         self._layout = layout_of(run, units)
         self.order = [i for unit in self._layout.order for i in runs[unit]]
-        ids = [t for i in self.order for t in wave[i].branch.token_ids[wave[i].begin : wave[i].end]]
+        ids = [t for i in self.order for t in wave[i].ids()]
         starts = [wave[i].branch.start + wave[i].begin for i in self.order]
         self._ids = np.array(ids, dtype=np.int64)
         self._positions = np.concatenate(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..rng import counters_of, uniforms_at
 from ..sampling import Sampling
-from ..triton_kernels import sample_rows
+from ..triton_kernels import Drawn, sample_rows
 from ..triton_kernels.reference import COLDEST
 from .decoding_row import DecodingRow
 from .to_device import number_to_device
+
+if TYPE_CHECKING:
+    from .row_table import RowTable
 
 
 def filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
@@ -44,7 +48,16 @@ def filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 class Sampler:
-    """Draws one token a row. Subclass and override `scores` to put other logits processors in."""
+    """Draws one token a row. Subclass and override `scores` to put other logits processors in.
+
+    Attributes:
+        takes_logits: `scores` takes logits as they are, not log-probabilities. For a class that overrides it.
+        reads_rows: `scores` or `draw` reads what rows have drawn, so their objects have to be up to date at every token.
+            For an object whose class overrides one of them.
+    """
+
+    takes_logits = False
+    reads_rows = True
 
     def scores(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> torch.Tensor:
         """[R, V] log-probabilities -> [R, V] scores to draw from, after temperature and filters."""
@@ -61,24 +74,43 @@ class Sampler:
     def draw(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> torch.Tensor:
         """One token for each row, [R] int64 on the device of `logprobs`; the host does not wait for it.
 
+        The decoder calls it where it is overridden. Otherwise it calls `sample`, which draws the same.
+
         Args:
             logprobs: [R, V] nats; row i is the next-token distribution of rows[i].
             rows: what is decoded.
         """
-        samplings = [row.request.sampling for row in rows]
-        heat = np.array([sampling.temperature for sampling in samplings])
-        scores = logprobs
-        if type(self).scores is not Sampler.scores or any(_filters(sampling) for sampling in samplings):
-            scores, heat = self.scores(logprobs, rows), (heat > 0).astype(float)
         counters = counters_of(
-            [sampling.seed for sampling in samplings],
+            [row.request.sampling.seed for row in rows],
             [row.request.node.tree.stream for row in rows],
             [row.lineage for row in rows],
             [row.position for row in rows],
         )
-        draws = counters if scores.is_cuda else uniforms_at(counters)
-        temperature = number_to_device(heat, scores.device) if (heat != heat[0]).any() else float(heat[0])
-        return sample_rows(scores, number_to_device(draws, scores.device), temperature).tokens
+        heat = np.array([row.request.sampling.temperature for row in rows])
+        draws = counters if logprobs.is_cuda else uniforms_at(counters)
+        return self._drawn(logprobs, rows, heat, draws, any(_filters(row.request.sampling) for row in rows))[0].tokens
+
+    def sample(self, logits: torch.Tensor, table: RowTable) -> tuple[Drawn, bool]:
+        """One token for each row of a table, and what is known of its log-probability.
+
+        Args:
+            logits: [R, V]; log-probabilities where the class overrides `scores` and does not take logits.
+            table: what is decoded.
+
+        Returns:
+            the tokens, and whether the log-probabilities with them are those of `logits`: no filter, no processor.
+        """
+        draws = table.counters() if logits.is_cuda else table.uniforms()
+        return self._drawn(logits, table.rows, table.heat, draws, any(map(_filters, table.samplings)))
+
+    def _drawn(
+        self, logits: torch.Tensor, rows: Sequence[DecodingRow], heat: np.ndarray, draws: np.ndarray, filters: bool
+    ) -> tuple[Drawn, bool]:
+        own = filters or type(self).scores is not Sampler.scores
+        if own:
+            logits, heat = self.scores(logits, rows), (heat > 0).astype(float)
+        temperature = number_to_device(heat, logits.device) if (heat != heat[0]).any() else float(heat[0])
+        return sample_rows(logits, number_to_device(draws, logits.device), temperature), not own
 
 
 def _filters(sampling: Sampling) -> bool:

@@ -16,6 +16,10 @@ class Piece:
     begin: int
     end: int
 
+    def ids(self) -> list[int]:
+        """Return its tokens."""
+        return self.branch.token_ids[self.begin : self.end]
+
 
 def missing(branch: Branch) -> list[Piece]:
     """Return what has to be encoded so that the whole path is resident and its last hidden row known, root first."""
@@ -33,6 +37,16 @@ def missing(branch: Branch) -> list[Piece]:
         tip = tip.parent
     pieces.reverse()
     return pieces
+
+
+def whole(branch: Branch) -> bool:
+    """Return True if the whole path is resident, and its last hidden row known."""
+    need, tip = len(branch.token_ids), branch
+    while tip.encoded < need or not tip.encoded:
+        if tip.encoded < need or tip.parent is None:
+            return False
+        need, tip = tip.start - tip.parent.start, tip.parent
+    return branch.row() is not None
 
 
 @dataclass

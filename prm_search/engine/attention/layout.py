@@ -233,6 +233,19 @@ def flash(
     return out, mass
 
 
+def one_query(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash` for one query a row: q [H, B, D], k and v [B, Hkv, S, D] -> [B, H, D], and log-sum-exps [B, H].
+
+    The query heads that share a KV head become its queries, so K and V are read once.
+    """
+    rows, kv_heads, heads = k.shape[0], k.shape[1], q.shape[0]
+    packed = q.transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, q.shape[2])
+    out, mass = flash(packed, k, v, bias, scale)
+    return out.reshape(rows, heads, v.shape[3]), mass.reshape(rows, heads)
+
+
 def _sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, causal: bool
 ) -> torch.Tensor:

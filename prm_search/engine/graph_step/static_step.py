@@ -121,7 +121,7 @@ class StaticStep:
         flat = host.numpy()
         field = dict(zip(_FIELDS, flat[:begin].reshape(len(_FIELDS), _SPAN), strict=True))
         field["slots"][:] = -1
-        field["ids"][lines] = [piece.branch.token_ids[piece.begin] for piece in wave]
+        field["ids"][lines] = [piece.ids()[0] for piece in wave]
         field["positions"][lines] = lengths - 1
         field["slots"][lines] = np.concatenate(slots)
         field["lengths"][lines] = lengths

@@ -1,0 +1,195 @@
+"""The torch path of attention for rows that grow by one token each: its tables grow with them, and are not made anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .layout import Group, Operands, QueryRun, buckets, flash, group_units, one_query
+from .torch_layout import SHARED_FROM, Prefixes
+
+if TYPE_CHECKING:
+    from ..growth import Growth
+
+
+class RowPlan:
+    """The part of a layout that lasts as long as the same rows grow together.
+
+    Args:
+        growth: live.
+
+    Attributes:
+        version: of the growth that it was made for.
+        offset: [R] slots of each path that are read with its family, not with its own.
+    """
+
+    def __init__(self, growth: Growth) -> None:
+        self.version = growth.version
+        stems, places = np.unique(growth.stems, return_inverse=True)
+        sizes = np.bincount(places, minlength=len(stems))
+        kin = (sizes[places] > 1) & (growth.shared >= SHARED_FROM)
+        self.offset = np.where(kin, growth.shared, 0)
+        self.prefixes: list[_Prefix] = []
+        families = [np.flatnonzero(kin & (places == family)) for family in np.flatnonzero(sizes > 1)]
+        families = [members for members in families if len(members)]
+        paths = [growth.paths[members[0], : growth.shared[members[0]]] for members in families]
+        if families:
+            for batch in buckets([(len(members), len(path)) for members, path in zip(families, paths, strict=True)]):
+                self.prefixes.append(_Prefix([paths[i] for i in batch], [families[i] for i in batch], len(kin)))
+        own = growth.length - self.offset
+        self.groups = [
+            _Rows(np.array(sorted(batch)), growth, self.offset)
+            for kind in (kin, ~kin)
+            if kind.any()
+            for batch in _numbered(np.flatnonzero(kind), buckets([(1, int(n)) for n in own[kind]]))
+        ]
+        self.merged = kin
+
+
+def _numbered(places: np.ndarray, batches: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [[int(places[i]) for i in batch] for batch in batches]
+
+
+class _Rows:
+    """Rows of similar length, attended to together over what is their own.
+
+    Attributes:
+        places: which rows [B]; None for all of them in order.
+        slots: [B, W] slots of their own, padded.
+    """
+
+    def __init__(self, places: np.ndarray, growth: Growth, offset: np.ndarray) -> None:
+        self.at = places
+        self.places = None if len(places) == len(growth) else torch.from_numpy(places)
+        self._first = offset[places]
+        own = growth.length[places] - self._first
+        width = 64 * (1 + int(own.max()) // 64)
+        columns = np.minimum(self._first[:, None] + np.arange(width), growth.paths.shape[1] - 1)
+        self.slots = growth.paths[places[:, None], columns]
+        self.slots[np.arange(width) >= own[:, None]] = self.slots[0, 0]  # masked, but must hold finite numbers
+        self._lines = np.arange(len(places))
+
+    def append(self, slots: np.ndarray, length: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """Take each row's newest slot, at length - 1 of its path. Returns slots [B, S], and how many are whose [B]."""
+        own = length[self.at] - self._first
+        widest = int(own.max())
+        if widest > self.slots.shape[1]:
+            self.slots = np.concatenate([self.slots, np.broadcast_to(self.slots[:1, :1], self.slots.shape)], axis=1)
+        self.slots[self._lines, own - 1] = slots[self.at]
+        return torch.from_numpy(self.slots[:, :widest]), own
+
+
+class _Prefix:
+    """The shared prefixes of some families; see Prefixes. A run of neighbouring slots is read where it lies."""
+
+    def __init__(self, paths: Sequence[np.ndarray], members: Sequence[np.ndarray], rows: int) -> None:
+        self.padded = Prefixes(paths, members)
+        path = paths[0]
+        near = len(paths) == 1 and bool((np.diff(path) == 1).all())
+        self.run = slice(int(path[0]), int(path[-1]) + 1) if near else None
+        self.everyone = len(paths) == 1 and len(members[0]) == rows
+        self._bias: dict[torch.dtype, torch.Tensor | None] = {}
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        if dtype not in self._bias:
+            self._bias[dtype] = self.padded.bias(dtype)
+        return self._bias[dtype]
+
+    def read(self, pool: torch.Tensor) -> torch.Tensor:
+        """[F, kv_heads, P, dim] of keys or values."""
+        if self.run is not None:
+            return pool[self.run].transpose(0, 1)[None]
+        slots = self.padded.slots
+        return pool.index_select(0, slots.view(-1)).view(*slots.shape, *pool.shape[1:]).transpose(1, 2)
+
+
+class RowLayout:
+    """Attention of one new token for each row of a growth, in the rows' order.
+
+    Args:
+        growth: live, with the new tokens' slots in its paths.
+        slots: [R] of the new tokens.
+    """
+
+    def __init__(self, growth: Growth, slots: np.ndarray) -> None:
+        if growth.plan is None or growth.plan.version != growth.version:
+            growth.plan = RowPlan(growth)
+        self._plan: RowPlan = growth.plan
+        self._growth = growth
+        self._tables = [group.append(slots, growth.length) for group in self._plan.groups]
+        self._bias: dict[tuple[int, torch.dtype], torch.Tensor | None] = {}
+        self._longest = int(growth.length.max())
+        self._whole: tuple[list[Group], torch.Tensor] | None = None
+
+    def attend(self, operands: Operands) -> torch.Tensor:
+        """As TorchLayout.attend."""
+        query, _, value, keys, values, modifiers = operands
+        window = modifiers.window is not None and modifiers.window < self._longest
+        if query.device.type != "cpu" or modifiers.softcap is not None or modifiers.sinks is not None or window:
+            return self._one_by_one(operands)
+        if query.shape[-1] != values.shape[-1]:
+            return self._one_by_one(operands)
+        plan = self._plan
+        out = weight = None
+        for number, (group, (slots, own)) in enumerate(zip(plan.groups, self._tables, strict=True)):
+            flat = slots.reshape(-1)
+            k = keys.index_select(0, flat).view(*slots.shape, *keys.shape[1:]).transpose(1, 2)
+            v = values.index_select(0, flat).view(*slots.shape, *values.shape[1:]).transpose(1, 2)
+            q = query if group.places is None else query.index_select(1, group.places)
+            part, mass = one_query(q, k, v, self._masked(number, own, query.dtype), modifiers.scale)
+            if group.places is None:
+                out, weight = part, mass
+            else:
+                if out is None or weight is None:
+                    out = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))
+                    weight = mass.new_empty((query.shape[1], query.shape[0]))
+                out[group.places], weight[group.places] = part, mass
+        assert out is not None and weight is not None  # a growth has rows
+        for prefix in plan.prefixes:
+            self._merge(prefix, operands, out, weight)
+        return out
+
+    def _masked(self, number: int, own: np.ndarray, dtype: torch.dtype) -> torch.Tensor | None:
+        """[B, 1, 1, S] additive mask of what is behind a row's own; None where nothing is."""
+        key = (number, dtype)
+        if key not in self._bias:
+            widest = int(own.max())
+            bias = None
+            if int(own.min()) < widest:
+                behind = torch.from_numpy(np.arange(widest) >= own[:, None])
+                bias = torch.zeros(behind.shape, dtype=dtype).masked_fill_(behind, -torch.inf)[:, None, None]
+            self._bias[key] = bias
+        return self._bias[key]
+
+    @staticmethod
+    def _merge(prefix: _Prefix, operands: Operands, out: torch.Tensor, weight: torch.Tensor) -> None:
+        """Merge what rows see of their family's prefix into `out`, by the log-sum-exps."""
+        query = operands.query
+        k, v = prefix.read(operands.keys), prefix.read(operands.values)
+        bias, scale = prefix.bias(query.dtype), operands.modifiers.scale
+        if prefix.everyone:
+            shared, mass = flash(query[None], k, v, bias, scale)
+            part = torch.sigmoid(mass[0].T - weight)[..., None].to(out.dtype)
+            out.lerp_(shared[0].transpose(0, 1), part)
+            return
+        rows, real = prefix.padded.rows, prefix.padded.real
+        shared, mass = flash(query[:, rows].transpose(0, 1), k, v, bias, scale)
+        rows = rows[real]
+        shared, mass = shared.transpose(1, 2)[real], mass.transpose(1, 2)[real]
+        part = torch.sigmoid(mass - weight[rows])[..., None].to(out.dtype)
+        out[rows] = torch.lerp(out[rows], shared, part)
+
+    def _one_by_one(self, operands: Operands) -> torch.Tensor:
+        """Scores that cannot be merged, or not on a CPU: whole paths, as of any units."""
+        if self._whole is None:
+            paths, lengths = self._growth.paths, self._growth.length
+            groups, order = group_units([QueryRun(path[:n], 1) for path, n in zip(paths, lengths, strict=True)])
+            self._whole = groups, torch.tensor(order, device=operands.query.device)
+        groups, order = self._whole
+        packed = operands._replace(query=operands.query.index_select(1, order))
+        packed = packed._replace(key=operands.key.index_select(1, order), value=operands.value.index_select(1, order))
+        result = torch.cat([group.attend(packed) for group in groups])
+        return torch.empty_like(result).index_copy_(0, order, result)
