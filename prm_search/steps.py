@@ -146,8 +146,8 @@ class StepRule:
 class TextState(NamedTuple):
     """The part of a matcher's text that later text can still make matter.
 
-    Fields: `partial`, first bytes of a character; `tail`, the longest end of the text since the last delimiter that some
-    delimiter begins with; `content`, whether more than whitespace came before it.
+    Fields: `partial`, first bytes of a character; `tail`, the longest end of the text since the last delimiter with
+    which some delimiter begins; `content`, whether more than whitespace came before it.
     """
 
     partial: bytes

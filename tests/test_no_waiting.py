@@ -61,7 +61,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = sys.modules["prm_search.triton_kernels.linear_logprob"]
     monkeypatch.setattr(ops, "_check", lambda *_: None)  # target ids are looked at on a CPU only
     monkeypatch.setattr(runner, "layout_of", lambda run, units: KernelLayout(units, "auto"))
-    for name in ("begin_extend", "begin_score"):
+    for name in ("begin_extend", "begin_round", "begin_score"):
         monkeypatch.setattr(LanguageModel, name, launched(getattr(LanguageModel, name)))
 
 
@@ -88,7 +88,7 @@ def test_the_second_model_is_launched_before_the_first_is_waited_for(monkeypatch
     """In scoring a pair, and in a steered decoding of three models."""
     policy, prm, other = (LanguageModel(tiny("llama", seed=seed), None, capacity=400) for seed in range(3))
     said: list[tuple[str, LanguageModel]] = []
-    for name in ("begin_extend", "begin_score"):
+    for name in ("begin_round", "begin_score"):
         begin = getattr(LanguageModel, name)
         monkeypatch.setattr(
             LanguageModel,

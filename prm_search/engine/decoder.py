@@ -193,7 +193,7 @@ class Decoder:
         return columns
 
     def _columns(self, tables: list[torch.Tensor], grown: int) -> torch.Tensor:
-        """What the host waits for, in one transfer: [C, R] fp64.
+        """The numbers that the host waits for, in one transfer: [C, R] fp64.
 
         The rows' tokens, their log-prob under each model, and the confidence_columns where a row asks for them.
 

@@ -191,8 +191,8 @@ class Encoder:
             nodes: B further branches.
 
         Returns:
-            logits [R + B, V] after the rows and the nodes; see extend. Numbers that are none are for the caller to find,
-            who then calls `Pending.undo` and raises `not_numbers`.
+            logits [R + B, V] after the rows and the nodes; see extend. The caller finds numbers that are none, and then
+            calls `Pending.undo` and raises `not_numbers`.
 
         Raises:
             ValueError: as extend.
@@ -335,9 +335,12 @@ class Encoder:
             if length == 0:
                 raise ValueError("an empty path cannot be encoded: a prompt needs at least one token")
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if len(ids) and not (min(ids) >= 0 and max(ids) < self.head.vocab):
-            raise ValueError(f"token ids {min(ids)}..{max(ids)} lie outside the vocabulary of {self.head.vocab}")
+    def _check_ids(self, ids: Sequence[int] | np.ndarray) -> None:
+        if not len(ids):
+            return
+        low, high = (ids.min(), ids.max()) if isinstance(ids, np.ndarray) else (min(ids), max(ids))
+        if not (low >= 0 and high < self.head.vocab):
+            raise ValueError(f"token ids {low}..{high} lie outside the vocabulary of {self.head.vocab}")
 
     @contextmanager
     def _running(self) -> Iterator[None]:

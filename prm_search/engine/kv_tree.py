@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     import torch
 
     from ..usage import Meter
-    from .growth import Growth
+
+
+class Growing(Protocol):
+    """The rows whose newest slots are in no branch yet; `Growth` is it."""
+
+    def store(self) -> None:
+        """Put the slots into branches, which may be evicted."""
+        ...
 
 
 class Branch:
@@ -139,7 +146,7 @@ class KVTree:
             raise ValueError(f"capacity={capacity}: at least one token is needed")
         self.capacity = capacity
         self.lock = threading.RLock()
-        self.growing: set[Growth] = set()
+        self.growing: set[Growing] = set()
         self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)  # a stack, lowest slot on top
         self.free = capacity
         self._clock = 0

@@ -36,7 +36,7 @@ class RowTable:
     def __init__(self, models: int, stop_ids: frozenset[int], watch: bool) -> None:
         self.rows: list[DecodingRow] = []
         self._watch = watch
-        self._stop = np.zeros(max(stop_ids, default=-1) + 1, bool)
+        self._stop = np.zeros(max(stop_ids, default=-1) + 2, bool)  # the last stands for all tokens behind it
         self._stop[list(stop_ids)] = True
         self._machines: list[StepAutomaton] = []
         whole = np.zeros(0, np.int64)
@@ -160,11 +160,7 @@ class RowTable:
         self._used += 1
         self._counters[:, 2] += 1
         event = self._watched | (self._left == 0) | (self._used == self._limit)
-        event |= (
-            self._stop[np.minimum(tokens, len(self._stop) - 1)] & (tokens < len(self._stop))
-            if len(self._stop)
-            else False
-        )
+        event |= self._stop[np.minimum(tokens, len(self._stop) - 1)]
         self._before = self._state
         if len(self._machines) == 1 and not self._watched.any():
             self._state, ended = self._machines[0].feed(self._state, tokens)

@@ -52,8 +52,8 @@ class Sampler:
 
     Attributes:
         takes_logits: `scores` takes logits as they are, not log-probabilities. For a class that overrides it.
-        reads_rows: `scores` or `draw` reads what rows have drawn, so their objects have to be up to date at every token.
-            For an object whose class overrides one of them.
+        reads_rows: `scores` or `draw` reads what rows have drawn, so that must be up to date at every token. For an
+            object whose class overrides one of them.
     """
 
     takes_logits = False

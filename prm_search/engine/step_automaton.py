@@ -1,7 +1,7 @@
 """The delimiters of a StepRule as an automaton over token ids, for many rows at once.
 
-A state is what a StepMatcher knows of the text, without what can no longer matter. Its transitions are made of bytes the
-first time that a token comes in it, by the matcher itself, and are looked up from then on.
+A state is what a StepMatcher knows of the text, without what can no longer matter. The matcher itself makes a
+transition, of bytes, the first time that a token comes in a state; from then on it is looked up.
 """
 
 from __future__ import annotations

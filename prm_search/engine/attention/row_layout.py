@@ -1,4 +1,4 @@
-"""The torch path of attention for rows that grow by one token each: its tables grow with them, and are not made anew."""
+"""The torch path of attention for rows that grow by one token each: its tables grow with them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class _Prefix:
     """The shared prefixes of some families; see Prefixes. A run of neighbouring slots is read where it lies."""
 
     def __init__(self, paths: Sequence[np.ndarray], members: Sequence[np.ndarray], rows: int) -> None:
-        self.padded = Prefixes(paths, members)
+        self.padded = Prefixes(paths, [part.tolist() for part in members])
         path = paths[0]
         near = len(paths) == 1 and bool((np.diff(path) == 1).all())
         self.run = slice(int(path[0]), int(path[-1]) + 1) if near else None
@@ -147,7 +147,8 @@ class RowLayout:
                     out = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))
                     weight = mass.new_empty((query.shape[1], query.shape[0]))
                 out[group.places], weight[group.places] = part, mass
-        assert out is not None and weight is not None  # a growth has rows
+        assert out is not None  # a growth has rows
+        assert weight is not None
         for prefix in plan.prefixes:
             self._merge(prefix, operands, out, weight)
         return out
@@ -188,8 +189,8 @@ class RowLayout:
             paths, lengths = self._growth.paths, self._growth.length
             groups, order = group_units([QueryRun(path[:n], 1) for path, n in zip(paths, lengths, strict=True)])
             self._whole = groups, torch.tensor(order, device=operands.query.device)
-        groups, order = self._whole
-        packed = operands._replace(query=operands.query.index_select(1, order))
-        packed = packed._replace(key=operands.key.index_select(1, order), value=operands.value.index_select(1, order))
+        groups, at = self._whole
+        packed = operands._replace(query=operands.query.index_select(1, at))
+        packed = packed._replace(key=operands.key.index_select(1, at), value=operands.value.index_select(1, at))
         result = torch.cat([group.attend(packed) for group in groups])
-        return torch.empty_like(result).index_copy_(0, order, result)
+        return torch.empty_like(result).index_copy_(0, at, result)

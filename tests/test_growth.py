@@ -1,0 +1,171 @@
+"""Rows that grow together: whoever takes their slots, and however often, they draw and cost what they would alone."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import tiny
+from pairs import byte_tokenizer
+
+import prm_search as ps
+from prm_search.engine.language_model import LanguageModel
+from prm_search.sampling import Request, Sampling
+from prm_search.tree import Prompt, SearchTree
+
+TOKENIZER = byte_tokenizer()
+RULE = ps.StepRule(delimiter=[chr(i) for i in range(33, 127, 3)], max_tokens=5)
+PROMPT = tuple(range(40, 80))  # longer than a prefix that is read once for its family
+
+
+def policy_of(capacity: int, name: str = "llama", **options: Any) -> ps.HFPolicy:
+    lm = LanguageModel(tiny(name).double(), None, capacity=capacity)
+    return ps.HFPolicy(lm, TOKENIZER, **{"stop_ids": [90, 91, 92], **options})
+
+
+def decoded(
+    policy: ps.HFPolicy, between: Callable[[int], object] = lambda turn: None, rows: int = 6, tokens: int = 24
+) -> tuple[list[Any], Counter[Any]]:
+    """Chains of two requests, the second step by step, below one prompt. The caller acts between rounds."""
+    tree = SearchTree(Prompt(token_ids=PROMPT))
+    sampling = Sampling(RULE, max_new_tokens=tokens)
+    policy.submit([Request.draw(tree.root, rows, sampling, until="end", merge=False)])
+    policy.submit([Request.draw(tree.root, 3, sampling, until="step", merge=False)])
+    answers: dict[Request, Any] = {}
+    turn, left = 0, 2
+    while left:
+        for request, nodes in policy.advance():
+            answers[request] = nodes
+            left -= 1
+            for node in nodes:
+                if request.until == "step" and not node.finished and node.depth < 3:
+                    policy.submit([Request.draw(node, 2, sampling, until="step", merge=False)])
+                    left += 1
+        between(turn)
+        turn += 1
+    chains = [
+        (tuple(node.path_ids()), node.finish, [part.logprobs for part in node.path()])
+        for nodes in answers.values()
+        for node in nodes
+    ]
+    counts = tree.meter.counts.copy()
+    policy.release(tree)
+    assert policy.lm.tree.used == 0
+    assert not policy.lm.tree.growing
+    return sorted(chains, key=lambda chain: chain[:2]), counts
+
+
+def check(one: list[Any], other: list[Any]) -> None:
+    assert [chain[:2] for chain in one] == [chain[:2] for chain in other]
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_allclose(np.concatenate(a[2]), np.concatenate(b[2]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])  # grouped heads; capped scores in a window; plain ones
+def test_rows_whose_slots_are_asked_back_draw_the_same(name: str) -> None:
+    plain, counts = decoded(policy_of(4096, name))
+    policy = policy_of(4096, name)
+    tree = policy.lm.tree
+
+    def stored(turn: int) -> None:
+        with tree.lock:
+            if turn % 3 == 1:
+                for growth in list(tree.growing):
+                    growth.store()
+            if turn % 6 == 4:
+                tree.reserve(tree.capacity)  # and everything is evicted
+
+    again, evicted = decoded(policy, stored)
+    check(plain, again)
+    key = ("encoded", policy.lm.id)
+    assert evicted[key] == counts["encoded", next(k[1] for k in counts if k[0] == "encoded")]
+    assert evicted["reencoded", policy.lm.id] > 0
+
+
+def test_rows_draw_the_same_with_hardly_any_room() -> None:
+    plain, counts = decoded(policy_of(4096))
+    policy = policy_of(len(PROMPT) + 30)
+    again, tight = decoded(policy)
+    check(plain, again)
+    assert sum(n for (kind, _), n in tight.items() if kind == "encoded") == sum(
+        n for (kind, _), n in counts.items() if kind == "encoded"
+    )
+
+
+def test_a_row_at_a_time_draws_the_same() -> None:
+    check(decoded(policy_of(4096))[0], decoded(policy_of(4096, max_rows=1))[0])
+    check(decoded(policy_of(4096))[0], decoded(policy_of(4096, max_rows=4))[0])
+
+
+def test_rows_that_grow_cost_one_forward_a_round() -> None:
+    """Also where nodes begin in the same round."""
+    policy = policy_of(4096)
+    rounds: list[int] = []
+    decoded(policy, rounds.append)
+    assert policy.lm.forwards == len(rounds)
+
+
+@pytest.mark.parametrize("mode", ["static", "packed"])
+def test_static_steps_of_rows_draw_the_same(mode: Any) -> None:
+    plain, _ = decoded(policy_of(4096))
+    policy = policy_of(4096)
+    policy.lm.token_steps.set_mode(mode)
+    check(plain, decoded(policy)[0])
+
+
+def test_a_round_that_fails_takes_its_slots_back() -> None:
+    policy = policy_of(4096)
+    tree = SearchTree(Prompt(token_ids=PROMPT))
+    policy.submit([Request.draw(tree.root, 3, Sampling(ps.StepRule(None, max_tokens=None)), until="end")])
+    for _ in range(3):
+        policy.advance()
+    used, weight = policy.lm.tree.used, policy.lm.head.linear.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[5] = torch.nan
+    with pytest.raises(ValueError, match="not numbers"):
+        policy.advance()
+    assert policy.lm.tree.used == used
+    with torch.no_grad():
+        weight.copy_(kept)
+    policy.advance()
+    assert policy.lm.tree.used == used + 3
+    policy.release(tree)
+    assert policy.lm.tree.used == 0
+
+
+def calls(run: Callable[[], object]) -> int:
+    """Python functions that run calls."""
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_a_token_of_a_row_calls_no_python_of_its_own() -> None:
+    """A stand-in for time, which tests do not assert: a round in which nothing ends calls as often for any rows."""
+    took = {}
+    for many in (8, 256):
+        policy = policy_of(1 << 15, max_rows=many, stop_ids=[])
+        tree = SearchTree(Prompt(token_ids=PROMPT))
+        sampling = Sampling(ps.StepRule("\n\n", max_tokens=None), max_new_tokens=100)
+        policy.submit([Request.draw(tree.root, many, sampling, until="end", merge=False)])
+        for _ in range(20):  # tables have grown, and the automaton knows most tokens
+            policy.advance()
+        took[many] = min(calls(policy.advance) for _ in range(8))
+        policy.release(tree)
+    assert took[256] < took[8] + 40
+    assert took[256] / 256 < 4
