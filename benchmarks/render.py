@@ -261,6 +261,27 @@ def _host(rows: list[dict[str, Any]]) -> str:
     return _table(head, body)
 
 
+def _step_prms(rows: list[dict[str, Any]]) -> str:
+    head = ["shape", "prompt", "words a step", "S", "PRM tokens", "whole texts", "ratio"]
+    head += ["seconds", "whole texts", "ratio"]
+    body = [
+        [
+            row["shape"],
+            str(row["prompt"]),
+            str(row["length"]),
+            str(row["steps"]),
+            f"{row['tokens']['ours']:,}",
+            f"{row['tokens']['whole_texts']:,}",
+            f"{row['tokens_over_ours']:.1f}x",
+            f"{row['seconds']['ours']:.3g}",
+            f"{row['seconds']['whole_texts']:.3g}",
+            f"**{row['seconds_over_ours']:.1f}x**",
+        ]
+        for row in rows
+    ]
+    return _table(head, body)
+
+
 TABLES = {
     "ops": _ops,
     "host": _host,
@@ -269,6 +290,7 @@ TABLES = {
     "steering": _steering,
     "memory": _memory,
     "searching": _searching,
+    "step_prms": _step_prms,
     "vllm_searching": _vllm_searching,
     "vllm_steering": _vllm_steering,
 }
@@ -297,6 +319,9 @@ NOTES = {
     "half of the reward is free) or a third model (`separate`). `full_text` is search-and-learn's scheme in the same "
     "search: every active beam's whole text at every step, through PRM and third model anew. The first step is from "
     "the call until it is drawn and scored.",
+    "step_prms": "The scores of a 4 x 4 beam's steps under a step PRM (Qwen2.5-Math-PRM's layout). `whole texts`: "
+    "every active beam's text tokenised and encoded from the beginning at each step, as search-and-learn, its_hub and "
+    "vLLM's step pooling do, all beams of a level in one batch. Both tokenise texts and give the same scores.",
     "vllm_searching": "One beam search, policy and PRM in vLLM engines of one process, the reference's half free. "
     "`cached`: VLLMImplicitPRM. `re-encoding`: the same rows by vLLM's `prompt_logprobs` as it is, which does not read "
     "the prefix cache. Both caches are emptied before each search. Tokens: of the PRM, encoded for the first time, "

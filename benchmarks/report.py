@@ -22,6 +22,7 @@ import ops
 import scoring
 import searching
 import steering
+import step_prms
 import torch
 from common import Ceilings, Machine
 from render import markdown, plot
@@ -91,6 +92,15 @@ def run_searching(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     return found
 
 
+def run_step_prms(machine: Machine, quick: bool) -> list[dict[str, Any]]:
+    """S swept, because re-encoding grows with it."""
+    shape, prompt, length = ("1.5b", 512, 64) if machine.device == "cuda" else ("small", 150, 25)
+    lines = [(shape, prompt, length, steps, rounds) for steps, rounds in ((5, 5), (10, 5), (20, 3), (40, 3))]
+    if quick:
+        lines = [("small", 30, 8, 3, 1)]
+    return [step_prms.compare(machine, *line) for line in progress("step_prms", lines)]
+
+
 def run_host(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     """The decode loop's share of the host, on one thread; the last line's vocabulary makes the draw the most of it."""
     lines = [(16, 128, 16, 1)] if quick else [(rows, 128, 64, 7) for rows in (16, 64, 256)] + [(64, 32000, 64, 3)]
@@ -143,6 +153,7 @@ SUITES: dict[str, dict[str, Table]] = {
     "kernels": {"ops": run_ops},
     "engine": {"scoring": run_scoring, "decoding": run_decoding, "steering": run_steering, "memory": run_memory},
     "search": {"searching": run_searching},
+    "step-prms": {"step_prms": run_step_prms},
     "vllm": {"vllm_searching": run_vllm_searching},
     "vllm-steering": {"vllm_steering": run_vllm_steering},
 }

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from .drawing import Segment, commit
 from .policy import AsyncPolicy, AsyncPolicyBase, BlockingPolicy, Policy, PolicyBase
 from .sampling import Request, Sampling
-from .tree import Node, SearchTree
+from .tree import Node, Prompt, SearchTree
 from .values import Value
 
 __all__ = [
@@ -81,6 +81,9 @@ class ScorerDefaults(ABC):
     def bind(self, policy: Any) -> None:  # noqa: B027
         """Meet the policy whose nodes are to be scored, before they are; nothing depends on it here."""
 
+    def check_prompt(self, prompt: Prompt) -> None:  # noqa: B027
+        """Raise ValueError where responses to a prompt cannot be scored, before any is sampled; all can here."""
+
     @property
     def policy_context(self) -> int | None:
         """Tokens of the policy that prompt and response may have together; None for no limit."""
@@ -124,6 +127,10 @@ class _Completed(ScorerDefaults):
     def bind(self, policy: Any) -> None:
         own = getattr(self.scorer, "bind", super().bind)
         own(policy)
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        own = getattr(self.scorer, "check_prompt", super().check_prompt)
+        own(prompt)
 
     @property
     def policy_context(self) -> int | None:

@@ -16,6 +16,7 @@ from models import draw_weights
 from pairs import CHATML, CORPUS, byte_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,10 +45,10 @@ def prm_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config(kind: type = Qwen2Config, **given: Any) -> Any:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096} | given
     return kind(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=None, eos_token_id=2, pad_token_id=0,
-        tie_word_embeddings=False, **given,
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, bos_token_id=None,
+        eos_token_id=2, pad_token_id=0, tie_word_embeddings=False, **sizes,
     )  # fmt: skip
 
 
@@ -69,10 +70,10 @@ HEADS: dict[str, tuple[str, dict[str, tuple[int, ...]], type]] = {
 }
 
 
-def publish(folder: Path, format: str, **changed: torch.Tensor | None) -> Path:
+def publish(folder: Path, format: str, sizes: dict[str, int] | None = None, **changed: torch.Tensor | None) -> Path:
     """Write a checkpoint in the format's layout; `changed` replaces tensors, or leaves them out where None."""
     architecture, head, kind = HEADS[format]
-    made = config(kind)
+    made = config(kind, **sizes or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sorted(HEADS).index(format))
         body = AutoModelForCausalLM.from_config(made).eval()
@@ -104,7 +105,7 @@ class Plain:
         self.format, self.question = format, question
         self.tokenizer = AutoTokenizer.from_pretrained(folder)  # not all classes keep what was saved
         state = load_file(folder / "model.safetensors")
-        self.body = AutoModel.from_config(config(HEADS[format][2])).eval()
+        self.body = AutoModel.from_config(AutoConfig.from_pretrained(folder)).eval()
         self.body.load_state_dict({n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")})
         self.state = state
 

@@ -31,7 +31,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    run("report.py", "--suite", "host,kernels,engine,search", "--quick", "--out", str(out))
+    run("report.py", "--suite", "host,kernels,engine,search,step-prms", "--quick", "--out", str(out))
     return out
 
 
@@ -50,6 +50,7 @@ def test_the_report_names_its_machine_and_its_ceilings(report):
         "kernels": ["ops"],
         "engine": ["scoring", "decoding", "steering", "memory"],
         "search": ["searching"],
+        "step-prms": ["step_prms"],
     }
 
 
@@ -57,6 +58,15 @@ def test_the_decode_loop_is_compared_with_generate(report):
     (row,) = report["suites"]["host"]["host"]
     assert set(row["us_a_row_and_token"]) == {"ours", "generate"}
     assert row["ours_over_generate"] > 0
+
+
+def test_a_step_prms_tokens_are_question_steps_and_markers_once(report):
+    (row,) = report["suites"]["step-prms"]["step_prms"]
+    begin = 30 + 12 + 8  # words of the question, of the system message, and of the template before the first step
+    a_step, fan, levels = 8 + 1, 16, row["steps"]
+    assert row["tokens"]["ours"] == begin + levels * fan * a_step
+    assert row["tokens"]["whole_texts"] == sum(fan * (begin + level * a_step) for level in range(1, levels + 1))
+    assert row["largest_difference"] < 1e-3
 
 
 def test_every_op_and_its_rivals_agree_with_float64(report):

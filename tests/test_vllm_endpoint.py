@@ -21,18 +21,20 @@ pytest.importorskip("vllm")
 import numpy as np
 import openai
 import torch
-from pairs import byte_tokenizer, llama, naive_rewards
+from pairs import CHATML, byte_tokenizer, llama, naive_rewards
 from servers import Served, until
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-from prm_search.integrations.vllm import VLLMImplicitPRM, VLLMServer
+from prm_search.integrations.vllm import VLLMImplicitPRM, VLLMServer, VLLMStepPRM
 from prm_search.policies.hf import HFPolicy
+from prm_search.scorers.explicit.step_prm import StepPRM
 from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
 from prm_search.search import search
 from prm_search.serving.schema import UNSERVED, ChatBody, CompletionBody
 from prm_search.steps import StepRule
 from prm_search.strategies import Beam
+from prm_search.tree import Prompt, SearchTree
 
 pytestmark = pytest.mark.vllm
 
@@ -210,6 +212,25 @@ def test_it_scores_for_others_by_its_token_route(server: Served) -> None:
             for node in result.tree.nodes[1:]:
                 np.testing.assert_allclose(node.rewards["prm"], node.rewards["exact"], rtol=0, atol=exact.beta * 1e-3)
             assert result.usage.cached_tokens["prm"] > 0
+    behind.close()
+
+
+def test_a_step_prm_that_reads_words_behind_the_server(server: Served) -> None:
+    pytest.importorskip("httpx")
+    tokenizer = byte_tokenizer(template=CHATML)
+    behind = VLLMServer(f"http://{server.host}:{server.port}", api_key="key")
+    assert behind.root.endswith("policy")
+    prm = VLLMStepPRM(behind, tokenizer, format="rlhflow")
+    own = StepPRM(llama(1, **SHAPE), tokenizer, format="rlhflow")
+    trees = []
+    for scorer in (prm, own):
+        tree = SearchTree(Prompt(text="What is two plus three, in words?"))
+        first = [tree.add(tree.root, [7], text=text) for text in ("It is five.", "It is six, I think.")]
+        nodes = [*first, tree.add(first[0], [7], text="So five."), tree.add(first[0], [7], text="So four.")]
+        for node in nodes:
+            scorer.score_nodes([node])
+        trees.append([node.reward for node in nodes])
+    np.testing.assert_allclose(trees[0], trees[1], rtol=0, atol=1e-3)
     behind.close()
 
 

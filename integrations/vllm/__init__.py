@@ -13,6 +13,7 @@ _PUBLIC = {
     "VLLMImplicitPRM": ".scorer",
     "VLLMPolicy": ".policy",
     "VLLMServer": ".server",
+    "VLLMStepPRM": ".step_prm",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -33,3 +34,4 @@ if TYPE_CHECKING:
     from prm_search.integrations.vllm.policy import AsyncVLLMPolicy as AsyncVLLMPolicy, VLLMPolicy as VLLMPolicy
     from prm_search.integrations.vllm.scorer import VLLMImplicitPRM as VLLMImplicitPRM
     from prm_search.integrations.vllm.server import VLLMServer as VLLMServer
+    from prm_search.integrations.vllm.step_prm import VLLMStepPRM as VLLMStepPRM

@@ -15,6 +15,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prm_search.scorers.kinds import AUTO
 from prm_search.serving.backend import AsyncEngine
 from prm_search.serving.config import ServeConfig
 from prm_search.serving.errors import RequestError
@@ -36,10 +37,10 @@ class PRMSearchEndpoint:
         app.add_middleware(GuidedRoutes)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Load the pair and make the service, over the server's own engine.
+        """Load the scorer and make the service, over the server's own engine.
 
         Raises:
-            ValueError, OSError: the configuration makes no sense, or the pair cannot be loaded. The server then ends.
+            ValueError, OSError: the configuration makes no sense, or the scorer cannot be loaded. The server then ends.
         """
         from prometheus_client import REGISTRY
 
@@ -53,10 +54,10 @@ class PRMSearchEndpoint:
         def steered(alpha: float) -> AsyncVLLMPolicy:
             return AsyncVLLMPolicy(engine_client, tokenizer=tokenizer, alpha=alpha)
 
-        pair = await asyncio.to_thread(load_pair, config)
+        scorer = await asyncio.to_thread(load_scorer, config)
         names = args.served_model_name or [args.model]
         state.prm_search = Service(
-            AsyncEngine(policy, pair, policy.token_text, steered if can_steer(engine_client) else None),
+            AsyncEngine(policy, scorer, policy.token_text, steered if can_steer(engine_client) else None),
             [names] if isinstance(names, str) else names,
             limits=config.limits,
             steps=config.steps,
@@ -80,8 +81,8 @@ def chat_tokenizer(tokenizer: Any, args: Any) -> Any:
     return own
 
 
-def load_pair(config: ServeConfig) -> Any:
-    """The pair that a configuration names: models in this process, or vLLM servers by their URLs."""
+def load_scorer(config: ServeConfig) -> Any:
+    """The scorer that a configuration names: models in this process, or vLLM servers by their URLs."""
     if config.prm is not None and _is_url(config.prm):
         from prm_search.integrations.vllm.scorer import VLLMImplicitPRM
 
@@ -91,11 +92,32 @@ def load_pair(config: ServeConfig) -> Any:
         beta: dict[str, Any] = {} if config.beta is None else {"beta": config.beta}
         return VLLMImplicitPRM(_server(config.prm), reference, **beta)
     from prm_search.models.placement import DEMO, placement, shipped
+
+    if config.scorer is not None and _is_url(config.scorer):
+        return _step_prm_behind(config.scorer, config.format)
+    where = placement(config.device, config.dtype)
+    if config.scorer is not None:
+        from prm_search.scorers.load import load_scorer as load
+
+        return load(
+            str(shipped()) if config.scorer == DEMO else config.scorer, config.format or AUTO, too_long="keep", **where
+        )
     from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
 
     model = config.prm if config.pair is None else str(shipped()) if config.pair == DEMO else config.pair
-    where = placement(config.device, config.dtype)
     return ImplicitPRM.from_pretrained(str(model), config.reference, beta=config.beta, **where)
+
+
+def _step_prm_behind(url: str, format: str | None) -> Any:
+    """A step PRM on another vLLM server, with the tokenizer of the model that it says it serves."""
+    from transformers import AutoTokenizer
+
+    from prm_search.integrations.vllm.step_prm import VLLMStepPRM
+
+    if format in (None, AUTO):
+        raise ValueError(f"scorer={url!r}: format is needed beside the URL of a step PRM")
+    server = _server(url)
+    return VLLMStepPRM(server, AutoTokenizer.from_pretrained(server.root), format=str(format), too_long="keep")
 
 
 def _is_url(name: str) -> bool:

@@ -52,6 +52,7 @@ class EngineFacts:
         chunked: whether a prompt may be split over several forwards.
         v2: whether it runs Model Runner V2.
         logprobs_mode: what its log-probabilities are of.
+        pools: whether it pools, and does not generate.
     """
 
     id: Hashable
@@ -63,6 +64,7 @@ class EngineFacts:
     chunked: bool
     v2: bool
     logprobs_mode: str
+    pools: bool = False
 
     @classmethod
     def of(cls, engine: Any) -> EngineFacts:
@@ -85,6 +87,7 @@ class EngineFacts:
             chunked=bool(config.scheduler_config.enable_chunked_prefill),
             v2=bool(config.use_v2_model_runner),
             logprobs_mode=str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
+            pools=getattr(model, "runner_type", "generate") == "pooling",
         )
 
     def need_raw_logprobs(self) -> None:

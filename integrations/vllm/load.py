@@ -20,6 +20,19 @@ def load_policy(name: str, **options: Any) -> VLLMPolicy:
 
     Args:
         name: hub id or folder.
+        options: see load_llm.
+
+    Raises:
+        ImportError, ValueError: see load_llm.
+    """
+    return VLLMPolicy(load_llm(name, **options))
+
+
+def load_llm(name: str, **options: Any) -> Any:
+    """Start a vllm.LLM.
+
+    Args:
+        name: hub id or folder.
         options: of vllm.LLM. On a CPU there are defaults, ON_CPU, which VLLM_CPU_KVCACHE_SPACE overrides too.
 
     Raises:
@@ -40,6 +53,6 @@ def load_policy(name: str, **options: Any) -> VLLMPolicy:
             del defaults["kv_cache_memory_bytes"]
         options = defaults | options
     try:
-        return VLLMPolicy(LLM(name, **options))
+        return LLM(name, **options)
     except (RuntimeError, TypeError, ValueError) as error:  # what it raises for options, models and failed starts
         raise ValueError(f"vLLM does not start with {name!r}: {error}") from error

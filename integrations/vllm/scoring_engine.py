@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from prm_search.integrations.vllm.engines import EngineFacts, Ledger, OverEngine, Pump, per_engine, request_id
 from prm_search.integrations.vllm.logprob_requests import Ask, LogprobAnswer, fields, read_output
+from prm_search.integrations.vllm.pooling import PoolRequest, pooling_fields, pooling_task, read_pooled
 from prm_search.integrations.vllm.token_trie import TokenTrie
 from prm_search.tree import SearchTree
+
+_COMPLETE = ("length", "stop")
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,14 @@ class ScoredEngine(ABC):
         vocab: tokens that the model knows; None where it does not say.
         ledger: counts what the engine encodes.
         forward_calls: requests so far.
+        pools: it pools, and does not generate; None where it is not known.
     """
 
     id: Hashable
     tokenizer: Any = None
     context: int | None = None
     vocab: int | None = None
+    pools: bool | None = None
 
     def __init__(self, id: Hashable, ledger: Ledger) -> None:
         self.id = id
@@ -69,10 +74,10 @@ class ScoredEngine(ABC):
         return per_engine(core, "scoring", make)
 
     @abstractmethod
-    def begin(self, asks: Sequence[Ask]) -> Pending:
+    def begin(self, asks: Sequence[Ask | PoolRequest]) -> Pending:
         """Send asks off. Raises TypeError where only ask_async serves."""
 
-    async def ask_async(self, asks: Sequence[Ask]) -> list[LogprobAnswer]:
+    async def ask_async(self, asks: Sequence[Ask | PoolRequest]) -> list[LogprobAnswer]:
         """Answers to asks, in order, on the running event loop."""
         return await asyncio.to_thread(lambda: self.begin(asks).result())
 
@@ -99,6 +104,8 @@ class _LocalEngine(ScoredEngine):
         self.tokenizer = engine.get_tokenizer()
         self.context = self._facts.context - 1
         self.vocab = self._facts.vocab
+        self.pools = self._facts.pools
+        self._task: str | None = None  # of pooling; asked for once
         self._facts.need_raw_logprobs()
 
     @property
@@ -109,22 +116,30 @@ class _LocalEngine(ScoredEngine):
             raise RuntimeError("the vLLM engine is gone: keep a reference to it while it is used")
         return engine
 
-    def _params(self, ask: Ask) -> Any:
+    def _params(self, ask: Ask | PoolRequest) -> Any:
+        if isinstance(ask, PoolRequest):
+            from vllm import PoolingParams
+
+            return PoolingParams(**pooling_fields(self.engine, str(self._task)))
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(**fields(ask, v2=self._facts.v2), output_kind=RequestOutputKind.FINAL_ONLY)
 
-    def _read(self, ask: Ask, output: Any) -> LogprobAnswer:
+    def _read(self, ask: Ask | PoolRequest, output: Any) -> LogprobAnswer:
+        if isinstance(ask, PoolRequest):
+            return read_pooled(ask, output)
         return read_output(ask, output, v2=self._facts.v2)
 
 
 class OfflineEngine(_LocalEngine):
     """An LLM's engine, stepped together with the policies over it."""
 
-    def begin(self, asks: Sequence[Ask]) -> Pending:
+    def begin(self, asks: Sequence[Ask | PoolRequest]) -> Pending:
         """See ScoredEngine.begin; engines in processes of their own begin to work at once."""
         pump = Pump.of(self.engine)
+        if self._task is None and any(isinstance(ask, PoolRequest) for ask in asks):
+            self._task = pooling_task(self.engine, self.engine.get_supported_tasks())
         outputs: dict[int, Any] = {}
         names: list[str] = []
         self.forward_calls += len(asks)
@@ -156,13 +171,15 @@ class OfflineEngine(_LocalEngine):
 class AsyncEngine(_LocalEngine):
     """An AsyncLLM, or another EngineClient."""
 
-    def begin(self, asks: Sequence[Ask]) -> Pending:
+    def begin(self, asks: Sequence[Ask | PoolRequest]) -> Pending:
         """Raises TypeError."""
         raise TypeError("a scorer over an AsyncLLM scores on its event loop: use asearch, or await ascore_nodes(nodes)")
 
-    async def ask_async(self, asks: Sequence[Ask]) -> list[LogprobAnswer]:
+    async def ask_async(self, asks: Sequence[Ask | PoolRequest]) -> list[LogprobAnswer]:
         """See ScoredEngine.ask_async."""
         self.forward_calls += len(asks)
+        if self._task is None and any(isinstance(ask, PoolRequest) for ask in asks):
+            self._task = pooling_task(self.engine, await self.engine.get_supported_tasks())
         tasks = [asyncio.create_task(self._one(ask)) for ask in asks]
         try:
             return list(await asyncio.gather(*tasks))
@@ -170,11 +187,16 @@ class AsyncEngine(_LocalEngine):
             for task in tasks:
                 task.cancel()
 
-    async def _one(self, ask: Ask) -> LogprobAnswer:
-        last = None
+    async def _one(self, ask: Ask | PoolRequest) -> LogprobAnswer:
         prompt = {"prompt_token_ids": list(ask.token_ids)}
-        async for output in self.engine.generate(prompt, self._params(ask), request_id()):
+        last = None
+        async for output in self._send(ask, prompt):
             last = output
-        if last is None or last.outputs[0].finish_reason not in ("length", "stop"):
-            raise RuntimeError("vLLM ended a request for log-probabilities before it was complete")
+        if last is None or (not isinstance(ask, PoolRequest) and last.outputs[0].finish_reason not in _COMPLETE):
+            raise RuntimeError("vLLM ended a request for numbers of a scorer before it was complete")
         return self._read(ask, last)
+
+    def _send(self, ask: Ask | PoolRequest, prompt: dict[str, list[int]]) -> AsyncIterator[Any]:
+        send = self.engine.encode if isinstance(ask, PoolRequest) else self.engine.generate
+        outputs: AsyncIterator[Any] = send(prompt, self._params(ask), request_id())
+        return outputs

@@ -13,14 +13,16 @@ import numpy as np
 from prm_search.checks import integer
 from prm_search.integrations.vllm.engines import Ledger
 from prm_search.integrations.vllm.logprob_requests import Ask, LogprobAnswer, SpanRequest, http_fields, read_json
+from prm_search.integrations.vllm.pooling import PoolRequest, pooling_body, read_pooled_json
 from prm_search.integrations.vllm.scoring_engine import Pending, ScoredEngine
 
 
 class VLLMServer(ScoredEngine):
-    """One model of a vLLM server, for VLLMImplicitPRM. Needs the package httpx (extra `serve`).
+    """One model of a vLLM server, for VLLMImplicitPRM and VLLMStepPRM. Needs the package httpx (extra `serve`).
 
-    The server has to be started with `--enable-scale-out --enable-prompt-tokens-details`: the first opens the route
-    /inference/v1/generate, the second makes it say how many tokens it had cached, which decides what can be trusted.
+    The server of a language model has to be started with `--enable-scale-out --enable-prompt-tokens-details`: the first
+    opens the route /inference/v1/generate, the second makes it say how many tokens it had cached, which decides what
+    can be trusted. A pooling server (`--runner pooling`) is asked by /pooling, and needs neither.
 
     Args:
         url: of the server, without /v1.
@@ -30,6 +32,9 @@ class VLLMServer(ScoredEngine):
             does not say which it runs.
         concurrency: requests under way at most.
         timeout: seconds that one request may take.
+
+    Attributes:
+        root: hub id or folder of the model, as the server says.
 
     Raises:
         ImportError: httpx is missing.
@@ -65,12 +70,13 @@ class VLLMServer(ScoredEngine):
         if model not in cards:
             raise ValueError(f"model={model!r}: {self.url} serves {', '.join(cards) or 'no model'}")
         self.model = model
+        self.root = str(cards[model].get("root") or model)
         length = cards[model].get("max_model_len")
         self.context = None if length is None else int(length) - 1
         name = f"{self.url}#{model}"
         super().__init__(name, Ledger(name))
 
-    def begin(self, asks: Sequence[Ask]) -> Pending:
+    def begin(self, asks: Sequence[Ask | PoolRequest]) -> Pending:
         """See ScoredEngine.begin."""
         self.forward_calls += len(asks)
         waiting = [self._pool.submit(self._one, ask) for ask in asks]
@@ -93,7 +99,9 @@ class VLLMServer(ScoredEngine):
         self._pool.shutdown(cancel_futures=True)
         self._client.close()
 
-    def _one(self, ask: Ask) -> LogprobAnswer:
+    def _one(self, ask: Ask | PoolRequest) -> LogprobAnswer:
+        if isinstance(ask, PoolRequest):
+            return read_pooled_json(ask, self._request("POST", "/pooling", pooling_body(str(self.model), ask)))
         body = {"model": self.model, "token_ids": list(ask.token_ids), "sampling_params": http_fields(ask, v2=self.v2)}
         try:
             answer = self._request("POST", "/inference/v1/generate", body)
@@ -112,7 +120,8 @@ class VLLMServer(ScoredEngine):
         except self._errors as error:
             raise ConnectionError(f"{self.url}{path}: {error}") from error
         if answer.status_code in (403, 404, 405) and method == "POST":
-            raise ValueError(f"{self.url} refuses {path}: start it with --enable-scale-out ({answer.text:.200})")
+            how = "--runner pooling" if path == "/pooling" else "--enable-scale-out"
+            raise ValueError(f"{self.url} refuses {path}: start it with {how} ({answer.text:.200})")
         status = answer.status_code
         if status >= 500 or (status == 400 and "not JSON compliant" in answer.text):  # how vLLM 0.32 puts its own NaN
             raise _ServerFailed(f"{self.url}{path}: {answer.status_code} {answer.text:.200}")

@@ -32,10 +32,10 @@ RECORDS, RUN = "records.jsonl", "run.json"
 
 @dataclass(frozen=True)
 class NamedModels:
-    """The policy and the pairs, by name, as options have them.
+    """The policy, the pairs and other scorers, by name, as options have them.
 
     Raises:
-        BadInput: a pair is named twice, or in two ways.
+        BadInput: a pair or scorer is named twice, or a pair in two ways.
     """
 
     policy: str | None
@@ -46,20 +46,36 @@ class NamedModels:
     device: str
     dtype: str
     engine: Engine
+    scorers: Sequence[tuple[str, str | None]] = ()  # with what each is; None to find out
 
     def __post_init__(self) -> None:
         if len(set(self.pairs)) < len(self.pairs):
             raise BadInput(f"--pair {', '.join(self.pairs)}: one is named twice")
+        if len(set(self.names)) < len(self.names):
+            raise BadInput(f"--scorer {', '.join(name for name, _ in self.scorers)}: one is named twice")
         options.check_models(next(iter(self.pairs), None), self.prm, self.reference, needed=False)
 
     @property
     def names(self) -> list[str]:
-        """Names of the pairs, in order."""
-        return list(self.pairs) or ([] if self.prm is None else [self.prm])
+        """Names of the pairs and the other scorers, in order."""
+        pairs = list(self.pairs) or ([] if self.prm is None else [self.prm])
+        return [*pairs, *(name for name, _ in self.scorers)]
+
+    @property
+    def cards(self) -> list[str]:
+        """Return what may hold a pair card."""
+        return [*self.pairs, *(name for name, _ in self.scorers)]
 
     def card(self) -> dict[str, Any]:
         """Return which models, as reports say it."""
-        models = {"policy": self.policy, "pairs": self.names, "reference": self.reference, "beta": self.beta}
+        models: dict[str, Any] = {
+            "policy": self.policy,
+            "pairs": self.names,
+            "reference": self.reference,
+            "beta": self.beta,
+        }
+        if self.scorers:
+            models["formats"] = {name: format for name, format in self.scorers if format is not None}
         if self.engine.engine == "hf":
             return models
         return {**models, "engine": self.engine.engine, "engine options": self.engine.arguments()}
@@ -69,7 +85,8 @@ class NamedModels:
         from ..scorers.base import BETA
 
         models = self.card()
-        cards = {name: options.pair_card(name) or {} for name in self.names}
+        pairs = self.names[: len(self.names) - len(self.scorers)]
+        cards = {name: options.pair_card(name) or {} for name in pairs}
         for field, default in (("reference", None), ("beta", BETA)):
             if models[field] is None and cards:
                 by_pair = {name: card.get(field, default) for name, card in cards.items()}
@@ -77,8 +94,8 @@ class NamedModels:
         return models
 
     def load(self) -> tuple[Any, list[Any]]:
-        """The policy, or None without one, and the pairs."""
-        return None if self.policy is None else self.load_policy(), [self.load_pair(name) for name in self.names]
+        """The policy, or None without one, and the scorers."""
+        return None if self.policy is None else self.load_policy(), [self.load_scorer(name) for name in self.names]
 
     def load_policy(self) -> Any:
         """The policy, which there is."""
@@ -87,12 +104,15 @@ class NamedModels:
         quiet()
         return self.engine.load(str(self.policy), Place(device=self.device, dtype=self.dtype))
 
-    def load_pair(self, name: str, model: str | None = None) -> Any:
-        """One of the pairs. `model` is where it lies, if not where its name says."""
-        from .models import load_pair, quiet
+    def load_scorer(self, name: str, model: str | None = None) -> Any:
+        """One of the scorers. `model` is where it lies, if not where its name says."""
+        from .models import load_pair, load_scorer, quiet
 
         quiet()
         where = Place(device=self.device, dtype=self.dtype).options()
+        formats = dict(self.scorers)
+        if name in formats:
+            return load_scorer(model or name, formats[name], name=name, **where)
         if self.prm is not None:
             return load_pair(None, self.prm, self.reference, beta=self.beta, name=name, **where)
         return load_pair(model or name, None, None, beta=self.beta, name=name, **where)
@@ -187,7 +207,7 @@ class EvalRun:
             sent_whole(self.judge, getattr(self.judge, "same", None), getattr(self.judge, "answer", None), self.answer)
             models = self.models.sent(cluster)
             how: dict[str, Any] = {
-                "scorers": {name: partial(models.load_pair, name, absolute(name)) for name in self.models.names},
+                "scorers": {name: partial(models.load_scorer, name, absolute(name)) for name in self.models.names},
                 "plan": self.plan, "judge": self.judge, "answer": self.answer, "done": done, "cluster": cluster,
                 "on_failure": failures,
             }  # fmt: skip

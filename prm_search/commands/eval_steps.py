@@ -1,4 +1,4 @@
-"""``prm-search eval-steps``: does a pair find the first wrong step? On data in the form of ProcessBench."""
+"""``prm-search eval-steps``: does a scorer find the first wrong step? On data in the form of ProcessBench."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 
 from ..evaluation.report import step_table, write_step_report
 from ..evaluation.step_errors import summarise_steps
-from ..evaluation.step_scores import SCORES, Solution, score_steps
+from ..evaluation.step_scores import SCORES, STEP_SCORES, Solution, score_steps
 from ..values import VALUES
 from . import BadInput, groups, options
 from .config import Common
@@ -43,7 +43,7 @@ class Solutions(groups.MaybeData):
     delimiter: Annotated[
         str | None,
         typer.Option(
-            help=r"Put between steps; \n and \t are read as such. Default: the pair card's, else \n\n.",
+            help=r"Put between steps for a pair; \n and \t are read as such. Default: the pair card's, else \n\n.",
             rich_help_panel=DATA,
         ),
     ] = None
@@ -76,8 +76,13 @@ class Thresholds:
     """Scores, and the thresholds that they fall below. Raises BadInput for options that make no sense together."""
 
     values: Annotated[
-        str, typer.Option(help=f"Scores of a step, of {','.join(VALUES)}.", rich_help_panel=_THRESHOLD)
-    ] = ",".join(SCORES)
+        str | None,
+        typer.Option(
+            help=f"Scores of a step, of {','.join(VALUES)}. Default: {','.join(SCORES)} of a pair, "
+            f"{','.join(STEP_SCORES)} of a step PRM.",
+            rich_help_panel=_THRESHOLD,
+        ),
+    ] = None
     folds: Annotated[
         int,
         typer.Option(help="Thresholds for each come from the others; none is split.", rich_help_panel=_THRESHOLD),
@@ -97,15 +102,31 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         options.at_least("--folds", self.folds, 2)
-        for score in self.scores:
+        for score in self.scores or ():
             options.one_of("--values", score, tuple(VALUES))
-        if self.threshold is not None and (self.fit is not None or len(self.scores) > 1):
+        if self.threshold is not None and (self.fit is not None or len(self.scores or ()) > 1):
             raise BadInput("--threshold is of one score: name it in --values, and leave out --fit")
 
     @property
-    def scores(self) -> list[str]:
-        """Names of the scores."""
-        return listed(self.values)
+    def scores(self) -> list[str] | None:
+        """Names of the scores; None for those that the scorer has."""
+        return None if self.values is None else listed(self.values)
+
+    def of(self, scorer: groups.Scorer) -> list[str] | None:
+        """The same where they are known before the scorer is loaded. Raises BadInput where a threshold is of several.
+
+        Args:
+            scorer: as options name it.
+        """
+        if self.scores is not None or scorer.scorer is not None:
+            return self.scores
+        self.check_one(True)
+        return list(SCORES)
+
+    def check_one(self, of_pair: bool) -> None:
+        """Raises BadInput where a threshold is given beside the several scores that a pair has."""
+        if self.scores is None and self.threshold is not None and of_pair:
+            raise BadInput("--threshold is of one score: name it in --values, and leave out --fit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +139,7 @@ class Output(groups.OutFolder):
 
 @grouped
 def eval_steps(
-    pair: groups.Pair,
+    scorer: groups.Scorer,
     place: groups.Place,
     solutions: Solutions,
     thresholds: Thresholds,
@@ -130,35 +151,39 @@ def eval_steps(
     if output.report_only:
         rebuild(folder)
         return
-    pair.need()
-    between = solutions.between(pair.pair)
+    scorer.need()
+    between = solutions.between(scorer.card)
+    scores = thresholds.of(scorer)
     sets = solutions.read(thresholds.fit)
-    settings = (
-        "eval-steps", pair.pair, pair.prm, pair.reference, pair.beta, place.dtype, between, solutions.cut,
-        thresholds.scores,
-    )  # fmt: skip
+    settings = ("eval-steps", *scorer.key(), place.dtype, between, solutions.cut, scores)
     about = {
-        "pair": pair.pair or pair.prm, "reference": pair.reference, "beta": pair.beta, "data": solutions.data,
-        "split": solutions.split, "delimiter": between, "template": solutions.form()["template"],
-        "values": thresholds.scores,
-    }  # fmt: skip
+        **scorer.about(), "data": solutions.data, "split": solutions.split, "delimiter": between,
+        "template": solutions.form()["template"],
+    } | ({"values": scores} if scores is not None else {})  # fmt: skip
     run = {
         "title": output.title, "about": about, "folds": thresholds.folds, "seed": thresholds.seed,
         "fit": thresholds.fit, "threshold": thresholds.threshold,
     }  # fmt: skip
-    model = cache(lambda: _load(pair, place))
-    how = {"delimiter": between, "values": thresholds.scores, "append_eos": not solutions.cut, "batch": output.batch}
+    model = cache(lambda: _load(scorer, place, solutions, thresholds))
+    how = {"delimiter": between, "values": scores, "append_eos": not solutions.cut, "batch": output.batch}
     for name, set_solutions in sets.items():
         _score_set(folder / name, set_solutions, settings, model, how, resume=output.resume)
     (folder / RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     rebuild(folder)
 
 
-def _load(pair: groups.Pair, place: groups.Place) -> Any:
+def _load(named: groups.Scorer, place: groups.Place, solutions: Solutions, thresholds: Thresholds) -> Any:
+    """The scorer. Raises BadInput where it has no step scores, or an option is not of its kind."""
     from .models import quiet
 
     quiet()
-    return pair.load(place)
+    scorer = named.load(place)
+    if scorer.whole:
+        raise BadInput(f"--scorer {named.title}: an {scorer.kind} judges whole answers, and has no step scores")
+    thresholds.check_one(scorer.rewards_tokens)
+    if solutions.delimiter is not None and not scorer.rewards_tokens:
+        raise BadInput(f"--delimiter is of pairs: {named.title} is a {scorer.kind}, whose format says what ends a step")
+    return scorer
 
 
 def _score_set(

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..evaluation.plan import STRATEGIES, VOTES, WEIGHTS, Plan
-from ..values import VALUES
+from ..evaluation.plan import OWN, PLANNED, STRATEGIES, VOTES, WEIGHTS, Plan
 from . import BadInput, groups, options
 from .config import Common
 from .eval_run import RECORDS, EvalRun, NamedModels, describe, rebuild
@@ -33,12 +32,32 @@ _PLAN = "What is compared"
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs(groups.TwoModels):
-    """The pairs that are compared."""
+    """The pairs and other scorers that are compared."""
 
     pair: Annotated[
         list[str] | None,
         typer.Option(help=f"{PAIR_HELP} Repeated: all choose among the same samples.", rich_help_panel=MODELS),
     ] = None
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{options.SCORER_HELP} May be repeated, as --pair.", rich_help_panel=MODELS),
+    ] = None
+    prm_format: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{options.FORMAT_HELP} Repeated: one for each --scorer.", rich_help_panel=MODELS, show_default="auto"
+        ),
+    ] = None
+
+    def scorers(self) -> list[tuple[str, str | None]]:
+        """Each --scorer with what it is. Raises BadInput for a format that is unknown, or of nothing."""
+        named, given = self.scorer or [], self.prm_format or []
+        for name in given:
+            options.check_scorer(next(iter(named), None), name)
+        if len(given) not in (0, 1, len(named)):
+            raise BadInput(f"--prm-format: {len(given)} for {len(named)} --scorer; one for all, or one for each")
+        formats = given if len(given) > 1 else [next(iter(given), None)] * len(named)
+        return list(zip(named, formats, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +101,13 @@ class Compared:
     ] = None
     seeds: Annotated[str | None, typer.Option(help="Of the draws. Default: 0.", rich_help_panel=_PLAN)] = None
     values: Annotated[
-        str, typer.Option(help=f"What best_of_n, weighted rank by, of {','.join(VALUES)}.", rich_help_panel=_PLAN)
-    ] = "q"
+        str | None,
+        typer.Option(
+            help=f"What best_of_n, weighted rank by, of {','.join(PLANNED)}. Default: q; with --scorer own, what each "
+            "is meant for.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = None
     search_values: Annotated[
         str | None,
         typer.Option(help="What beam and lookahead rank by. Default: --values.", rich_help_panel=ADVANCED),
@@ -111,8 +135,14 @@ class Compared:
     lookahead_steps: Annotated[int, typer.Option(help="Steps of a rollout.", rich_help_panel=ADVANCED)] = 1
     lookahead_rollouts: Annotated[int, typer.Option(help="Rollouts of a child.", rich_help_panel=ADVANCED)] = 1
 
-    def plan(self, answered: Sequence[Answered], **sampling: Any) -> Plan:
-        """The Plan; responses that exist change its defaults. Raises BadInput or ValueError naming the option."""
+    def plan(self, answered: Sequence[Answered], own: bool, **sampling: Any) -> Plan:
+        """The Plan. Raises BadInput or ValueError naming the option.
+
+        Args:
+            answered: responses that exist, which change its defaults.
+            own: scorers have values of their own, which are the default.
+            sampling: further fields.
+        """
         strategies: Sequence[str] = [name for name in STRATEGIES if name != "lookahead"]
         budgets: Sequence[int] = (1, 4, 16)
         if answered:
@@ -121,7 +151,7 @@ class Compared:
             strategies=strategies if self.strategies is None else listed(self.strategies),
             budgets=numbers("--budgets", self.budgets) if self.budgets else budgets,
             seeds=(0,) if self.seeds is None else numbers("--seeds", self.seeds),
-            values=listed(self.values),
+            values=[OWN if own else "q"] if self.values is None else listed(self.values),
             search_values=None if self.search_values is None else listed(self.search_values),
             weights=listed(self.weights),
             weight_temperature=self.weight_temperature,
@@ -165,18 +195,19 @@ def evaluate(
         _report(folder, output.html)
         return
     models = NamedModels(
-        policy.policy, pairs.pair or (), pairs.prm, pairs.reference, pairs.beta, place.device, place.dtype, policy
-    )
+        policy.policy, pairs.pair or (), pairs.prm, pairs.reference, pairs.beta, place.device, place.dtype, policy,
+        pairs.scorers(),
+    )  # fmt: skip
     _check_source(policy, problems, compared)
     if output.html is not None and (problems.responses is not None or workers.ray is not None):
         raise BadInput("--html shows the searches of this process: there are none with --responses, nor with --ray")
     label, answer = labels.label, labels.answer
     judge = make_judge(label, answer if ":" not in label else None)
     items, answered = problems.read()
-    rule = steps.rule(_card_delimiter(models.pairs, steps.delimiter, steps.step_regex))
-    plan = compared.plan(answered, steps=rule, **draws.fields())
+    rule = steps.rule(_card_delimiter(models.cards, steps.delimiter, steps.step_regex))
+    plan = compared.plan(answered, bool(models.scorers), steps=rule, **draws.fields())
     if (plan.ranked or problems.responses is not None) and not models.names:
-        raise BadInput(f"a pair is needed for {', '.join(plan.ranked or plan.strategies)}: --pair, or --prm")
+        raise BadInput(f"a pair is needed for {', '.join(plan.ranked or plan.strategies)}: --pair, --prm or --scorer")
     if answered and compared.budgets is None:
         _say_what_limits(items, answered, plan)
     run = EvalRun(items, answered, plan, judge, _extractor(answer), models)

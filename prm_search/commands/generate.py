@@ -15,6 +15,7 @@ from ..answers import SELECTS
 from ..driver.search_settings import SearchSettings
 from ..strategies import STRATEGIES, BestOfN, Steer, Strategy
 from ..tree import Prompt
+from ..values import VALUES
 from . import BadInput, groups, options, render
 from .config import Common
 from .grouped import grouped
@@ -75,7 +76,9 @@ class Search:
     alpha: Annotated[float | None, typer.Option(help="steer: strength.", rich_help_panel=SEARCH)] = None
     value: Annotated[
         str | None,
-        typer.Option(help="Rank by: q, last, min, mean, prefix_mean, min_q. Default: q.", rich_help_panel=SEARCH),
+        typer.Option(
+            help=f"Rank by: {', '.join(VALUES)}. Default: q; of a step PRM, its authors'.", rich_help_panel=SEARCH
+        ),
     ] = None
 
     def make(self) -> Strategy:
@@ -122,11 +125,14 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Prover:
-    """A second pair."""
+    """A second scorer."""
 
     prover: Annotated[
         str | None,
-        typer.Option(help="A second pair: rank by q plus its reward of the last step.", rich_help_panel=ADVANCED),
+        typer.Option(
+            help="A second scorer, as --scorer: rank by the value plus its reward of the last step.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None
 
 
@@ -147,7 +153,7 @@ class Shown:
 @grouped
 def generate(
     policy: groups.Policy,
-    pair: groups.Pair,
+    pair: groups.Scorer,
     prover: Prover,
     place: groups.Place,
     prompts: Prompts,
@@ -166,7 +172,7 @@ def generate(
         pair.need()
     items = prompts.read()
     keys = digests(
-        items, "generate", policy.policy, pair.pair, pair.prm, pair.reference, pair.beta, prover.prover, place.dtype,
+        items, "generate", policy.policy, *pair.key(), prover.prover, place.dtype,
         repr(settings.strategy), repr(settings.sampling), repr(settings.budget), search.value, choice.select,
         choice.answer, choice.weight, choice.weight_temperature, shown.tree, *policy.names(),
     )  # fmt: skip
@@ -174,14 +180,14 @@ def generate(
         writable("--html", shown.html)
     out = records.out
     with RecordFile(out, keys, resume=records.resume) if out is not None else nullcontext() as file:
-        from .models import load_pair, quiet
+        from .models import load_scorer, quiet
 
         run = Run(items, keys, settings, file, as_json=shown.as_json, with_tree=shown.tree, html=shown.html)
         try:
             quiet()
             sampler = policy.load(policy.policy, place)
             scorer = pair.load(place) if pair.named else None
-            second = prover.prover and load_pair(prover.prover, None, None, name="prover", **place.options())
+            second = prover.prover and load_scorer(prover.prover, name="prover", option="--prover", **place.options())
             run.go(sampler, scorer, second or None, records.batch)
         finally:
             report(file, len(run.done), len(items))
@@ -189,10 +195,10 @@ def generate(
 
 
 def _settings(
-    pair: groups.Pair, search: Search, steps: Confidence, choice: Choice, draws: Draws, budget: groups.Limits
+    pair: groups.Scorer, search: Search, steps: Confidence, choice: Choice, draws: Draws, budget: groups.Limits
 ) -> SearchSettings:
     rule = options.make_steps(
-        steps.delimiter, steps.step_tokens, steps.step_regex, default=options.card_delimiter(pair.pair),
+        steps.delimiter, steps.step_tokens, steps.step_regex, default=options.card_delimiter(pair.card),
         confidence=steps.step_confidence, confidence_of=steps.step_confidence_of,
     )  # fmt: skip
     return SearchSettings.make(
@@ -229,13 +235,19 @@ class Run:
         self.screen = render.console()
         self.done = set() if file is None else set(file.done)
         self._cut_into_steps = False
+        self._scores: tuple[float, float] | None = None  # range of step scores; None for rewards of tokens
 
     def go(self, policy: Any, scorer: Any, prover: Any, batch: int) -> None:
         """Search for every item that is not done, at most `batch` at a time."""
         from ..driver.loop import Job, SearchLoop
 
         if isinstance(self.settings.strategy, Steer):
-            policy = self.settings.strategy.wrap(policy, scorer)
+            try:
+                policy = self.settings.strategy.wrap(policy, scorer)
+            except TypeError as error:
+                raise BadInput(f"--strategy steer: {reason(error)}") from error
+        if scorer is not None and not scorer.rewards_tokens:
+            self._scores = scorer.reward_range or (0.0, 0.0)
         waiting = [place for place in range(len(self.items)) if place not in self.done]
         bar = Bar("prompts", len(waiting))
         bar.watch(policy)
@@ -295,6 +307,8 @@ class Run:
             "encoded_tokens": usage.encoded_tokens,
             "reencoded_tokens": usage.reencoded_tokens,
         }
+        if result.tree.notes:
+            record["notes"] = result.tree.notes
         if self.with_tree:
             record["tree"] = json.loads(result.tree.to_json())
         return record
@@ -302,17 +316,21 @@ class Run:
     def _show(self, result: Result) -> None:
         node, screen = result.node, self.screen
         if self.with_tree:
-            screen.print(render.tree_view(result.tree, node))
+            screen.print(render.tree_view(result.tree, node, scores=self._scores))
         else:
             screen.print(render.heading(result.tree.prompt), style="bold")
         screen.print(render.visible(result.text, lines=True).strip("\n"), soft_wrap=True)
         facts = [f"{sum(result.usage.sampled_tokens.values())} tokens sampled", f"search {result.stopped}"]
         if node is not None and node.scored_by(result.tree.primary):
-            rewards = " ".join(f"{step.reward:+.3f}" for step in node.path())
-            facts = [f"q {node.q:+.3f}", f"step rewards {rewards}", *facts]
+            if self._scores is None:
+                rewards = " ".join(f"{step.reward:+.3f}" for step in node.path())
+                facts = [f"q {node.q:+.3f}", f"step rewards {rewards}", *facts]
+            else:
+                scores = " ".join(f"{step.reward:.3f}" for step in node.path())
+                facts = [f"value {node.value or 0.0:.3f}", f"step scores {scores}", *facts]
         if self.settings.answer is not None:
             facts = [f"answer {render.visible(result.answer or 'none')}", *facts]
-        screen.print("; ".join(facts), style="dim", soft_wrap=True)
+        screen.print("; ".join([*facts, *result.tree.notes]), style="dim", soft_wrap=True)
         screen.print()
 
 

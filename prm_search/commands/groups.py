@@ -192,6 +192,12 @@ class Scorer(Pair):
         pair = (self.pair, self.prm, self.reference, self.beta)
         return pair if self.scorer is None else (*pair, self.scorer, self.prm_format)
 
+    def about(self) -> dict[str, object]:
+        """Return what reports say of it."""
+        if self.scorer is not None:
+            return {"scorer": self.scorer, "format": self.prm_format}
+        return {"pair": self.pair or self.prm, "reference": self.reference, "beta": self.beta}
+
     def load(self, place: Place) -> Any:
         """The reward model, ready to score. Raises as models.load_scorer and models.load_pair do."""
         from .models import load_scorer

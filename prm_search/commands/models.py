@@ -111,7 +111,13 @@ def load_pair(
 
 
 def load_scorer(
-    scorer: str, format: str | None = None, *, device: str = "auto", dtype: str = "auto", name: str = "prm"
+    scorer: str,
+    format: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    name: str = "prm",
+    option: str = "--scorer",
 ) -> ScorerBase:
     """A reward model of any kind by name. A step PRM keeps the last score of a path beyond its length, and says so.
 
@@ -120,6 +126,7 @@ def load_scorer(
         format: what it is, of scorers.kinds.KINDS; None to find out.
         device, dtype: of its models.
         name: key of its rewards.
+        option: that names it, for messages.
 
     Raises:
         BadInput: the format is unknown or ambiguous, or the checkpoint does not fit it.
@@ -133,7 +140,7 @@ def load_scorer(
         with loading(model):
             return load(model, format or AUTO, name=name, too_long="keep", **place)
     except ValueError as error:
-        raise BadInput(f"--scorer {scorer}: {str(error).replace('pass format=', 'pass --prm-format')}") from error
+        raise BadInput(f"{option} {scorer}: {str(error).replace('pass format=', 'pass --prm-format')}") from error
 
 
 @contextmanager

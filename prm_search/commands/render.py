@@ -66,6 +66,12 @@ def reward_colour(reward: float, scale: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def centred(scores: Sequence[float], reward_range: Sequence[float] | None) -> list[float]:
+    """Scores as rewards for colours: their distances from the middle of their range, from 0 where it has no bounds."""
+    middle = 0.0 if reward_range is None else sum(reward_range) / 2
+    return [score - middle for score in scores]
+
+
 def style(reward: float, scale: float) -> str:
     """Return that colour as a style of rich."""
     return "rgb({},{},{})".format(*reward_colour(reward, scale))
@@ -76,23 +82,33 @@ def scored(nodes: Sequence[Node]) -> list[Node]:
     return [node for node in nodes if node.parent is not None and node.scored_by(node.tree.primary)]
 
 
-def tree_view(tree: SearchTree, chosen: Node | None, *, note: Callable[[Node], Text | None] | None = None) -> Tree:
+def tree_view(
+    tree: SearchTree,
+    chosen: Node | None,
+    *,
+    note: Callable[[Node], Text | None] | None = None,
+    scores: tuple[float, float] | None = None,
+) -> Tree:
     """A search tree: each step with its reward in colour, q, how often it was drawn; the chosen path in bold.
 
     Args:
         tree: the tree.
         chosen: end of the path to mark.
         note: what else to say of a step.
+        scores: the range of step scores, whose sum q says nothing; None for rewards of tokens.
     """
     kept = set() if chosen is None else set(chosen.path())
-    scale = max((abs(node.reward) for node in scored(tree.nodes)), default=0.0)
+    colour = {node: centred([node.reward], scores)[0] for node in scored(tree.nodes)}
+    scale = max(map(abs, colour.values()), default=0.0)
     view = Tree(heading(tree.prompt), guide_style="dim")
     branches = {tree.root: view}
     for node in tree.nodes[1:]:
         live = bool(node.children) or node.finish == "stop"
         weight = "bold" if node in kept else "" if live else "dim"
         label = Text(no_wrap=True, overflow="ellipsis")
-        if node in scored([node]):
+        if node in colour and scores is not None:
+            label.append(f"{node.reward:.3f}  ", style=style(colour[node], scale))
+        elif node in colour:
             label.append(f"{node.reward:+.3f}", style=style(node.reward, scale))
             label.append(f"  q {node.q:+.3f}  ", style="dim")
         label.append("> " if node in kept else "  ", style=weight)

@@ -1,4 +1,4 @@
-"""``prm-search score``: the rewards of responses that exist already, of any pair, token by token."""
+"""``prm-search score``: the rewards of responses that exist already: a pair's token by token, others' step by step."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .records import Item, RecordFile, digests, dumps, read_items, reason, repor
 from .workers import Failures, Workers, absolutes, load_scorer, place_of
 
 if TYPE_CHECKING:
+    from ..scorers.explicit.step_scores import StepScores
     from ..scorers.scores import Scores
 
 _PLACE = re.compile(r"^(prompts|responses)\[0\]:? ")
@@ -62,7 +63,7 @@ class Output(groups.MaybeOutFile):
 @grouped
 def score(
     responses: Responses,
-    pair: groups.Pair,
+    pair: groups.Scorer,
     place: groups.Place,
     steps: groups.Steps,
     workers: Workers,
@@ -71,13 +72,11 @@ def score(
 ) -> None:
     """Score complete responses."""
     pair.need()
-    rule = steps.rule(options.card_delimiter(pair.pair))
+    rule = steps.rule(options.card_delimiter(pair.card))
     items = read_items(responses.data, chat=responses.chat, responses=True)
     if output.html is not None:
         writable("--html", output.html)
-    keys = digests(
-        items, "score", pair.pair, pair.prm, pair.reference, pair.beta, place.dtype, repr(rule), responses.cut
-    )
+    keys = digests(items, "score", *pair.key(), place.dtype, repr(rule), responses.cut)
     out = output.out
     with RecordFile(out, keys, resume=output.resume) if out is not None else nullcontext() as file:
         records = {} if file is None else dict(file.done)
@@ -124,7 +123,7 @@ class Run:
         title: of a page, once the run has begun.
     """
 
-    pair: groups.Pair
+    pair: groups.Scorer
     place: groups.Place
     items: Sequence[Item]
     waiting: Sequence[int]
@@ -133,17 +132,18 @@ class Run:
     batch: int
     title: str = ""
 
-    def here(self, bar: Bar) -> Iterator[tuple[int, Scores]]:
+    def here(self, bar: Bar) -> Iterator[tuple[int, Scores | StepScores]]:
         """Places and scores, by this process. Raises BadInput as score_items does."""
         from .models import quiet
 
         quiet()
         scorer = self.pair.load(self.place)
-        self.title = f"beta {scorer.beta:g}"
+        beta = getattr(scorer, "beta", None)
+        self.title = str(scorer.kind) if beta is None else f"beta {beta:g}"
         bar.watch(scorer)
         return score_all(scorer, self.items, self.waiting, self.steps, self.cut, self.batch)
 
-    def on_workers(self, workers: Workers, failures: Failures) -> Iterator[tuple[int, Scores]]:
+    def on_workers(self, workers: Workers, failures: Failures) -> Iterator[tuple[int, Scores | StepScores]]:
         """Places and scores as they arrive, by the workers of a cluster."""
         from ..distributed import score as distributed_score
 
@@ -157,41 +157,53 @@ class Run:
 
 
 def score_all(
-    pair: Any, items: Sequence[Item], places: Sequence[int], steps: StepRule, cut: bool, batch: int
-) -> Iterator[tuple[int, Scores]]:
+    scorer: Any, items: Sequence[Item], places: Sequence[int], steps: StepRule, cut: bool, batch: int
+) -> Iterator[tuple[int, Scores | StepScores]]:
     """The places of items and their scores, `batch` at a time. Raises BadInput as score_items does."""
     for first in range(0, len(places), batch):
         some = places[first : first + batch]
-        yield from zip(some, score_items(pair, items, some, steps, cut), strict=True)
+        yield from zip(some, score_items(scorer, items, some, steps, cut), strict=True)
 
 
 def score_items(
-    pair: Any, items: Sequence[Item], places: Sequence[int], steps: StepRule, cut: bool
-) -> Sequence[Scores]:
+    scorer: Any, items: Sequence[Item], places: Sequence[int], steps: StepRule, cut: bool
+) -> Sequence[Scores | StepScores]:
     """Scores of some of the items. Raises BadInput that says which of them cannot be scored."""
     chosen = [items[place] for place in places]
+    how = scorer.score_options(steps, not cut)
 
-    def scores_of(some: Sequence[Item]) -> Sequence[Scores]:
-        scores: Sequence[Scores] = pair.score(
-            [item.prompt for item in some], [item.response for item in some], steps=steps, append_eos=not cut
+    def scores_of(some: Sequence[Item]) -> Sequence[Scores | StepScores]:
+        scores: Sequence[Scores | StepScores] = scorer.score(
+            [item.prompt for item in some], [item.response for item in some], **how
         )
         return scores
 
     try:
         return scores_of(chosen)
-    except ValueError:
+    except (TypeError, ValueError):
         for item in chosen:  # one by one, to name the line
             try:
                 scores_of([item])
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise BadInput(f"{item.where}: {re.sub(_PLACE, '', reason(error))}") from error
         raise
 
 
-def record_of(item: Item, scores: Scores, **head: Any) -> dict[str, Any]:
-    """A line of the output. Rewards are in beta * nats."""
+def record_of(item: Item, scores: Scores | StepScores, **head: Any) -> dict[str, Any]:
+    """A line of the output. Rewards are in beta * nats, or what a step PRM or an outcome model gives."""
     if "id" in item.extra:
         head["id"] = item.extra["id"]
+    from ..scorers.explicit.step_scores import StepScores
+
+    if isinstance(scores, StepScores):
+        return {
+            **head,
+            "reward": rounded([scores.reward])[0],
+            "step_scores": rounded(scores.step_scores),
+            "step_ends": scores.step_ends.tolist(),
+            "steps": list(scores.texts),
+            "reward_range": scores.reward_range and list(scores.reward_range),
+        } | ({"notes": list(scores.notes)} if scores.notes else {})
     return {
         **head,
         "reward": rounded([scores.reward])[0],
@@ -205,17 +217,26 @@ def record_of(item: Item, scores: Scores, **head: Any) -> dict[str, Any]:
 
 
 def show(item: Item, record: dict[str, Any], as_json: bool) -> None:
-    """One response on standard output: a line of JSON, or its tokens in colour and its step rewards."""
+    """One response on standard output: a line of JSON, or its tokens or steps in colour and its step rewards."""
     if as_json:
         print(dumps(record), flush=True)
         return
     screen = render.console()
-    scale = max(map(abs, record["token_rewards"]))
-    text = Text()
-    for piece, reward in zip(record["tokens"], record["token_rewards"], strict=True):
-        text.append(render.visible(piece, lines=True), style=render.style(reward, scale))
     screen.print(render.heading(item.prompt), style="bold")
+    if "step_scores" in record:
+        pieces, rewards, name = record["steps"], record["step_scores"], "step scores"
+        colours = render.centred(rewards, record["reward_range"])
+        numbers = " ".join(f"{score:.3f}" for score in rewards)
+    else:
+        pieces, colours, name = record["tokens"], record["token_rewards"], "step rewards"
+        numbers = " ".join(f"{reward:+.3f}" for reward in record["step_rewards"])
+    scale = max(map(abs, colours))
+    text = Text()
+    for piece, colour in zip(pieces, colours, strict=True):
+        text.append(render.visible(piece, lines=True), style=render.style(colour, scale))
     screen.print(text, soft_wrap=True)
-    steps = " ".join(f"{reward:+.3f}" for reward in record["step_rewards"])
-    screen.print(f"reward {record['reward']:+.3f}; step rewards {steps}", style="dim", soft_wrap=True)
+    sign = "" if "step_scores" in record else "+"
+    screen.print(f"reward {record['reward']:{sign}.3f}; {name} {numbers}", style="dim", soft_wrap=True)
+    for note in record.get("notes", ()):
+        screen.print(note, style="dim", soft_wrap=True)
     screen.print()

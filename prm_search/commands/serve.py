@@ -107,7 +107,7 @@ class Bounds:
 def serve(
     context: typer.Context,
     server: Server,
-    pair: groups.Pair,
+    pair: groups.Scorer,
     place: groups.Place,
     steps: groups.Steps,
     bounds: Bounds,
@@ -117,7 +117,7 @@ def serve(
     pair.need()
     if context.args and server.engine != "vllm":
         raise BadInput(f"{' '.join(context.args)}: words after -- are for --engine vllm")
-    rule = steps.rule(options.card_delimiter(pair.pair))
+    rule = steps.rule(options.card_delimiter(pair.card))
     try:
         from ..serving.config import ServeConfig
         from ..serving.keys import check_key
@@ -125,7 +125,10 @@ def serve(
     except ImportError as error:
         raise BadInput(f"serving needs more packages ({error.name}): pip install 'prm-search[serve]'") from error
 
-    config = ServeConfig(pair.pair, pair.prm, pair.reference, pair.beta, place.device, place.dtype, rule, bounds.make())
+    config = ServeConfig(
+        pair.pair, pair.prm, pair.reference, pair.beta, place.device, place.dtype, rule, bounds.make(),
+        scorer=pair.scorer, format=pair.prm_format,
+    )  # fmt: skip
     if server.api_key is not None or _KEY in os.environ:  # a variable that is set to nothing is no option for typer
         check_key(f"--api-key or ${_KEY}", server.api_key or "")
     if server.engine == "vllm":
@@ -151,7 +154,7 @@ def _become_vllm(server: Server, config: ServeConfig, extra: Sequence[str]) -> N
     os.execve(command[0], command, environment)
 
 
-def _app(server: Server, pair: groups.Pair, place: groups.Place, config: ServeConfig) -> Any:
+def _app(server: Server, pair: groups.Scorer, place: groups.Place, config: ServeConfig) -> Any:
     """The application, with its models loaded."""
     from ..serving.app import make_app
     from ..serving.backend import ThreadEngine

@@ -35,7 +35,8 @@ def score(
     """`scorer.score` by the workers of a cluster: places and their Scores, in the order in which they arrive.
 
     Args:
-        prompts, responses, steps, append_eos: as of ScorerBase.score; one prompt a response.
+        prompts, responses, steps, append_eos: as of ScorerBase.score; one prompt a response. What the scorer's own
+            `score` does not take is left out.
         cluster: is open.
         scorer: a hub id or folder (see scorers.load.load_scorer), or a function without arguments that loads any scorer
             with a `score` in the worker that calls it.
@@ -73,7 +74,7 @@ class ScoreWork:
 
     def __init__(self, load: Load, steps: StepRule | None, append_eos: bool, batch: int) -> None:
         self._scorer = load()
-        self._how = {"steps": steps, "append_eos": append_eos}
+        self._how = self._scorer.score_options(steps, append_eos)
         self._batch = batch
 
     @property

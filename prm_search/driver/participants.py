@@ -121,7 +121,10 @@ class Participants(Generic[P]):
             raise failed
 
     def encode(self, prompt: Prompt) -> Prompt:
-        """The prompt with the policy's token ids. Raises ValueError where it is empty or leaves no room."""
+        """The prompt with the policy's token ids. Raises ValueError where it is empty, leaves no room, or cannot be
+        scored."""
+        for scorer in self.scorers:
+            scorer.check_prompt(prompt)
         ids = self.policy.encode(prompt)
         for name, limit in self._contexts().items():
             if len(ids) >= limit:

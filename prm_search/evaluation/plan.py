@@ -10,7 +10,7 @@ from ..checks import MANY, integer, number
 from ..protocols import Sampling
 from ..steps import StepRule
 from ..strategies import Beam, Lookahead, Strategy
-from ..values import VALUES
+from ..values import VALUES, Value, resolve_value
 
 #: Strategies that choose among whole samples, which are drawn once and shared.
 VOTES: tuple[str, ...] = ("majority", "best_of_n", "weighted")
@@ -18,6 +18,8 @@ SEARCHES: tuple[str, ...] = ("beam", "lookahead")
 STRATEGIES: tuple[str, ...] = ("greedy", *VOTES, *SEARCHES)
 WEIGHTS: tuple[str, ...] = ("softmax", "sigmoid")
 BLIND = ("greedy", "majority")  # need no rewards
+OWN = "own"  # the value that a scorer's rewards are meant for: its default_value, else q
+PLANNED = (*VALUES, OWN)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Plan:
         strategies: of STRATEGIES.
         budgets: whole samples, each >= 1.
         seeds: of the draws, 64-bit.
-        values: names of values.VALUES: what best_of_n ranks by and weighted weighs by.
+        values: names of values.VALUES: what best_of_n ranks by and weighted weighs by; or "own", each scorer's default
+            value.
         search_values: the same for beam and lookahead; None for `values`.
         weights: "softmax", "sigmoid" or both, of weighted votes.
         weight_temperature: see answers.select.
@@ -106,10 +109,10 @@ class Plan:
     max_new_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        for name, allowed in (("strategies", STRATEGIES), ("values", tuple(VALUES)), ("weights", WEIGHTS)):
+        for name, allowed in (("strategies", STRATEGIES), ("values", PLANNED), ("weights", WEIGHTS)):
             object.__setattr__(self, name, _words(name, getattr(self, name), allowed))
         if self.search_values is not None:
-            object.__setattr__(self, "search_values", _words("search_values", self.search_values, tuple(VALUES)))
+            object.__setattr__(self, "search_values", _words("search_values", self.search_values, PLANNED))
         for name, least, most in (("budgets", 1, MANY), ("seeds", 0, (1 << 64) - 1)):
             numbers = tuple(getattr(self, name))
             for value in numbers:
@@ -170,12 +173,13 @@ class Plan:
 
     def strategy(self, cell: Cell) -> Strategy:
         """The configured search of a cell."""
+        value = None if cell.value == OWN else cell.value
         if cell.strategy == "beam":
             width, expansions = self.shapes.get(cell.n) or shape(cell.n)
-            return Beam(width, expansions, value=cell.value)
+            return Beam(width, expansions, value=value)
         steps, rollouts = self.lookahead_steps, self.lookahead_rollouts
         width, expansions = self.shapes.get(cell.n) or shape(max(1, cell.n // (1 + steps * rollouts)))
-        return Lookahead(width, expansions, steps=steps, rollouts=rollouts, value=cell.value)
+        return Lookahead(width, expansions, steps=steps, rollouts=rollouts, value=value)
 
     def card(self) -> dict[str, Any]:
         """The plan as plain values, for reports and keys."""
@@ -183,6 +187,17 @@ class Plan:
         entries["shapes"] = {str(n): list(shape) for n, shape in sorted(self.shapes.items())}
         entries["steps"] = repr(self.steps)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
+
+
+def own_value(value: str, scorer: object) -> Value:
+    """Return a planned value for a scorer.
+
+    Args:
+        value: of `PLANNED`.
+        scorer: whose default "own" means.
+    """
+    default = getattr(scorer, "default_value", None)
+    return resolve_value((default or "q") if value == OWN else value)
 
 
 def shape(n: int) -> tuple[int, int]:

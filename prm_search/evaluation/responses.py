@@ -12,13 +12,14 @@ import numpy as np
 from ..answers import Answer, resolve_answer
 from ..problems import final_answer
 from ..scorers.scores import Scores
-from ..tree import Prompt
+from ..tree import Prompt, SearchTree
+from ..usage import Usage
 from ..values import along
-from .plan import VOTES, Plan
+from .plan import OWN, VOTES, Plan, own_value
 from .samples import Cost, Judge, Sample, record_of
 
 if TYPE_CHECKING:
-    from ..scorers.implicit.implicit_prm import ImplicitPRM
+    from ..scorers.base import ScorerBase
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Answered:
 def evaluate_responses(
     problems: Sequence[Answered],
     *,
-    scorers: ImplicitPRM | Sequence[ImplicitPRM],
+    scorers: ScorerBase | Sequence[ScorerBase],
     plan: Plan,
     judge: Judge | None = None,
     answer: str | Answer | None = None,
@@ -66,7 +67,8 @@ def evaluate_responses(
 
     Args:
         problems: see Answered; only the first responses, up to the largest budget, are scored.
-        scorers: pairs, of distinct names.
+        scorers: pairs, step PRMs and outcome models, of distinct names; those that are no pairs read the responses'
+            text.
         plan: of strategies that vote only; its seeds and sampling play no part, its `steps` cut the responses.
         judge, answer: as of `evaluate`; the judge is asked of responses without a label.
         done: records of an earlier run, by the problem's place.
@@ -104,7 +106,7 @@ def check_responses(problems: Sequence[Answered], names: Sequence[str], plan: Pl
 
 def response_records(
     problems: Iterable[tuple[int, Answered]],
-    pairs: Sequence[ImplicitPRM],
+    pairs: Sequence[ScorerBase],
     plan: Plan,
     judge: Judge | None,
     extract: Answer,
@@ -115,16 +117,15 @@ def response_records(
         costs: dict[str, Cost] = {}
         values: list[dict[str, dict[str, float]]] = [{} for _ in responses]
         tokens: list[int] = []
-        for pair in pairs:
+        for scorer in pairs:
+            score = _score_tokens if scorer.rewards_tokens else _score_texts
             try:
-                scores, costs[pair.name] = _score(pair, problem.prompt, responses, plan)
+                counts, numbers, costs[scorer.name] = score(scorer, problem.prompt, responses, plan)
             except ValueError as error:
                 raise ValueError(f"problems[{index}]: {error}") from error
-            tokens = tokens or [len(response_scores.token_ids) for response_scores in scores]
-            for response_scores, response_values in zip(scores, values, strict=True):
-                response_values[pair.name] = {
-                    value: float(values_of(response_scores, value)[-1]) for value in plan.values
-                }
+            tokens = tokens or counts
+            for response_values, own in zip(values, numbers, strict=True):
+                response_values[scorer.name] = own
         samples = []
         for response, count, response_values in zip(responses, tokens, values, strict=True):
             right = response.right
@@ -133,27 +134,54 @@ def response_records(
             vote = None if response.cut else extract(response.text) or None
             finish = "length" if response.cut else "stop"
             samples.append(Sample(response.text, vote, bool(right), count, count, finish, response_values))
-        prompt_tokens = costs[pairs[0].name].prm_tokens - sum(tokens)
+        prompt_tokens = max(0, costs[pairs[0].name].prm_tokens - sum(tokens))
         record = record_of(samples, costs, plan, prompt_tokens=prompt_tokens)
         yield {"index": index, "kind": "samples", "problem": index, "seed": 0, **record}
 
 
-def _score(
-    pair: ImplicitPRM, prompt: Prompt, responses: Sequence[Response], plan: Plan
-) -> tuple[Sequence[Scores], Cost]:
-    ids = pair.encode_prompt(prompt)
+# Tokens of each response, its numbers by value, and what all of them cost.
+_Scored = tuple[list[int], list[dict[str, float]], Cost]
+
+
+def _score_tokens(scorer: Any, prompt: Prompt, responses: Sequence[Response], plan: Plan) -> _Scored:
+    """Score responses by a pair: the very tokens that were sampled, where they are known."""
+    ids = scorer.encode_prompt(prompt)
     began = perf_counter()
-    scores = pair.score(
+    scores: Sequence[Scores] = scorer.score(
         [Prompt(token_ids=ids)] * len(responses),
         [response.text if response.token_ids is None else response.token_ids for response in responses],
         steps=plan.steps,
         append_eos=[not response.cut for response in responses],
     )
     seconds = perf_counter() - began
-    encoded = len(ids) + sum(
-        len(response_scores.token_ids) for response_scores in scores
-    )  # equal prompts are one tree, nothing else is shared
-    return scores, Cost(encoded, 0 if pair.reference is None else encoded, seconds)
+    tokens = [len(response_scores.token_ids) for response_scores in scores]
+    encoded = len(ids) + sum(tokens)  # equal prompts are one tree, nothing else is shared
+    numbers = [
+        {value: float(values_of(response_scores, "q" if value == OWN else value)[-1]) for value in plan.values}
+        for response_scores in scores
+    ]
+    return tokens, numbers, Cost(encoded, 0 if scorer.reference is None else encoded, seconds)
+
+
+def _score_texts(scorer: ScorerBase, prompt: Prompt, responses: Sequence[Response], plan: Plan) -> _Scored:
+    """Score responses by a scorer that reads text: cut into steps where it scores steps, otherwise whole."""
+    from ..scorers.explicit.step_scores import plant_text
+
+    if prompt.text is None and prompt.messages is None:
+        raise ValueError(f"{scorer.name!r} reads text, and the prompt is given only as token ids")
+    tree = SearchTree(prompt)
+    tree.primary = scorer.name
+    rule = None if scorer.whole else plan.steps
+    began = perf_counter()
+    try:
+        ends = [plant_text(scorer, tree, place, response.text, rule) for place, response in enumerate(responses)]
+        scorer.score_exact(ends)
+        seconds = perf_counter() - began
+        usage = Usage.read(tree.meter, scorer.models)
+    finally:
+        scorer.release(tree)
+    numbers = [{value: float(own_value(value, scorer)(end)) for value in plan.values} for end in ends]
+    return [end.end for end in ends], numbers, Cost.of(usage, scorer.models, seconds)
 
 
 def values_of(scores: Scores, value: str) -> np.ndarray:

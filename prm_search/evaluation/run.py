@@ -22,9 +22,8 @@ from ..search import encode_all
 from ..strategies import BestOfN
 from ..tree import Node, Prompt, SearchTree
 from ..usage import Meter, Usage
-from ..values import VALUES
-from .plan import Plan, Unit
-from .samples import Cost, Judge, Judging, Sample, new_tokens, record_of, tokens_of
+from .plan import Plan, Unit, own_value
+from .samples import Cost, Judge, Judging, Sample, new_tokens, record_of, scorer_tokens, tokens_of
 
 Record = dict[str, Any]
 
@@ -52,7 +51,8 @@ def evaluate(
     Args:
         problems: prompts and their right answers.
         policy: samples; not to be used for anything else meanwhile.
-        scorers: the pairs to compare, of distinct names, over the same samples; none where no strategy needs one.
+        scorers: the pairs and other scorers to compare, of distinct names, over the same samples; none where no
+            strategy needs one.
         plan: see Plan.
         judge: of a complete response's text and the right answer: the answer found, and whether it is right; see
             problems.Judge. A response that was cut is wrong.
@@ -199,14 +199,15 @@ class EvaluationPart:
 
     def _values(self, end: Node) -> dict[str, dict[str, float]]:
         by_scorer = {}
-        for name in self.scorers:
+        for name, scorer in self.scorers.items():
             end.tree.primary = name
-            by_scorer[name] = {value: float(VALUES[value](end)) for value in self.plan.values}
+            by_scorer[name] = {value: float(own_value(value, scorer)(end)) for value in self.plan.values}
         return by_scorer
 
     def _search(self, unit: Unit, job: Job, result: Result, seconds: float) -> Record:
         node, usage = result.node, result.usage
         answer, right = (None, False) if node is None else self.judgings[unit.problem](result.text, node.finish)
+        scorer = None if unit.cell is None or unit.cell.pair is None else self.scorers[unit.cell.pair]
         return {
             **({"strategy": "greedy", "n": 1} if unit.cell is None else asdict(unit.cell)),
             "answer": answer,
@@ -217,7 +218,7 @@ class EvaluationPart:
             "search": repr(job.settings.strategy),
             "budget_tokens": job.settings.budget.tokens,
             "policy_tokens": sum(usage.sampled_tokens.values()),
-            "prm_tokens": usage.of_role("prm"),
+            "prm_tokens": scorer_tokens(usage, () if scorer is None else scorer.models),
             "reference_tokens": usage.of_role("reference"),
             "rescored_tokens": usage.rescored_tokens,
             "rescored_cached_tokens": usage.rescored_cached_tokens,
@@ -247,5 +248,4 @@ def _score(scorer: Scorer, policy: Policy, tree: SearchTree, ends: Sequence[Node
     scorer.release(tree)
     spent = Meter()
     spent.counts = tree.meter.counts - before
-    usage = Usage.read(spent, scorer.models)
-    return Cost(usage.of_role("prm"), usage.of_role("reference"), seconds)
+    return Cost.of(Usage.read(spent, scorer.models), scorer.models, seconds)

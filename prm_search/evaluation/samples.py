@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..answers import Answer, Candidate, Select, elect
+from ..usage import Usage
 from .plan import Cell, Plan
 
 #: Of a response's text and the reference answer: the answer found and whether it is right (problems.Judge).
@@ -51,6 +52,27 @@ class Cost:
     prm_tokens: int
     reference_tokens: int
     seconds: float
+
+    @classmethod
+    def of(cls, usage: Usage, roles: Iterable[str], seconds: float) -> Cost:
+        """Read a cost from a usage.
+
+        Args:
+            usage: of the scoring.
+            roles: of the scorer's models; all but "reference" are reward models.
+            seconds: wall time.
+        """
+        return cls(scorer_tokens(usage, roles), usage.of_role("reference"), seconds)
+
+
+def scorer_tokens(usage: Usage, roles: Iterable[str]) -> int:
+    """Tokens that a scorer's models encoded, references left out.
+
+    Args:
+        usage: of a search or a scoring.
+        roles: of the scorer's models.
+    """
+    return sum(usage.of_role(role) for role in roles if role != "reference")
 
 
 @dataclass(frozen=True)

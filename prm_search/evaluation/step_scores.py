@@ -1,24 +1,27 @@
-"""Step scores: every step of worked solutions, scored by a pair. `step_errors` reads them."""
+"""Step scores: every step of worked solutions, scored by a pair or a step PRM. `step_errors` reads them."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..tree import Prompt
-from ..values import VALUES
+from ..values import VALUES, along
 from .responses import values_of
 
 if TYPE_CHECKING:
-    from ..scorers.implicit.implicit_prm import ImplicitPRM
+    from ..scorers.base import ScorerBase
 
-#: The step's own reward, the value of the prefix that it ends, and the same by its length.
+#: Of a pair: the step's own reward, the value of the prefix that it ends, and the same by its length.
 SCORES = ("last", "q", "prefix_mean")
+#: Of a step PRM: the step's score.
+STEP_SCORES = ("last",)
 
 
 @dataclass(frozen=True)
@@ -47,26 +50,26 @@ class Solution:
 def score_steps(
     solutions: Sequence[Solution],
     *,
-    scorer: ImplicitPRM,
+    scorer: ScorerBase,
     delimiter: str = "\n\n",
-    values: Sequence[str] = SCORES,
+    values: Sequence[str] | None = None,
     append_eos: bool = True,
     done: Mapping[int, Mapping[str, Any]] | None = None,
     batch: int = 16,
 ) -> Iterator[dict[str, Any]]:
     """Score every step of solutions. One record each, in order.
 
-    A solution is scored as one response, its steps joined by the delimiter. A delimiter belongs to the step before it;
-    the end of sequence belongs to the last step. Where a step ends is told by characters, so a delimiter inside a step
-    ends none.
+    A pair scores a solution as one response, its steps joined by the delimiter. A delimiter belongs to the step before
+    it; the end of sequence belongs to the last step. Where a step ends is told by characters, so a delimiter inside a
+    step ends none. A step PRM is given the steps as they are, and writes them in its own format.
 
     Args:
         solutions: see Solution.
-        scorer: the pair.
-        delimiter: what separates steps; not empty.
+        scorer: a pair or a step PRM.
+        delimiter: what separates steps for a pair; not empty.
         values: names of values.VALUES, each read at the end of every step: "last" is the step's reward, "q" the value
-            of the prefix.
-        append_eos: whether solutions are complete.
+            of the prefix. None for `SCORES` of a pair, `STEP_SCORES` of a step PRM.
+        append_eos: whether a pair's solutions are complete.
         done: records of an earlier run, by place.
         batch: solutions scored together; changes no score.
 
@@ -75,9 +78,14 @@ def score_steps(
         value one number a step.
 
     Raises:
+        TypeError: scorer judges whole answers, not steps.
         ValueError: an argument is out of range; a step shares its last token with the next one; or the pair cannot
             score a solution. The message names the solution.
     """
+    if scorer.whole:
+        raise TypeError(f"scorer={scorer.name!r} is an {scorer.kind}: it judges whole answers, and has no step scores")
+    if values is None:
+        values = SCORES if scorer.rewards_tokens else STEP_SCORES
     unknown = [value for value in values if value not in VALUES]
     if unknown or not values:
         raise ValueError(f"values={list(values)!r}: names among {', '.join(VALUES)} are needed")
@@ -90,7 +98,7 @@ def score_steps(
 
 def _score(
     solutions: Sequence[Solution],
-    scorer: ImplicitPRM,
+    scorer: ScorerBase,
     delimiter: str,
     values: Sequence[str],
     append_eos: bool,
@@ -103,33 +111,77 @@ def _score(
     waiting = [index for index in range(len(solutions)) if index not in done]
     for begin in range(0, len(waiting), batch):
         places = waiting[begin : begin + batch]
-        cut = []
-        for index in places:
-            try:
-                cut.append(encode_steps(scorer, solutions[index].steps, delimiter, append_eos))
-                _fits(scorer, solutions[index].prompt, len(cut[-1][0]))
-            except ValueError as error:
-                raise ValueError(f"solutions[{index}]: {error}") from error
-        try:
-            scored = scorer.score(
-                [solutions[index].prompt for index in places], [ids for ids, _ in cut], steps=[ends for _, ends in cut]
-            )
-        except ValueError as error:
-            named = re.match(r"(?:prompts|responses)\[(\d+)\]:? ", str(error))
-            if named is None:
-                raise
-            raise ValueError(f"solutions[{places[int(named[1])]}]: {str(error)[named.end() :]}") from error
-        for index, scores in zip(places, scored, strict=True):
+        numbers = _pair_scores if scorer.rewards_tokens else _text_scores
+        for index, (tokens, scores) in zip(
+            places, numbers(solutions, places, scorer, delimiter, values, append_eos), strict=True
+        ):
             yield {
                 "index": index,
                 "problem": first[_asked(solutions[index].prompt)],
                 "label": solutions[index].label,
-                "tokens": len(scores.token_ids),
-                "scores": {value: [float(f"{score:.7g}") for score in values_of(scores, value)] for value in values},
+                "tokens": tokens,
+                "scores": {value: [float(f"{score:.7g}") for score in row] for value, row in scores.items()},
             }
 
 
-def _fits(scorer: ImplicitPRM, prompt: Prompt, tokens: int) -> None:
+def _pair_scores(
+    solutions: Sequence[Solution],
+    places: Sequence[int],
+    scorer: Any,
+    delimiter: str,
+    values: Sequence[str],
+    append_eos: bool,
+) -> list[tuple[int, dict[str, np.ndarray]]]:
+    """Tokens and scores of each solution under a pair."""
+    cut = []
+    for index in places:
+        try:
+            cut.append(encode_steps(scorer, solutions[index].steps, delimiter, append_eos))
+            _fits(scorer, solutions[index].prompt, len(cut[-1][0]))
+        except ValueError as error:
+            raise ValueError(f"solutions[{index}]: {error}") from error
+    with _named(places):
+        scored = scorer.score(
+            [solutions[index].prompt for index in places], [ids for ids, _ in cut], steps=[ends for _, ends in cut]
+        )
+    return [(len(scores.token_ids), {value: values_of(scores, value) for value in values}) for scores in scored]
+
+
+def _text_scores(
+    solutions: Sequence[Solution],
+    places: Sequence[int],
+    scorer: Any,
+    delimiter: str,
+    values: Sequence[str],
+    append_eos: bool,
+) -> list[tuple[int, dict[str, np.ndarray]]]:
+    """Tokens and scores of each solution under a step PRM."""
+    with _named(places):
+        scored = scorer.score(
+            [solutions[index].prompt for index in places], [list(solutions[index].steps) for index in places]
+        )
+    for index, scores in zip(places, scored, strict=True):
+        if len(scores.step_scores) != len(solutions[index].steps):
+            raise ValueError(f"solutions[{index}]: a step has no tokens under {scorer.name!r}'s tokenizer")
+    return [
+        (int(scores.step_ends[-1]), {value: along(value, scores.step_scores, scores.step_ends) for value in values})
+        for scores in scored
+    ]
+
+
+@contextmanager
+def _named(places: Sequence[int]) -> Iterator[None]:
+    """Let an error of some solutions name the one among all."""
+    try:
+        yield
+    except ValueError as error:
+        entry = re.match(r"(?:prompts|responses)\[(\d+)\]:? ", str(error))
+        if entry is None:
+            raise
+        raise ValueError(f"solutions[{places[int(entry[1])]}]: {str(error)[entry.end() :]}") from error
+
+
+def _fits(scorer: ScorerBase, prompt: Prompt, tokens: int) -> None:
     """Raises ValueError where prompt and response exceed the pair's context, or the prompt cannot be encoded."""
     ids = scorer.encode_prompt(prompt)
     if scorer.context is not None and len(ids) + tokens > scorer.context:
@@ -141,7 +193,7 @@ def _asked(prompt: Prompt) -> Any:
 
 
 def encode_steps(
-    scorer: ImplicitPRM, steps: Sequence[str], delimiter: str, append_eos: bool
+    scorer: ScorerBase, steps: Sequence[str], delimiter: str, append_eos: bool
 ) -> tuple[list[int], list[int]]:
     """Token ids of steps joined by a delimiter, and how many of them there are up to each step's end.
 

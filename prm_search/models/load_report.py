@@ -19,6 +19,7 @@ _BUFFER = re.compile(r"(^|\.)(inv_freq|attn\.(masked_)?bias|attention\.(masked_)
 _BESIDE = re.compile(
     r"head|score|reward|value|classif|regress|critic|rank|pool|vision|visual|image|audio|speech|projector|mtp|nextn"
 )
+_REWARD_HEAD = re.compile(r"(score|v_head|value_head|reward_head)\.")
 # What a quantised weight is stored with, and scales of quantised caches.
 _STORAGE = re.compile(r"scale|zero|absmax|quant|g_idx|packed|shape")
 
@@ -35,7 +36,15 @@ def check_report(name: str, module: nn.Module, report: Mapping[str, Any], heads:
     """
     lacking = sorted(report["missing_keys"])
     if lacking:
-        raise ValueError(f"{name!r} is incomplete: {len(lacking)} weights are missing, {lacking[0]!r} among them")
+        head = next((key for key in sorted(report["unexpected_keys"]) if _REWARD_HEAD.match(key)), None)
+        note = (
+            f"; {head!r} is a reward model's head, which is no causal LM (StepPRM and OutcomeRM load it; on a command "
+            "line --scorer)"
+        )
+        raise ValueError(
+            f"{name!r} is incomplete: {len(lacking)} weights are missing, {lacking[0]!r} among them"
+            + ("" if head is None else note)
+        )
     check_leftovers(name, module, report["unexpected_keys"], heads)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from .. import checks
 from ..pieces import text_pieces
 from ..protocols import ScorerDefaults
+from ..steps import StepRule
 from ..tokens import TokenizerMatch, TokenText, encode_prompt
 from ..tree import Node, Prompt, SearchTree
 from .responses import Response, Steps, batches, read_responses
@@ -37,6 +38,7 @@ class ScorerBase(ScorerDefaults):
     """
 
     kind: ClassVar[str] = "scorer"  # what messages call it
+    rewards_tokens: ClassVar[bool] = False  # every token has a reward of its own: score() gives Scores, else StepScores
 
     def __init__(self, name: str, tokenizer: Any = None, eos_token_id: int | None = None) -> None:
         checks.non_empty("name", name)
@@ -78,6 +80,20 @@ class ScorerBase(ScorerDefaults):
         if self._token_text is None:
             self._token_text = TokenText(self.need_tokenizer())
         return self._token_text
+
+    def score_options(self, steps: StepRule | None, append_eos: bool) -> dict[str, Any]:
+        """Return those of these arguments that its `score` takes.
+
+        Args:
+            steps: cuts responses; nothing does where whole answers are judged.
+            append_eos: of scorers of tokens.
+        """
+        own: dict[str, Any] = {} if self.whole else {"steps": steps}
+        return own | ({"append_eos": append_eos} if self.rewards_tokens else {})
+
+    def notes_of(self, node: Node) -> tuple[str, ...]:
+        """Return what a reader of a scored path should know, in sentences; nothing here."""
+        return ()
 
     def encode_prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt, those it has or the scorer's own; see tokens.encode_prompt."""
@@ -207,6 +223,7 @@ class Pair(checks.HoldsModels, ScorerBase):
     """
 
     kind = "pair"
+    rewards_tokens = True
     prm: Weights
 
     def __init__(self, *, beta: float, name: str, tokenizer: Any, eos_token_id: int | None = None) -> None:

@@ -21,7 +21,6 @@ from .prompts import PromptLength
 
 if TYPE_CHECKING:
     from ..policies.hf import HFPolicy
-    from ..scorers.implicit.implicit_prm import ImplicitPRM
 
 Follower = Callable[[Event], object]
 ENCODERS = 4  # prompts tokenised at a time
@@ -102,9 +101,9 @@ class ThreadEngine(Backend):
         self._steered: WeakValueDictionary[tuple[bool, float], AsyncSearchLoop] = WeakValueDictionary()
 
     @classmethod
-    def of_hf(cls, policy: HFPolicy, pair: ImplicitPRM) -> ThreadEngine:
+    def of_hf(cls, policy: HFPolicy, scorer: Scorer) -> ThreadEngine:
         """Over an HFPolicy."""
-        return cls(policy, pair, policy.token_text)
+        return cls(policy, scorer, policy.token_text)
 
     def loop(self, *, guided: bool, alpha: float | None) -> AsyncSearchLoop:
         """See Engine.loop. Steered searches of one strength are decoded together."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checks import beta, non_empty
 from ..models.placement import DEMO, shipped
+from ..scorers.kinds import check_kind
 from ..steps import StepRule
 from .limits import Limits
 
@@ -24,6 +25,8 @@ class ServeConfig:
         pair: folder or hub id with a pair card, or "demo"; or else:
         prm, reference: the two models, as ImplicitPRM.from_pretrained takes them; behind vLLM also URLs of vLLM
             servers, "http://127.0.0.1:8001" or with a model's name "http://127.0.0.1:8001#name".
+        scorer: or else a reward model of any kind, as load_scorer takes it; behind vLLM also the URL of a server.
+        format: of the scorer; None to find out.
         beta: of the rewards; None for the card's, else 0.05.
         device, dtype: of the pair.
         steps: the StepRule of requests that give none; `of` ends its steps as the pair's card says where it names
@@ -39,13 +42,21 @@ class ServeConfig:
     dtype: str = "auto"
     steps: StepRule = field(default_factory=StepRule)
     limits: Limits = field(default_factory=Limits)
+    scorer: str | None = None
+    format: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.pair is None) == (self.prm is None):
-            raise ValueError("one of pair and prm is needed")
+        if [self.pair, self.prm, self.scorer].count(None) != 2:
+            raise ValueError("one of pair and prm, or scorer, is needed")
+        if self.format is not None:
+            check_kind("format", self.format)
+            if self.scorer is None:
+                raise ValueError(f"format={self.format!r} is of a scorer, and there is none")
+        if self.scorer is not None and (self.reference is not None or self.beta is not None):
+            raise ValueError("scorer names a reward model by itself: reference and beta are for prm and pair")
         if self.pair is not None and self.reference is not None:
             raise ValueError(f"reference={self.reference!r}: the pair names both models; reference is for prm")
-        for name in ("pair", "prm", "reference", "device", "dtype"):
+        for name in ("pair", "prm", "scorer", "reference", "device", "dtype"):
             if getattr(self, name) is not None or name in ("device", "dtype"):
                 non_empty(name, getattr(self, name))
         if self.beta is not None:
@@ -68,7 +79,8 @@ class ServeConfig:
         """The same with steps that end as the pair's card says, if it has one that does."""
         from ..scorers.implicit.card import card_delimiter
 
-        name = self.prm if self.pair is None else shipped() if self.pair == DEMO else self.pair
+        given = self.pair or self.prm or self.scorer
+        name = shipped() if given == DEMO and self.prm is None else given
         delimiter = None if str(name).startswith(("http://", "https://")) else card_delimiter(str(name))
         return self if delimiter is None else replace(self, steps=replace(self.steps, delimiter=delimiter))
 
@@ -85,7 +97,7 @@ class ServeConfig:
                 return cls.of(json.loads(environment[VARIABLE]))
             section = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
             if section is None:
-                raise ValueError('missing: {"prm": ..., "reference": ...} or {"pair": ...} is needed')
+                raise ValueError('missing: {"pair": ...}, {"scorer": ...} or {"prm": ..., "reference": ...} is needed')
             return cls.of(section)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error

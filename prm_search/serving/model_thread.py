@@ -242,6 +242,10 @@ class ThreadScorer(ScorerDefaults):
         """Bind the scorer to the policy behind all guises."""
         self.base.bind(self._policy)
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        """See ScorerDefaults. In the caller's thread: it runs no model."""
+        self.base.check_prompt(prompt)
+
     def score_nodes(self, nodes: Sequence[Node]) -> None:
         """In the caller's thread: for the model thread alone."""
         with self._thread.measured("scorer", self.base):

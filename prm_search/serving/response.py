@@ -98,6 +98,8 @@ def _costs(usage: Usage) -> dict[str, Any]:
 def search_facts(job: Job, result: Result) -> dict[str, Any]:
     """Return what the search for one prompt says beside its text."""
     facts: dict[str, Any] = {"stopped": result.stopped, "value": finite(result.value), "answer": result.answer}
+    if result.tree.notes:
+        facts["notes"] = result.tree.notes
     if job.ask.progress and result.node is not None:
         facts["path"] = [node.index for node in result.node.path()]
     if job.ask.candidates:

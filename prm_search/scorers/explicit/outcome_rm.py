@@ -15,10 +15,10 @@ from ...engine.language_model import LanguageModel
 from ...models.checkpoint import Checkpoint
 from ...models.heads import read_tensors, tensor_files
 from ...models.loading import hub_options, load
-from ...tree import Node, SearchTree
+from ...tree import Node, Prompt, SearchTree
 from ..base import BATCH_TOKENS, ScorerBase
 from .layouts import Spelling, chat_ids, keeps_answers, needs_template
-from .paths import PathTree, ReadPath, read_ends
+from .paths import KVPath, PathTree, read_ends
 from .questions import question_of
 from .readings import Squash, TensorHead
 from .step_scores import StepScores, score_texts
@@ -116,6 +116,13 @@ class OutcomeRM(ScorerBase):
         """See ScorerBase."""
         return self.rm.head.vocab
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise ValueError where a prompt is given only as token ids, or leaves no room for an answer."""
+        question = question_of(self.name, prompt, self._spelling.plain)
+        tokens = len(chat_ids(self.tokenizer, [*question, {"role": "assistant", "content": "a"}]))
+        if self.context is not None and tokens > self.context:
+            raise ValueError(f"the prompt has {tokens} tokens with an answer, and {self.name!r} reads {self.context}")
+
     def score_nodes(self, nodes: Sequence[Node]) -> None:
         """Score nodes and their unscored ancestors; see Scorer.score_nodes. One packed forward.
 
@@ -123,7 +130,7 @@ class OutcomeRM(ScorerBase):
             ValueError: a prompt is given only as token ids, or an answer is too long.
         """
         todo = self.unscored(nodes)
-        fresh: dict[ReadPath, Node] = {}
+        fresh: dict[KVPath, Node] = {}
         ends = [node for node in todo if node.finished]
         try:
             for node in ends:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -21,41 +23,63 @@ class ReadPath:
 
     Attributes:
         ids: the whole path, prompt included.
-        branch: holds them.
-        trunk: holds them but for the last one, where no later path keeps that; else the branch.
         score: what was read at its end; None until then.
     """
 
     ids: tuple[int, ...]
-    branch: Branch
-    trunk: Branch
     score: float | None = None
 
 
-class PathTree:
+@dataclass(eq=False, kw_only=True)
+class KVPath(ReadPath):
+    """A path that branches of a KV tree hold.
+
+    Attributes:
+        branch: holds it.
+        trunk: holds it but for the last token, where no later path keeps that; else the branch.
+    """
+
+    branch: Branch
+    trunk: Branch
+
+
+P = TypeVar("P", bound=ReadPath)
+
+
+class Paths(Generic[P]):
     """The paths of one search tree.
 
     Args:
         tree: the search tree.
-        lm: encodes them.
         write: see Write. Steps are stripped of white space; nodes of nothing else write what their parent writes.
-        keeps_end: a path's last token stands in the paths of later steps too.
+
+    Attributes:
+        too_long: nodes that keep a path for want of room.
     """
 
-    def __init__(self, tree: SearchTree, lm: LanguageModel, write: Write, *, keeps_end: bool = True) -> None:
-        self._lm = lm
+    def __init__(self, tree: SearchTree, write: Write) -> None:
         self._write = write
-        self._keeps_end = keeps_end
         # Whatever the first step is, its path begins so.
         begin = write(["a"])
-        begin = begin[: _common(begin, write(["1"]))]
-        root = lm.tree.root(begin, tree.meter)
-        self._root = ReadPath(tuple(begin), root, root, 0.0)
-        self._known: dict[tuple[int, ...], ReadPath] = {}
-        self._paths: dict[Node, ReadPath] = {tree.root: self._root}
+        self._root = self._begin(tuple(begin[: _common(begin, write(["1"]))]))
+        self._root.score = 0.0
+        self._known: dict[tuple[int, ...], P] = {}
+        self._paths: dict[Node, P] = {tree.root: self._root}
         self._texts: dict[Node, tuple[str, ...]] = {tree.root: ()}
+        self.too_long: set[Node] = set()
 
-    def of(self, node: Node) -> ReadPath:
+    @abstractmethod
+    def _begin(self, ids: tuple[int, ...]) -> P:
+        """The path of the prompt alone."""
+
+    @abstractmethod
+    def _fork(self, above: P, ids: tuple[int, ...]) -> P:
+        """A new path, which begins as another does."""
+
+    def _release(self, path: P) -> None:  # of a path that holds nothing
+        """Free what a path holds."""
+
+    def of(self, node: Node) -> P:
         """Return a scored node's path."""
         return self._paths[node]
 
@@ -71,12 +95,12 @@ class PathTree:
         """Return the ids of a node's whole text, taken as one."""
         return self._write([node.path_text()])
 
-    def keep(self, node: Node) -> ReadPath:
+    def keep(self, node: Node) -> P:
         """Give a node its parent's path."""
         path = self._paths[node] = self._paths[node.parent or node.tree.root]
         return path
 
-    def grow(self, node: Node, ids: Sequence[int], after: Node | None = None) -> ReadPath:
+    def grow(self, node: Node, ids: Sequence[int], after: Node | None = None) -> P:
         """Give a node the path of these ids: one that is known, or a fork where they leave the one of `after`.
 
         Args:
@@ -86,16 +110,7 @@ class PathTree:
         key = tuple(ids)
         path = self._known.get(key)
         if path is None:
-            above = self._paths[after or node.parent or node.tree.root]
-            shared = min(_common(above.ids, key), len(key) - 1)
-            fork = self._lm.tree.fork
-            below = above.trunk if shared <= above.trunk.length else above.branch
-            if self._keeps_end:
-                branch = trunk = fork(below, key[shared:], at=shared)
-            else:
-                trunk = fork(below, key[shared:-1], at=shared)
-                branch = fork(trunk, key[-1:])
-            path = self._known[key] = ReadPath(key, branch, trunk)
+            path = self._known[key] = self._fork(self._paths[after or node.parent or node.tree.root], key)
         self._paths[node] = path
         return path
 
@@ -104,12 +119,9 @@ class PathTree:
         for node in reversed(nodes):
             path = self._paths.pop(node, None)
             self._texts.pop(node, None)
+            self.too_long.discard(node)
             if path is not None and path.score is None and self._known.pop(path.ids, None) is not None:
                 self._release(path)
-
-    def _release(self, path: ReadPath) -> None:
-        self._lm.tree.release(path.branch)
-        self._lm.tree.release(path.trunk)
 
     def free(self) -> None:
         """Forget everything."""
@@ -117,9 +129,52 @@ class PathTree:
             self._release(path)
         self._known.clear()
         self._paths.clear()
+        self.too_long.clear()
 
 
-def read_ends(lm: LanguageModel, fresh: Sequence[tuple[Node, ReadPath]]) -> torch.Tensor:
+class PathTree(Paths[KVPath]):
+    """Paths that a LanguageModel's KV tree holds.
+
+    Args:
+        tree, write: see Paths.
+        lm: encodes them.
+        keeps_end: a path's last token stands in the paths of later steps too.
+    """
+
+    def __init__(self, tree: SearchTree, lm: LanguageModel, write: Write, *, keeps_end: bool = True) -> None:
+        self._kv, self._meter, self._keeps_end = lm.tree, tree.meter, keeps_end
+        super().__init__(tree, write)
+
+    def _begin(self, ids: tuple[int, ...]) -> KVPath:
+        root = self._kv.root(list(ids), self._meter)
+        return KVPath(ids, branch=root, trunk=root)
+
+    def _fork(self, above: KVPath, ids: tuple[int, ...]) -> KVPath:
+        shared = min(_common(above.ids, ids), len(ids) - 1)
+        below = above.trunk if shared <= above.trunk.length else above.branch
+        if self._keeps_end:
+            branch = trunk = self._kv.fork(below, ids[shared:], at=shared)
+        else:
+            trunk = self._kv.fork(below, ids[shared:-1], at=shared)
+            branch = self._kv.fork(trunk, ids[-1:])
+        return KVPath(ids, branch=branch, trunk=trunk)
+
+    def _release(self, path: KVPath) -> None:
+        self._kv.release(path.branch)
+        self._kv.release(path.trunk)
+
+
+class PlainPaths(Paths[ReadPath]):
+    """Paths that some other place encodes, which is sent their ids."""
+
+    def _begin(self, ids: tuple[int, ...]) -> ReadPath:
+        return ReadPath(ids)
+
+    def _fork(self, above: ReadPath, ids: tuple[int, ...]) -> ReadPath:
+        return ReadPath(ids)
+
+
+def read_ends(lm: LanguageModel, fresh: Sequence[tuple[Node, KVPath]]) -> torch.Tensor:
     """Encode paths and return [N, D], the hidden row at the end of each.
 
     Args:

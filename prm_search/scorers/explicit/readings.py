@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -65,9 +66,23 @@ class TensorHead:
         """See Reading."""
         return tuple(f"{layer}." for layer in self.layers)
 
+    @property
+    def outputs(self) -> int:
+        """Numbers that the last layer gives."""
+        return 1 if self.squash in ("none", "sigmoid") else 2
+
+    def squashed(self, logits: Tensor) -> Tensor:
+        """[N, outputs] of the last layer, fp32 or fp64 -> [N] scores."""
+        if self.squash == "none":
+            return logits[:, 0]
+        if self.squash == "sigmoid":
+            return torch.sigmoid(logits[:, 0])
+        shares = torch.softmax(logits, -1)
+        return shares[:, 1] if self.squash == "second" else shares[:, 1] - shares[:, 0]
+
     def reader(self, head: Head, tensors: Mapping[str, Tensor], tokenizer: Any, width: int) -> Reader:
         """See Reading."""
-        outputs = 1 if self.squash in ("none", "sigmoid") else 2
+        outputs = self.outputs
         stack: list[nn.Module] = []
         inputs = width
         for place, name in enumerate(self.layers):
@@ -85,22 +100,16 @@ class TensorHead:
                     linear.bias.copy_(bias)
             stack += [linear] if last else [linear, nn.ReLU()]
             inputs = weight.shape[0]
-        return _Read(nn.Sequential(*stack).requires_grad_(False), self.squash)
+        return _Read(nn.Sequential(*stack).requires_grad_(False), self.squashed)
 
 
 class _Read:
-    def __init__(self, head: nn.Module, squash: Squash) -> None:
-        self.head, self.squash = head, squash
+    def __init__(self, head: nn.Module, squashed: Callable[[Tensor], Tensor]) -> None:
+        self.head, self.squashed = head, squashed
 
     def __call__(self, hidden: Tensor) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        logits = self.head.to(hidden.device, exact)(hidden.to(exact))
-        if self.squash == "none":
-            return logits[:, 0]
-        if self.squash == "sigmoid":
-            return torch.sigmoid(logits[:, 0])
-        shares = torch.softmax(logits, -1)
-        return shares[:, 1] if self.squash == "second" else shares[:, 1] - shares[:, 0]
+        return self.squashed(self.head.to(hidden.device, exact)(hidden.to(exact)))
 
 
 @dataclass(frozen=True)
@@ -122,13 +131,18 @@ class Words:
         """See Reading."""
         return ()
 
-    def reader(self, head: Head, tensors: Mapping[str, Tensor], tokenizer: Any, width: int) -> Reader:
-        """See Reading."""
+    def ids(self, tokenizer: Any) -> list[int]:
+        """Token ids of the words, the good one first. Raises ValueError where both end with the same token."""
         find = one_token if self.whole else last_token
         labels: Sequence[str] = [self.good] if self.bad is None else [self.good, self.bad]
         ids = [find(tokenizer, label) for label in labels]
         if len(set(ids)) < len(ids):
             raise ValueError(f"{self.good!r} and {self.bad!r} end with the same token")
+        return ids
+
+    def reader(self, head: Head, tensors: Mapping[str, Tensor], tokenizer: Any, width: int) -> Reader:
+        """See Reading."""
+        ids = self.ids(tokenizer)
 
         def read(hidden: Tensor) -> Tensor:
             logits = head.logits(hidden)
@@ -137,3 +151,9 @@ class Words:
             return torch.sigmoid(logits[:, ids[0]] - logits[:, ids[1]])
 
         return read
+
+    def score(self, logprobs: Sequence[float]) -> float:
+        """Return the score from the words' log-probabilities, nats, in the order of `ids`."""
+        if self.bad is None:
+            return math.exp(logprobs[0])
+        return 1 / (1 + math.exp(min(logprobs[1] - logprobs[0], 700.0)))

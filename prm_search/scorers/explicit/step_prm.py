@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
 from ...engine.adapters import AUTO
 from ...engine.language_model import LanguageModel
 from ...tree import Node, SearchTree
-from ..base import BATCH_TOKENS, ScorerBase
-from ..responses import Steps
-from .formats import FORMATS, PRMFormat
-from .layouts import Spelling
+from .formats import PRMFormat
+from .formatted_prm import FormattedPRM, TooLong, resolve_format
 from .loading import load_parts
-from .paths import PathTree, ReadPath, read_ends
-from .questions import question_of
-from .step_scores import StepScores, score_texts
-
-TooLong = Literal["error", "keep"]
+from .paths import KVPath, Paths, PathTree, Write, read_ends
 
 
-class StepPRM(ScorerBase):
+class StepPRM(FormattedPRM[KVPath]):
     """A step PRM as people publish them: a head, a marker token's row, or a verdict word, read behind each step.
 
     Its score of a step is `node.reward`; `default_value` is what its authors judge answers by. The policy's tokens mean
@@ -49,8 +41,6 @@ class StepPRM(ScorerBase):
         ValueError: the format is unknown, or model and tokenizer lack what it needs.
     """
 
-    kind = "step PRM"
-
     def __init__(
         self,
         model: Any,
@@ -63,25 +53,15 @@ class StepPRM(ScorerBase):
         capacity: int | None = None,
         too_long: TooLong = "error",
     ) -> None:
-        super().__init__(name, tokenizer)
-        if too_long not in ("error", "keep"):
-            raise ValueError(f"too_long={too_long!r}: it is 'error' or 'keep'")
-        self.format = resolve_format(format)
-        self.default_value = self.format.aggregate  # what its authors judge answers by
-        self.reward_range = self.format.low, self.format.high
-        self.too_long = too_long
+        super().__init__(tokenizer, format=format, name=name, too_long=too_long)
         self.prm = (
             model if isinstance(model, LanguageModel) else LanguageModel.of(model, adapter=adapter, capacity=capacity)
         )
-        layout, reading = self.format.layout, self.format.reading
-        try:
-            layout.check(self.need_tokenizer())
+        with self._of_format():
             width = int(self.prm.module.get_input_embeddings().weight.shape[1])
-            self._read = reading.reader(self.prm.head, tensors or {}, tokenizer, self.prm.config.hidden_size or width)
-        except ValueError as error:
-            raise ValueError(f"format={self.format.name!r}: {error}") from error
-        self._spelling = Spelling(tokenizer, [marker] if (marker := getattr(layout, "marker", "")) else [])
-        self._trees: weakref.WeakKeyDictionary[SearchTree, PathTree] = weakref.WeakKeyDictionary()
+            self._read = self.format.reading.reader(
+                self.prm.head, tensors or {}, tokenizer, self.prm.config.hidden_size or width
+            )
 
     @classmethod
     def from_pretrained(
@@ -147,105 +127,12 @@ class StepPRM(ScorerBase):
         Raises:
             ValueError: a prompt is given only as token ids, or a path exceeds the PRM's length.
         """
-        todo = self.unscored(nodes)
-        fresh: dict[ReadPath, Node] = {}
-        grown: list[Node] = []
-        try:
-            for node in todo:
-                grown.append(node)
-                path = self._grow(node)
-                if path.score is None:
-                    fresh.setdefault(path, node)
+        with self._scoring(nodes) as fresh:
             if fresh:
                 rows = read_ends(self.prm, [(node, path) for path, node in fresh.items()])
                 with torch.no_grad():
                     scores = self._read(rows).double().cpu().numpy()
-                if np.isnan(scores).any():
-                    raise ValueError(f"{self.prm.id} gives scores that are not numbers")
-                for path, score in zip(fresh, scores, strict=True):
-                    path.score = float(score)
-        except BaseException:
-            for node in grown:
-                self._tree(node.tree).drop([node])
-            raise
-        for node in todo:
-            self.set_step_reward(node, self._tree(node.tree).of(node).score or 0.0)
+                self._settle(fresh, scores)
 
-    def _grow(self, node: Node) -> ReadPath:
-        paths = self._tree(node.tree)
-        ids = paths.write(node)
-        if ids is None:
-            return paths.keep(node)
-        limit = self.context
-        if limit is not None and len(ids) > limit:
-            if self.too_long == "error":
-                raise ValueError(
-                    f"a path of {len(ids)} tokens exceeds the {limit} that {self.name!r} reads (too_long='keep' keeps "
-                    "the score of its last step that fits)"
-                )
-            note = f"{self.name}: paths beyond its {limit} tokens keep the score of their last step that fits"
-            if note not in node.tree.notes:
-                node.tree.notes.append(note)
-            return paths.keep(node)
-        return paths.grow(node, ids)
-
-    def _tree(self, tree: SearchTree) -> PathTree:
-        """The paths of a search tree; made on first use."""
-        paths = self._trees.get(tree)
-        if paths is None:
-            plain = self._spelling.plain
-            question = question_of(self.name, tree.prompt, plain)
-            tokenizer, layout = self.tokenizer, self.format.layout
-            paths = self._trees[tree] = PathTree(
-                tree,
-                self.prm,
-                lambda steps: layout.ids(tokenizer, question, [plain(step) for step in steps]),
-                keeps_end=layout.keeps_end,
-            )
-        return paths
-
-    def score(  # type: ignore[override]  # a number a step, and text: ids would mean nothing to it
-        self,
-        prompts: Iterable[Any],
-        responses: Iterable[Any],
-        *,
-        steps: Steps = None,
-        batch_tokens: int = BATCH_TOKENS,
-    ) -> list[StepScores]:
-        """Scores of complete responses.
-
-        Args:
-            prompts: B prompts: strings, lists of chat messages, or Prompts with either.
-            responses: B responses: strings, or lists of strings, a step each.
-            steps: a StepRule that cuts strings into steps; None for StepRule().
-            batch_tokens: tokens handled at once, about; bounds the memory, changes no result.
-
-        Returns:
-            B StepScores, in order. Nothing is kept: all KV is freed.
-
-        Raises:
-            ValueError, TypeError: as ScorerBase.score, of text.
-        """
-        return score_texts(self, prompts, responses, steps=steps, batch_tokens=batch_tokens)
-
-    def release(self, tree: SearchTree) -> None:
-        """Forget a tree and free its KV."""
-        paths = self._trees.pop(tree, None)
-        if paths is not None:
-            paths.free()
-
-
-def resolve_format(format: str | PRMFormat) -> PRMFormat:
-    """Return a format, or the one of this name.
-
-    Raises:
-        ValueError: no format has this name.
-        TypeError: it is neither.
-    """
-    if isinstance(format, PRMFormat):
-        return format
-    if not isinstance(format, str):
-        raise TypeError(f"format must be a name or a PRMFormat, got {type(format).__name__}")
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r} is unknown; it is one of {', '.join(sorted(FORMATS))}")
-    return FORMATS[format]
+    def _make_paths(self, tree: SearchTree, write: Write) -> Paths[KVPath]:
+        return PathTree(tree, self.prm, write, keeps_end=self.format.layout.keeps_end)

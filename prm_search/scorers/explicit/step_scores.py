@@ -26,11 +26,17 @@ class StepScores:
         step_scores: [S] fp32, one a step.
         step_ends: [S] int64, tokens of the response up to each step's end, in the scorer's tokens.
         reward: of the whole response: the steps' by the scorer's default value.
+        texts: S strings, the steps' texts; joined they are the response.
+        reward_range: the least and the most that a score can be; None for no bounds.
+        notes: what a reader should know, in sentences, such as that a path beyond the scorer's length kept a score.
     """
 
     step_scores: np.ndarray
     step_ends: np.ndarray
     reward: float
+    texts: tuple[str, ...] = ()
+    reward_range: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def score_texts(
@@ -58,24 +64,27 @@ def score_texts(
     for place, (prompt, response) in enumerate(zip(prompt_list, answers, strict=True)):
         tree = _tree(trees, place, prompt)
         tree.primary = scorer.name
-        end = _plant(scorer, tree, place, response, None if whole else steps or StepRule())
-        end.finish = "stop"
-        ends.append(end)
+        ends.append(plant_text(scorer, tree, place, response, None if whole else steps or StepRule()))
     try:
         for batch in _batches(ends, batch_tokens):
             scorer.score_exact(batch)
-        value = resolve_value(scorer.default_value or "last")
-        return [
-            StepScores(
-                np.array([step.reward_of(scorer.name) for step in end.path()], np.float32),
-                np.array([step.end for step in end.path()], np.int64),
-                value(end),
-            )
-            for end in ends
-        ]
+        return [scores_of(scorer, end) for end in ends]
     finally:
         for tree in trees.values():
             scorer.release(tree)
+
+
+def scores_of(scorer: ScorerBase, end: Node) -> StepScores:
+    """Return the scores of a path that a scorer has scored."""
+    path = end.path()
+    return StepScores(
+        np.array([step.reward_of(scorer.name) for step in path], np.float32),
+        np.array([step.end for step in path], np.int64),
+        resolve_value(scorer.default_value or "last")(end),
+        tuple(step.text for step in path),
+        scorer.reward_range,
+        scorer.notes_of(end),
+    )
 
 
 def _listed(name: str, items: Any) -> list[Any]:
@@ -97,8 +106,20 @@ def _tree(trees: dict[Any, SearchTree], place: int, entry: Any) -> SearchTree:
     return trees.setdefault(key, SearchTree(prompt))
 
 
-def _plant(scorer: ScorerBase, tree: SearchTree, place: int, response: Any, rule: StepRule | None) -> Node:
-    """Add a response to its prompt's tree, a node a step, and return its end."""
+def plant_text(scorer: ScorerBase, tree: SearchTree, place: int, response: Any, rule: StepRule | None) -> Node:
+    """Add a finished response to its prompt's tree, a node a step, and return its end.
+
+    Args:
+        scorer: whose tokens count a step's length.
+        tree: of the prompt.
+        place: of the response, for messages.
+        response: a text, or with a rule a list of texts, a step each.
+        rule: cuts a text into steps; None for one step.
+
+    Raises:
+        TypeError: response is neither.
+        ValueError: it is empty.
+    """
     tokenizer, text = scorer.need_tokenizer(), scorer.token_text
     node = tree.root
     if isinstance(response, str):
@@ -116,6 +137,7 @@ def _plant(scorer: ScorerBase, tree: SearchTree, place: int, response: Any, rule
         raise TypeError(f"responses[{place}] must be {allowed}, got {response!r:.80}")
     if node is tree.root:
         raise ValueError(f"responses[{place}] is empty: at least one step is needed")
+    node.finish = "stop"
     return node
 
 
