@@ -98,7 +98,8 @@ def test_two_steps_of_grpo_with_prime(pair, tmp_path):
     before = [weight.detach().clone() for weight in pair.prm.module.parameters()]
     config = GRPOConfig(
         output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=6,
-        max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no", seed=0, beta=0.0,
+        max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no",
+        seed=0, beta=0.0,
     )  # fmt: skip
     trainer = GRPOTrainer(
         hf.llama(0), reward_funcs=[prime], args=config, train_dataset=Dataset.from_dict({"prompt": ["2+2=", "ab"] * 4}),
