@@ -162,12 +162,14 @@ class PRIMEReward(PRMReward):
         prompts: Sequence[Any],
         completions: Sequence[Completion],
         completion_ids: Sequence[Sequence[int]] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
         """Return a reward a completion, and keep the outcomes; see PRMReward. Raises ValueError without token ids."""
         if completion_ids is None:
             raise ValueError("completion_ids are needed: the pair is trained on the sampled tokens")
-        rewards = super().__call__(prompts, completions, completion_ids, **columns)
+        rewards = super().__call__(prompts, completions, completion_ids, log_extra, log_metric)
         if self.callback.training:
             labels = self.label(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
             for prompt, ids, right in zip(prompts, completion_ids, labels, strict=True):

@@ -29,7 +29,7 @@ PROMPTS = 16  # searched at once where --batch_size is 1 or auto, the harness's 
 
 
 @register_model("prm_search")
-class PRMSearchLM(HFLM):  # type: ignore[misc]  # the harness is not typed
+class PRMSearchLM(HFLM):
     """The harness's own HFLM, but for generate_until: each request is a search.
 
     Requests with equal generation arguments are searched together; equal prompts among them (`repeats`) draw
@@ -71,12 +71,12 @@ class PRMSearchLM(HFLM):  # type: ignore[misc]  # the harness is not typed
         self.strategy = STRATEGIES[strategy](**own) if isinstance(strategy, str) else strategy
         self.arguments = {name: options.pop(name) for name in SEARCH if name in options}
         self.greedy_temperature = temperature
-        rule = {"delimiter": _characters(delimiter), "max_tokens": step_tokens}
+        rule: dict[str, Any] = {"delimiter": _characters(delimiter), "max_tokens": step_tokens}
         self.steps = StepRule(**{name: value for name, value in rule.items() if value is not None})
         super().__init__(pretrained, **options)
-        self.scorer = scorer
+        self.scorer: Scorer | None = None if isinstance(scorer, str) else scorer
         if isinstance(scorer, str):
-            given = {"reference": reference, "beta": beta, "device_map": str(self.device)}
+            given: dict[str, Any] = {"reference": reference, "beta": beta, "device_map": str(self.device)}
             self.scorer = load_scorer(scorer, prm_format, **{k: v for k, v in given.items() if v is not None})
         self.policy = HFPolicy(self.model, self.tokenizer)
         self.usage = Usage()
