@@ -29,6 +29,8 @@ _PUBLIC = {
     "Parallel": ".strategies",
     "Strategy": ".strategies",
     "Budget": ".driver.budget",
+    "Calibrated": ".calibration",
+    "Calibration": ".calibration",
     "ConstantReference": ".scorers.implicit.implicit_prm",
     "Driver": ".driver.driver",
     "HFPolicy": ".policies.hf",
@@ -79,6 +81,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     # "as": re-exported for type checkers
+    from .calibration import Calibrated as Calibrated, Calibration as Calibration
     from .driver.budget import Budget as Budget
     from .driver.driver import Driver as Driver
     from .guidance import PRMGuidance as PRMGuidance

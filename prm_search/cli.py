@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .commands.calibrate import calibrate
 from .commands.demo import demo
 from .commands.eval_steps import eval_steps
 from .commands.evaluate import evaluate
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
 )
-for command in (demo, generate, score, rollout, train, export_tree, eval_steps, view):
+for command in (demo, generate, score, rollout, train, export_tree, eval_steps, calibrate, view):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command(context_settings={"allow_extra_args": True})(serve)  # what follows -- is for the engine's own server

@@ -21,7 +21,8 @@ PACKAGES = {
 
 # The plain records and rules: no torch, and no model.
 PLAIN = (
-    "answers", "checks", "drawing", "files", "next_token", "pieces", "policy", "prefixes", "private_tokenizer",
+    "answers", "calibration", "checks", "drawing", "files", "next_token", "pieces", "policy", "prefixes",
+    "private_tokenizer",
     "problems", "prompt", "protocols", "rng", "sampling", "steps", "stop_strings", "token_bytes", "tokens", "tree",
     "tree_record", "usage", "values",
 )  # fmt: skip

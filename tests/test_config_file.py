@@ -19,7 +19,7 @@ from prm_search.cli import app, main
 from prm_search.commands import options
 from prm_search.commands.options import ADVANCED
 
-NAMES = ("generate", "rollout", "train", "eval", "serve", "score", "eval-steps", "export-tree")
+NAMES = ("generate", "rollout", "train", "eval", "serve", "score", "eval-steps", "export-tree", "calibrate")
 
 
 @pytest.fixture

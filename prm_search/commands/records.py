@@ -88,7 +88,8 @@ def read_items(path: str, *, chat: bool = False, system: str | None = None, resp
     Args:
         path: "-" is standard input, read as JSON Lines.
         chat, system: see prompt_of.
-        responses: each record needs a "response".
+        responses: each record needs a "response". A rollout, with "prompt_ids" and "response_ids" and no question,
+            is read as these ids.
 
     Raises:
         BadInput: the file cannot be read or holds none, or a record lacks a field or has one of the wrong kind.
@@ -104,6 +105,9 @@ def read_items(path: str, *, chat: bool = False, system: str | None = None, resp
 
 def _item(where: str, record: dict[str, Any], chat: bool, system: str | None, responses: bool) -> Item:
     present = [name for name in ("prompt", "messages", "question") if name in record]
+    if responses and not present and {"prompt_ids", "response_ids"} <= set(record):  # as `rollout` writes them
+        record = {**record, "prompt": record["prompt_ids"], "response": record["response_ids"]}
+        present = ["prompt"]
     if len(present) != 1:
         raise BadInput(f'{where}: one of "prompt", "messages" and "question" is needed, got {present or list(record)}')
     prompt = prompt_of(asked_in(record, present[0], where), where, chat, system)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +20,10 @@ from .options import ADVANCED, DATA, MODELS, OUTPUT
 from .progress import Bar
 from .records import reason
 
-_OBJECTIVE, _OPTIMISER = "Objective", "Optimiser"
+if TYPE_CHECKING:
+    from ..training.self_training import SelfTraining
+
+_OBJECTIVE, _OPTIMISER, _SELF = "Objective", "Optimiser", "Self-training"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,48 @@ class RecipeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unlabelled:
+    """Responses without labels, for self-training."""
+
+    unlabelled: Annotated[
+        str | None,
+        typer.Option(help="Rollouts to learn from without their labels, in rounds.", rich_help_panel=_SELF),
+    ] = None
+    rounds: Annotated[int | None, typer.Option(help="At most. Default: 3.", rich_help_panel=_SELF)] = None
+    confidence: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW,HIGH",
+            help="Probabilities of being right at which a response counts as wrong, and as right. Default: 0.1,0.9.",
+            rich_help_panel=_SELF,
+        ),
+    ] = None
+
+    def settings(self) -> SelfTraining | None:
+        """How to train on them; None without any. Raises BadInput."""
+        if self.unlabelled is None:
+            for option, value in (("--rounds", self.rounds), ("--confidence", self.confidence)):
+                if value is not None:
+                    raise BadInput(f"{option} is of self-training: --unlabelled names the responses")
+            return None
+        from ..training.self_training import SelfTraining
+
+        given: dict[str, Any] = {} if self.rounds is None else {"rounds": self.rounds}
+        if self.confidence is not None:
+            given["confidence"] = _two_numbers("--confidence", self.confidence)
+        return SelfTraining(**given)
+
+
+def _two_numbers(option: str, text: str) -> tuple[float, float]:
+    parts = text.split(",")
+    try:
+        low, high = map(float, parts)
+    except ValueError as error:
+        raise BadInput(f"{option} {text}: two numbers with a comma between them are needed, such as 0.1,0.9") from error
+    return low, high
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """The result of training."""
 
@@ -131,10 +176,15 @@ class Result:
 
 
 @grouped
-def train(begin: Begin, recipe: RecipeOptions, result: Result, common: Common) -> None:
+def train(begin: Begin, recipe: RecipeOptions, unlabelled: Unlabelled, result: Result, common: Common) -> None:
     """Train an implicit PRM on outcome labels alone."""
-    chosen = recipe.recipe()
-    more = None if result.arguments is None else _arguments(result.arguments)
+    chosen, rounds = recipe.recipe(), unlabelled.settings()
+    how: dict[str, Any] = {
+        "revision": begin.revision,
+        "resume": result.resume,
+        "delimiter": None if result.delimiter is None else options.unescape(result.delimiter),
+        "arguments": None if result.arguments is None else _arguments(result.arguments),
+    }
 
     from ..training.run import train as run
     from .models import quiet
@@ -142,26 +192,27 @@ def train(begin: Begin, recipe: RecipeOptions, result: Result, common: Common) -
     quiet()
     try:
         with Bar("loading", 1) as bar:
-            card = run(
-                begin.path,
-                begin.rollouts,
-                result.out,
-                chosen,
-                revision=begin.revision,
-                resume=result.resume,
-                delimiter=None if result.delimiter is None else options.unescape(result.delimiter),
-                arguments=more,
-                log=bar.say,
-                progress=bar.at,
-            )
+            how |= {"log": bar.say, "progress": bar.at}
+            if rounds is None:
+                card = run(begin.path, begin.rollouts, result.out, chosen, **how)
+            else:
+                from ..training.self_training import self_train
+
+                source = str(unlabelled.unlabelled)
+                card = self_train(begin.path, begin.rollouts, source, result.out, chosen, rounds, **how)
     except KeyboardInterrupt:
         print(_kept(Path(result.out), recipe.save_steps), file=sys.stderr)
         raise
-    print(f"{result.out}: trained on {card['data']['items']} items{_measured(card['metrics'])}", file=sys.stderr)
+    print(f"{result.out}: trained on {card['data']['items']} items{_measured(card)}", file=sys.stderr)
 
 
-def _measured(metrics: Mapping[str, Any]) -> str:
+def _measured(card: Mapping[str, Any]) -> str:
     """Return the figures on held-out problems, with the number of pairs that they rest on; "" where there are none."""
+    if "self_training" in card:
+        rounds, best = card["self_training"]["rounds"], card["self_training"]["best"]
+        accuracies = ", ".join(f"{figures['accuracy']:.3f}" for figures in rounds)
+        return f" in round {best} of {len(rounds) - 1}; held-out pair accuracy by round {accuracies}"
+    metrics = card["metrics"]
     pairs = metrics["held_out_pairs"]
     return f"; held-out pair accuracy {metrics['held_out_pair_accuracy']:.3f} of {pairs} pairs" if pairs else ""
 

@@ -71,6 +71,19 @@ def read_rollouts(path: str | PathLike[str]) -> list[LabelledResponse]:
         ValueError: the file holds no rollouts, a record stands in it twice, or a record lacks prompt_ids, response_ids
             or label (0 or 1), or has log-probabilities that are none. The message names the line.
     """
+    return _read(path, labelled=True)
+
+
+def read_unlabelled(path: str | PathLike[str]) -> list[LabelledResponse]:
+    """Rows of a file of rollouts whose labels, if any, are not read: all are False.
+
+    Raises:
+        OSError, ValueError: as read_rollouts, but for labels.
+    """
+    return _read(path, labelled=False)
+
+
+def _read(path: str | PathLike[str], *, labelled: bool) -> list[LabelledResponse]:
     indexed = []
     once = Distinct()
     prompts: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -78,7 +91,7 @@ def read_rollouts(path: str | PathLike[str]) -> list[LabelledResponse]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{os.fspath(path)}, line {number}"
-                index, row = _row(line, where, number, once)
+                index, row = _row(line, where, number, once, labelled)
                 row.prompt_ids = prompts.setdefault(row.prompt_ids, row.prompt_ids)  # one copy of each
                 indexed.append((index, row))
     if not indexed:
@@ -86,10 +99,11 @@ def read_rollouts(path: str | PathLike[str]) -> list[LabelledResponse]:
     return [row for _, row in sorted(indexed, key=lambda entry: entry[0])]
 
 
-def _row(line: bytes, where: str, number: int, once: Distinct) -> tuple[int, LabelledResponse]:
+def _row(line: bytes, where: str, number: int, once: Distinct, labelled: bool) -> tuple[int, LabelledResponse]:
     record = parse_json(line, where)
     try:
-        prompt, response, label = (record[name] for name in ("prompt_ids", "response_ids", "label"))
+        prompt, response = record["prompt_ids"], record["response_ids"]
+        label = record["label"] if labelled else 0
         ids = np.array(prompt), np.array(response)
         lists = all(part.ndim == 1 and part.dtype.kind == "i" for part in ids)
         if not lists or any(part.min() < 0 or part.max() >= 1 << 31 for part in ids) or label not in (0, 1):
