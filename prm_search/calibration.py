@@ -92,7 +92,7 @@ class Calibration:
             )
         if method not in get_args(Method):
             raise ValueError(f"method={method!r}: it is 'platt' or 'isotonic'")
-        counts = {"responses": len(right), "right": int(right.sum())}
+        counts: dict[str, Any] = {"responses": len(right), "right": int(right.sum())}
         if method == "platt":
             slope, offset = _platt(scores, right)
             if slope <= 0:
