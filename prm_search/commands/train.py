@@ -133,7 +133,7 @@ class Unlabelled:
     ] = None
 
     def settings(self) -> SelfTraining | None:
-        """How to train on them; None without any. Raises BadInput."""
+        """Settings of self-training; None without unlabelled responses. Raises BadInput."""
         if self.unlabelled is None:
             for option, value in (("--rounds", self.rounds), ("--confidence", self.confidence)):
                 if value is not None:

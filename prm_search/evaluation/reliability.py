@@ -31,7 +31,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Reliability:
-    """How true probabilities are.
+    """The truth of probabilities.
 
     Attributes:
         bins: of equal numbers of responses, by rising probability.
