@@ -275,6 +275,7 @@ def _run(
         trained.eval()
         metrics: dict[str, Any] = {
             "steps": trainer.state.global_step,
+            "processes": args.world_size,
             "held_out_pair_accuracy": None,
             "held_out_pairs": count_pairs(data.held),
         }
