@@ -3,18 +3,18 @@
     python benchmarks/scale_simulation.py                 # the tables of docs/scale.md
     python benchmarks/scale_simulation.py --measure       # what a message and a record cost the driver, on Ray, here
 
-Chunks, tries and what becomes of a dead worker's problems are the product's own `Schedule`. Simulated are the rest:
+What is handed out to whom, tries, and what becomes of a dead worker's problems are the product's own `Schedule`. The
+rest is simulated:
 
-* A worker has `batch` problems under way; each takes a lognormal time, whatever else is under way (a decode loop that is
-  bound by memory traffic). A worker that runs `rows` records a problem gives them out when the problem ends.
-* Records travel as `Worker.run` sends them: at once where GROUP_SECONDS have passed since its last message, else with the
-  next record, and what is left at the chunk's end.
-* The driver is one server with a queue: a message costs it `message` seconds and each record in it `record` seconds more
-  (it is parsed, written to the file and counted); handing out a chunk costs it `message` too. Both are measured.
-* A worker asks for its next chunk when the driver has read the end of the last one, and has it `network` seconds later.
-* Workers load their models for `load` seconds at first and after each death; deaths are a Poisson process.
+* A worker has `batch` problems under way. Each takes a lognormal time, whatever else is under way (a decode loop that
+  is bound by memory traffic), and gives out its `rows` records when it ends.
+* Records travel as `Worker.run` sends them: a message at once, and the next not before GROUP_SECONDS later.
+* The driver is one server with a queue. A message costs it `message` seconds, each record in it `record` seconds more
+  (it is parsed, written to the file and counted), and problems for a worker `message` seconds. Both are measured.
+* What the driver sends arrives `network` seconds later, and what workers send too.
+* Workers load their models for `load` seconds, at first and after each death. Deaths are a Poisson process.
 
-Ideal is every worker full from the first second: the problems' time over workers x batch.
+Ideal is every worker full from its first second to the end: all problems' time over workers x batch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import heapq
 import itertools
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from prm_search.distributed.schedule import Schedule
-from prm_search.distributed.worker import GROUP_SECONDS, Entry, Task
+from prm_search.distributed.worker import GROUP_SECONDS, Entry, Feed, Task
 
 WORKERS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -75,7 +76,7 @@ class Outcome:
     makespan: float = 0.0
     ideal: float = 0.0
     driver: float = 0.0  # busy
-    waited: float = 0.0  # workers, for a chunk
+    waited: float = 0.0  # of places in workers, empty while problems waited at the driver
     records: int = 0
     messages: int = 0
     deaths: int = 0
@@ -89,14 +90,15 @@ class Outcome:
 
 @dataclass
 class _Worker:
-    """One worker's present life; what belongs to an earlier one is ignored by `life`."""
+    """One worker's present life; what belongs to an earlier one is known by `life`."""
 
     life: int = 0
-    queue: list[int] = field(default_factory=list)
+    ready: bool = False
+    queue: deque[int] = field(default_factory=deque)
     begun: dict[int, float] = field(default_factory=dict)
+    empty: list[float] = field(default_factory=list)  # since when each free place is
     unsent: list[int] = field(default_factory=list)
     sent: float = float("-inf")
-    asked: float = 0.0
 
 
 class Simulation:
@@ -109,11 +111,10 @@ class Simulation:
         self.seconds = self.rng.lognormal(mean, load.spread, count)
         self.schedule = Schedule(range(count), workers=workers, batch=load.batch)
         self.workers = [_Worker() for _ in range(workers)]
-        self.out.ideal = self.seconds.sum() / (workers * load.batch)
+        self.out.ideal = float(self.seconds.sum()) / (workers * load.batch)
         self.events: list[tuple[float, int, str, int, int, Any]] = []
         self.order = itertools.count()
         self.free = 0.0  # when the driver is
-        self.idle: set[int] = set()
 
     def run(self) -> Outcome:
         for worker in range(len(self.workers)):
@@ -128,8 +129,7 @@ class Simulation:
         heapq.heappush(self.events, (when, next(self.order), what, worker, self.workers[worker].life, content))
 
     def _begin_life(self, worker: int, now: float) -> None:
-        state = self.workers[worker]
-        self.workers[worker] = _Worker(life=state.life + 1)
+        self.workers[worker] = _Worker(life=self.workers[worker].life + 1)
         self._at(now + self.load.load, "ready", worker)
         if self.load.lifetime < float("inf"):
             self._at(now + self.load.load + self.rng.exponential(self.load.lifetime), "death", worker)
@@ -141,82 +141,74 @@ class Simulation:
         return self.free
 
     def _ready(self, now: float, worker: int, _: Any) -> None:
-        self.workers[worker].asked = now
+        state = self.workers[worker]
+        state.ready, state.empty = True, [now] * self.load.batch
         self._hand_out(now, worker)
 
     def _hand_out(self, now: float, worker: int) -> None:
-        chunk = self.schedule.next(worker)
-        if not chunk:
-            self.idle.add(worker)
-            return
-        self._at(self._serve(now, self.load.message) + self.load.network, "chunk", worker, chunk)
+        if self.workers[worker].ready and (places := self.schedule.next(worker)):
+            self._at(self._serve(now, self.load.message) + self.load.network, "given", worker, places)
 
-    def _chunk(self, now: float, worker: int, chunk: Sequence[int]) -> None:
-        state = self.workers[worker]
-        self.out.waited += now - state.asked
-        state.queue, state.sent = list(chunk), float("-inf")
-        for _ in range(min(self.load.batch, len(chunk))):
-            self._start(now, worker)
+    def _given(self, now: float, worker: int, places: Sequence[int]) -> None:
+        self.workers[worker].queue.extend(places)
+        self._fill(now, worker)
 
-    def _start(self, now: float, worker: int) -> None:
+    def _fill(self, now: float, worker: int) -> None:
         state = self.workers[worker]
-        place = state.queue.pop(0)
-        state.begun[place] = now
-        self._at(now + self.seconds[place], "ended", worker, place)
+        while state.queue and state.empty:
+            place = state.queue.popleft()
+            self.out.waited += now - state.empty.pop()
+            state.begun[place] = now
+            self._at(now + self.seconds[place], "ended", worker, place)
 
     def _ended(self, now: float, worker: int, place: int) -> None:
         state = self.workers[worker]
         del state.begun[place]
+        state.empty.append(now)
+        self._fill(now, worker)
         state.unsent.append(place)
-        if state.queue:
-            self._start(now, worker)
-        last = not state.begun
-        if last:
-            state.asked = now
-        if last or now - state.sent >= GROUP_SECONDS:
-            state.sent = now
-            places, state.unsent = state.unsent, []
-            records = len(places) * self.load.rows
-            done = self._serve(now + self.load.network, self.load.message + records * self.load.record)
-            self.out.records += records
-            self.out.messages += 1
-            self._at(done, "read", worker, (places, last))
+        if len(state.unsent) == 1:
+            self._at(max(now, state.sent + GROUP_SECONDS), "send", worker)
 
-    def _read(self, now: float, worker: int, content: tuple[list[int], bool]) -> None:
-        places, last = content
+    def _send(self, now: float, worker: int, _: Any) -> None:
+        state = self.workers[worker]
+        places, state.unsent, state.sent = state.unsent, [], now
+        self._at(now + self.load.network, "arrive", worker, places)
+
+    def _arrive(self, now: float, worker: int, places: list[int]) -> None:
+        records = len(places) * self.load.rows
+        self.out.records += records
+        self.out.messages += 1
+        self._at(self._serve(now, self.load.message + records * self.load.record), "read", worker, places)
+
+    def _read(self, now: float, worker: int, places: list[int]) -> None:
         for place in places:
             self.schedule.finished(worker, place)
         self.out.makespan = now
-        if last:
-            self._hand_out(now, worker)
+        self._hand_out(now, worker)
 
     def _death(self, now: float, worker: int, _: Any) -> None:
         state = self.workers[worker]
-        if worker in self.idle and not self.schedule.waiting:
-            return
         self.out.deaths += 1
         self.out.redone += sum(now - began for began in state.begun.values())
         self.out.failed += len(self.schedule.lost(worker, "died").failed)
-        self.idle.discard(worker)
         self._begin_life(worker, now)
-        for other in sorted(self.idle):
-            if self.schedule.waiting:
-                self.idle.discard(other)
-                self.workers[other].asked = now
+        for other in range(len(self.workers)):
+            if self.schedule.waiting and not self.schedule.held(other):
                 self._hand_out(now, other)
 
 
 def table(load: Load, counts: Sequence[int]) -> Iterator[str]:
     """A Markdown table, line by line."""
-    yield "| workers | problems | records/s | of ideal | driver busy | messages/s | waits for a chunk | deaths | redone |"
+    yield "| workers | problems | records/s | of ideal | driver busy | messages/s | empty places | deaths | redone |"
     yield "|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     for workers in counts:
         out = Simulation(load, workers).run()
-        span = out.makespan
+        span, places = out.makespan, workers * load.batch
         yield (
-            f"| {workers} | {out.records // load.rows:,} | {out.records / span:,.0f} | {out.efficiency:.0%} | "
-            f"{out.driver / span:.0%} | {out.messages / span:,.0f} | {out.waited / (workers * span):.1%} | {out.deaths} | "
-            f"{out.redone / (out.ideal * workers * load.batch):.1%} |"
+            f"| {workers} | {out.records // load.rows:,} | {out.records / span:,.0f} | {out.efficiency:.0%} "
+            f"| {out.driver / span:.0%} | {out.messages / span:,.0f} | {out.waited / (places * span):.1%} "
+            f"| {out.deaths} | {out.redone / (out.ideal * places):.1%} |"
         )
 
 
@@ -234,10 +226,11 @@ class Echo:
     def encode(self, prompt: Any) -> tuple[int, ...]:
         return (1,)
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Entry]:
-        for task in tasks:
-            for index in task.wanted:
-                yield Entry(task.place, index, self.record | {"index": index})
+    def run(self, feed: Feed) -> Iterator[Entry]:
+        while True:
+            for task in feed.take(32, wait=True):
+                for index in task.wanted:
+                    yield Entry(task.place, index, self.record | {"index": index})
 
 
 def measure(problems: int, rows: int = 8, size: int = 300) -> dict[str, float]:

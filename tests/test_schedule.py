@@ -1,4 +1,4 @@
-"""Schedule: chunks, losses and tries, without any process. And clusters that are not there."""
+"""Schedule: what is handed out, losses and tries, without any process. And clusters that are not there."""
 
 from __future__ import annotations
 
@@ -12,45 +12,54 @@ from prm_search.distributed.cluster import Cluster, ClusterError
 from prm_search.distributed.schedule import TRIES, Loss, Schedule
 
 
-def test_chunks_shrink_towards_the_end_so_that_workers_finish_together():
+def test_a_worker_holds_what_it_works_on_and_as_much_again_and_is_filled_up_by_halves():
     schedule = Schedule(range(100), workers=2, batch=4)
-    sizes = []
-    while chunk := schedule.next(0):
-        sizes.append(len(chunk))
-        for place in chunk:
-            schedule.finished(0, place)
-    assert sizes == [16, 16, 16, 13, 10, 8, 6, 4, 3, 2, 2, 1, 1, 1, 1]
-    assert not schedule.active
+    assert schedule.next(0) == tuple(range(8))
+    assert schedule.next(0) == ()
+    schedule.finished(0, 0)
+    assert schedule.next(0) == ()  # not for each problem
+    schedule.finished(0, 2)
+    assert schedule.next(0) == (8, 9)
+
+
+def test_towards_the_end_workers_hold_no_more_than_their_share():
+    schedule = Schedule(range(10), workers=4, batch=4)
+    assert [schedule.next(worker) for worker in range(4)] == [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9,)]
+    for place in (0, 1, 2):
+        schedule.finished(0, place)
+    assert schedule.next(0) == ()
+    assert schedule.active
 
 
 def test_only_problems_that_may_have_been_under_way_use_a_try():
-    schedule = Schedule(range(40), workers=1, batch=4, largest=20)
+    schedule = Schedule(range(40), workers=1, batch=4, ahead=16)
     assert schedule.next(0) == tuple(range(20))
     for place in (0, 2):
         schedule.finished(0, place)
     assert schedule.lost(0, "died") == Loss((1, 3, 4, 5), (), tuple(range(6, 20)))
-    assert [schedule.next(worker) for worker in (1, 2, 3)] == [(1, 3), (4, 5), tuple(range(6, 23))]
+    assert [schedule.next(worker) for worker in (1, 2, 3)] == [(1, 3), (4, 5), tuple(range(6, 26))]
+    assert schedule.next(1) == ()  # nothing beside what may kill
 
 
 def test_the_last_try_is_alone():
-    schedule = Schedule(range(9), workers=1, batch=9, largest=9)
+    schedule = Schedule(range(9), workers=1, batch=9)
     schedule.next(0)
-    schedule.next(0) if schedule.held(0) == () else None
-    assert schedule.lost(0, "first").retried == (0, 1, 2, 3, 4)
-    assert schedule.next(0) == (0, 1)
-    assert schedule.lost(0, "second") == Loss((0, 1))
-    chunks = [schedule.next(worker) for worker in range(1, 6)]
-    assert chunks == [(2, 3), (4,), (0,), (1,), (5, 6)]
-    assert schedule.lost(3, "third") == Loss((), (0,))
+    assert schedule.lost(0, "first").retried == tuple(range(9))
+    assert schedule.next(0) == (0, 1, 2)
+    schedule.finished(0, 1)
+    assert schedule.lost(0, "second") == Loss((0, 2))
+    assert [schedule.next(worker) for worker in range(5)] == [(3, 4, 5), (6, 7, 8), (0,), (2,), ()]
+    assert schedule.lost(2, "third") == Loss((), (0,))
     assert schedule.failed == {0: "third"}
 
 
 def test_a_refused_problem_fails_at_once():
-    schedule = Schedule([4, 7], workers=1, batch=2, largest=2)
-    assert schedule.next(0) == (4,)
+    schedule = Schedule([4, 7], workers=1, batch=2)
+    assert schedule.next(0) == (4, 7)
     schedule.refused(0, 4, "too long")
     assert schedule.failed == {4: "too long"}
-    assert schedule.next(0) == (7,)
+    schedule.finished(0, 7)
+    assert not schedule.active
 
 
 @given(st.data())
@@ -63,7 +72,8 @@ def test_every_problem_ends_once_and_only_poison_fails(data):
     finished, deaths, tries = Counter[int](), 0, Counter[int]()
     while schedule.active:
         worker = data.draw(st.integers(0, workers - 1))
-        held = schedule.held(worker) or schedule.next(worker)
+        schedule.next(worker)
+        held = schedule.held(worker)
         if not held:
             continue
         begun = held[:batch]
@@ -84,7 +94,7 @@ def test_every_problem_ends_once_and_only_poison_fails(data):
     assert deaths <= TRIES * len(poison)
 
 
-@pytest.mark.parametrize("name", ["workers", "batch", "largest"])
+@pytest.mark.parametrize("name", ["workers", "batch", "ahead"])
 def test_numbers_below_one_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"^{name}=0: an integer >= 1"):
         Schedule([1], **{"workers": 1, "batch": 1, name: 0})
@@ -95,8 +105,6 @@ def test_misuse_is_refused():
         Schedule([1, 1], workers=1, batch=1)
     schedule = Schedule([1], workers=1, batch=1)
     schedule.next(0)
-    with pytest.raises(ValueError, match="worker=0 has 1 problems already"):
-        schedule.next(0)
     with pytest.raises(KeyError):
         schedule.finished(1, 1)
 

@@ -26,6 +26,7 @@ class _Slot:
         actor: the process; None where it is not replaced any more.
         awaited: the reference of what it is doing: loading, encoding, or a stream of messages; None where nothing.
         about: None until it is ready.
+        runs: begun by the process that runs.
         losses: in a row.
         forwards: of the process that runs.
     """
@@ -34,6 +35,7 @@ class _Slot:
     actor: Any = None
     awaited: Any = None
     about: About | None = None
+    runs: int = 0
     losses: int = 0
     forwards: int = 0
 
@@ -58,7 +60,11 @@ class Crew:
         self._open_work = open_work
         self._versions = versions()
         self._kind = self._ray.remote(Worker).options(
-            num_cpus=1, num_gpus=cluster.gpus_per_worker, max_restarts=0, scheduling_strategy="SPREAD"
+            num_cpus=1,
+            num_gpus=cluster.gpus_per_worker,
+            max_restarts=0,
+            max_concurrency=2,
+            scheduling_strategy="SPREAD",
         )
         self._slots = [_Slot(number) for number in range(cluster.workers)]
 
@@ -109,26 +115,28 @@ class Crew:
         missing = {place: set(task.wanted) for place, task in tasks.items()}
         while schedule.active:
             for slot in self._slots:
-                if slot.about is not None and slot.awaited is None and (chunk := schedule.next(slot.number)):
-                    left = [_without(tasks[place], missing[place]) for place in chunk]
-                    slot.awaited = slot.actor.run.options(num_returns="streaming").remote(left)
+                if slot.about is not None and (places := schedule.next(slot.number)):
+                    self._give(slot, [_without(tasks[place], missing[place]) for place in places])
             for slot in self._news():
                 if slot.about is None:
                     self._loaded(slot)
                 else:
                     yield from self._read(slot, missing, schedule, failed)
 
+    def _give(self, slot: _Slot, tasks: Sequence[Task]) -> None:
+        if slot.awaited is not None:
+            slot.actor.give.remote(slot.runs, tasks)
+            return
+        slot.runs += 1
+        slot.awaited = slot.actor.run.options(num_returns="streaming").remote(slot.runs, tasks)
+
     def _read(
         self, slot: _Slot, missing: Mapping[int, set[int]], schedule: Schedule, failed: Callable[[Failure], object]
     ) -> Iterator[tuple[int, Any]]:
-        """The records of a worker's next message; or what becomes of its chunk's end, or its own."""
+        """The records of a worker's next message; or what becomes of its problems where it has none."""
         before = len(schedule.failed)
         try:
             message: Message = self._ray.get(next(slot.awaited))
-        except StopIteration:
-            slot.awaited = None
-            if schedule.held(slot.number):
-                self._take_back(slot, schedule, "ended without a record")
         except self._ray.exceptions.RayTaskError as error:
             slot.awaited = None
             self._take_back(slot, schedule, _reason(error))
@@ -189,7 +197,7 @@ class Crew:
         self._start(slot)
 
     def _start(self, slot: _Slot) -> None:
-        slot.about, slot.forwards = None, 0
+        slot.about, slot.forwards, slot.runs = None, 0, 0
         slot.actor = self._kind.remote()
         slot.awaited = slot.actor.load.remote(self._open_work, self._versions, self._cluster.gpus_per_worker)
 

@@ -20,7 +20,7 @@ from .cluster import Cluster
 from .crew import Crew
 from .loading import Load, policy_loader, scorer_loader
 from .runs import OnFailure, check_open, distribute, encoded
-from .worker import Entry, OpenWork, Task
+from .worker import Entry, Feed, OpenWork, Task
 
 
 def evaluate(
@@ -82,7 +82,7 @@ def _evaluate(
         known: dict[int, SampledTokens] = {i: {} for i in missing}
         note_samples(plan, units, done, known)
         tasks = {i: Task(i, tuple(own), (*prompts[i], problems[i].answer, own, known[i])) for i, own in missing.items()}
-        for index, record in distribute(crew, cluster, tasks, batch, batch, on_failure):
+        for index, record in distribute(crew, cluster, tasks, batch, on_failure):
             note_samples(plan, units, {index: record}, known)  # for a worker that takes the problem over
             yield record
 
@@ -119,11 +119,15 @@ class EvaluationWork:
             ids = tuple(Participants(self._policy, self._own, scorer, None, None).encode(prompt).token_ids or ())
         return ids
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Entry]:
-        """The records that the tasks want.
+    def run(self, feed: Feed) -> Iterator[Entry]:
+        """The records that tasks want, of `batch` problems together, so that those of one strategy share forwards.
 
         A content is a prompt, its occurrence, the right answer, units by index, and the tokens of finished samples.
         """
+        while True:
+            yield from self._records(feed.take(self._batch, wait=True))
+
+    def _records(self, tasks: Sequence[Task]) -> Iterator[Entry]:
         prompts, judgings, units, known = {}, {}, dict[int, Unit](), dict[Any, int]()
         for task in tasks:
             prompt, occurrence, answer, own, tokens = task.content
@@ -166,7 +170,7 @@ def _evaluate_responses(
     tasks: Mapping[int, Task], cluster: Cluster, open_work: OpenWork, batch: int, on_failure: OnFailure | None
 ) -> Iterator[Record]:
     with Crew(cluster, open_work) as crew:
-        for _, record in distribute(crew, cluster, tasks, 1, batch, on_failure):
+        for _, record in distribute(crew, cluster, tasks, batch, on_failure):
             yield record
 
 
@@ -186,9 +190,9 @@ class ResponsesWork:
         """Token ids by the first scorer; a run does not ask."""
         return tuple(next(iter(self._scorers.values())).encode_prompt(prompt))
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Entry]:
+    def run(self, feed: Feed) -> Iterator[Entry]:
         """The record of each task; a content is a problem with its responses."""
-        problems = ((task.place, task.content) for task in tasks)
+        problems = ((task.place, task.content) for task in iter(lambda: feed.take(1, wait=True)[0], None))
         pairs = list(self._scorers.values())
         for record in response_records(problems, pairs, self._plan, self._judge, self._extract):
             yield Entry(record["problem"], record["index"], record)

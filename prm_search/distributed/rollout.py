@@ -14,7 +14,7 @@ from .cluster import Cluster
 from .crew import Crew
 from .loading import Load, policy_loader
 from .runs import OnFailure, check_open, distribute, encoded
-from .worker import Entry, Task
+from .worker import Entry, Feed, Task
 
 
 def rollout(
@@ -65,7 +65,7 @@ def _rollout(
         prompts = encoded(crew, [problem.prompt for problem in problems])
         wanted = {i: tuple(i * n + k for k in range(n) if (i, k) not in done) for i in range(len(problems))}
         tasks = {i: Task(i, places, (*prompts[i], problems[i].answer)) for i, places in wanted.items() if places}
-        for _, sample in distribute(crew, cluster, tasks, batch, None, on_failure):
+        for _, sample in distribute(crew, cluster, tasks, batch, on_failure):
             yield sample
 
 
@@ -88,13 +88,17 @@ class RolloutWork:
         """See worker.Work."""
         return tuple(self._policy.encode(prompt))
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Entry]:
-        """The responses that the tasks want. A content is a prompt, its occurrence and the reference answer."""
-        jobs = []
-        for task in tasks:
-            prompt, occurrence, answer = task.content
-            samples = tuple(index - task.place * self._n for index in task.wanted)
-            jobs.append(RolloutJob(task.place, prompt, occurrence, answer, samples))
-        drawn = draw_rollouts(jobs, policy=self._policy, sampling=self._sampling, label=self._label, batch=self._batch)
+    def run(self, feed: Feed) -> Iterator[Entry]:
+        """The responses that tasks want. A content is a prompt, its occurrence and the reference answer."""
+
+        def take(room: int) -> list[RolloutJob]:
+            return list(map(self._job, feed.take(room, wait=room == self._batch)))
+
+        drawn = draw_rollouts(take, policy=self._policy, sampling=self._sampling, label=self._label, batch=self._batch)
         for sample in drawn:
             yield Entry(sample.problem, sample.problem * self._n + sample.sample, sample)
+
+    def _job(self, task: Task) -> RolloutJob:
+        prompt, occurrence, answer = task.content
+        samples = tuple(index - task.place * self._n for index in task.wanted)
+        return RolloutJob(task.place, prompt, occurrence, answer, samples)

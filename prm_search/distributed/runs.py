@@ -33,17 +33,16 @@ def distribute(
     cluster: Cluster,
     tasks: Mapping[int, Task],
     batch: int,
-    largest: int | None,
     on_failure: OnFailure | None,
 ) -> Iterator[tuple[int, Any]]:
     """Records of tasks as they arrive, each with its index.
 
     Args:
-        batch, largest: see Schedule.
+        batch: problems that a worker has under way.
         on_failure: called with each problem that is given up; None to raise FailedProblems at the end.
     """
     failures: list[Failure] = []
-    schedule = Schedule(tasks, workers=cluster.workers, batch=batch, largest=largest)
+    schedule = Schedule(tasks, workers=cluster.workers, batch=batch)
     yield from crew.run(tasks, schedule, on_failure or failures.append)
     if failures:
         raise FailedProblems(failures)

@@ -10,7 +10,6 @@ from math import ceil, isqrt
 from ..checks import count
 
 TRIES = 3
-DEPTH = 4  # batches in the largest chunk
 
 
 @dataclass(frozen=True)
@@ -29,20 +28,20 @@ class Loss:
 
 
 class Schedule:
-    """Hands problems out in chunks, and takes those of a lost worker back.
+    """Hands problems out as workers have room, and takes those of a lost worker back.
 
-    Chunks shrink towards the end, so that workers finish together: a chunk is the waiting problems over twice the
-    workers, at most `largest` (guided self-scheduling, Polychronopoulos and Kuck 1987).
+    A worker holds up to `batch` problems under way and `ahead` that wait behind them, so that it does not wait for the
+    driver. Towards the end it holds its share of what is left, at most: workers finish together.
 
-    A worker begins the problems of a chunk in order and has at most `batch` under way, so the first `batch` unfinished
-    ones may have been what killed it. Each of these has used a try. They go out again in groups of about the square
-    root of their number, and a last time alone, so a problem that kills workers fails by itself.
+    A worker begins its problems in order, so the first `batch` unfinished ones may have been what killed it. Each of
+    these has used a try. They go out again in groups of about the square root of their number, and a last time alone,
+    each time to a worker that has nothing else: a problem that kills workers fails by itself.
 
     Args:
         places: the problems, each by its number, in the order in which they are handed out.
         workers: how many there are.
         batch: problems that a worker has under way at once.
-        largest: problems of a chunk at most; None for `DEPTH` batches.
+        ahead: None for `batch`.
 
     Attributes:
         failed: problems that used all tries, each with the reason of its last loss.
@@ -51,23 +50,25 @@ class Schedule:
         ValueError, TypeError: a number is below 1, or a problem stands twice.
     """
 
-    def __init__(self, places: Iterable[int], *, workers: int, batch: int, largest: int | None = None) -> None:
-        largest = batch * DEPTH if largest is None else largest
-        for name, value in (("workers", workers), ("batch", batch), ("largest", largest)):
+    def __init__(self, places: Iterable[int], *, workers: int, batch: int, ahead: int | None = None) -> None:
+        ahead = batch if ahead is None else ahead
+        for name, value in (("workers", workers), ("batch", batch), ("ahead", ahead)):
             count(name, value)
-        self._workers, self._batch, self._largest = workers, batch, largest
+        self._workers, self._batch, self._ahead = workers, batch, ahead
         self._fresh = deque(places)
         self._again: deque[tuple[int, ...]] = deque()
         self._held: dict[int, dict[int, None]] = {}  # worker -> its unfinished problems, in order
+        self._alone: set[int] = set()  # workers that have a group of `_again`, and get nothing beside it
         self._losses: dict[int, int] = {}
+        self._left = len(self._fresh)  # problems that have neither finished nor failed
         self.failed: dict[int, str] = {}
-        if len(set(self._fresh)) < len(self._fresh):
+        if len(set(self._fresh)) < self._left:
             raise ValueError("places: a problem stands in the list twice")
 
     @property
     def active(self) -> bool:
         """Return True if problems wait, or workers have some."""
-        return bool(self._fresh or self._again or self._held)
+        return self._left > 0
 
     @property
     def waiting(self) -> int:
@@ -79,28 +80,30 @@ class Schedule:
         return tuple(self._held.get(worker, ()))
 
     def next(self, worker: int) -> tuple[int, ...]:
-        """A chunk for a worker that has none; empty where nothing waits.
+        """Further problems for a worker; empty where it has enough, or none wait for it."""
+        held = self._held.get(worker, {})
+        if not held and self._again:
+            self._alone.add(worker)
+            return self._give(worker, self._again.popleft())
+        share = max(1, ceil(self._left / self._workers))
+        room = min(self._batch + self._ahead, share) - len(held)
+        if worker in self._alone or room <= 0 or (len(held) >= self._batch and 2 * room < self._ahead):
+            return ()
+        return self._give(worker, [self._fresh.popleft() for _ in range(min(room, len(self._fresh)))])
 
-        Raises:
-            ValueError: it has one already.
-        """
-        if worker in self._held:
-            raise ValueError(f"worker={worker!r} has {len(self._held[worker])} problems already")
-        if self._again:
-            chunk = self._again.popleft()
-        else:
-            size = min(self._largest, max(1, ceil(len(self._fresh) / (2 * self._workers))), len(self._fresh))
-            chunk = tuple(self._fresh.popleft() for _ in range(size))
-        if chunk:
-            self._held[worker] = dict.fromkeys(chunk)
-        return chunk
+    def _give(self, worker: int, places: Sequence[int]) -> tuple[int, ...]:
+        if places:
+            self._held.setdefault(worker, {}).update(dict.fromkeys(places))
+        return tuple(places)
 
     def finished(self, worker: int, place: int) -> None:
         """One of a worker's problems is finished. Raises KeyError where it has no such problem."""
         held = self._held[worker]
         del held[place]
+        self._left -= 1
         if not held:
             del self._held[worker]
+            self._alone.discard(worker)
 
     def refused(self, worker: int, place: int, reason: str) -> None:
         """One of a worker's problems cannot be done by any worker: it fails at once. Raises KeyError as `finished`."""
@@ -116,6 +119,7 @@ class Schedule:
         """
         unfinished = self.held(worker)
         self._held.pop(worker, None)
+        self._alone.discard(worker)
         suspects, untouched = unfinished[: self._batch], unfinished[self._batch :]
         self._fresh.extendleft(reversed(untouched))
         again: dict[int, list[int]] = {}
@@ -125,6 +129,7 @@ class Schedule:
             if losses == TRIES:
                 self.failed[place] = reason
                 failed.append(place)
+                self._left -= 1
             else:
                 again.setdefault(losses, []).append(place)
         for losses, places in again.items():

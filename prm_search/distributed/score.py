@@ -15,7 +15,7 @@ from .crew import Crew
 from .evaluate import forwards
 from .loading import Load, scorer_loader
 from .runs import OnFailure, check_open, distribute
-from .worker import Entry, OpenWork, Refusal, Task
+from .worker import Entry, Feed, OpenWork, Refusal, Task
 
 _PLACE = re.compile(r"^(prompts|responses)\[0\]:? ")
 
@@ -66,7 +66,7 @@ def _score(
     tasks: Mapping[int, Task], cluster: Cluster, open_work: OpenWork, batch: int, on_failure: OnFailure | None
 ) -> Iterator[tuple[int, Any]]:
     with Crew(cluster, open_work) as crew:
-        yield from distribute(crew, cluster, tasks, batch, None, on_failure)
+        yield from distribute(crew, cluster, tasks, batch, on_failure)
 
 
 class ScoreWork:
@@ -86,15 +86,15 @@ class ScoreWork:
         """Token ids by the scorer; a run does not ask."""
         return tuple(self._scorer.encode_prompt(prompt))
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Entry]:
-        """The scores of the tasks, `batch` at a time; a content is a prompt and a response."""
-        for first in range(0, len(tasks), self._batch):
-            some = tasks[first : first + self._batch]
+    def run(self, feed: Feed) -> Iterator[Entry]:
+        """The scores of tasks, `batch` at a time; a content is a prompt and a response."""
+        while True:
+            tasks = feed.take(self._batch, wait=True)
             try:
-                results = self._scores(some)
+                results = self._scores(tasks)
             except ValueError:
-                results = list(map(self._one, some))
-            for task, result in zip(some, results, strict=True):
+                results = list(map(self._one, tasks))
+            for task, result in zip(tasks, results, strict=True):
                 yield Entry(task.place, task.place, result)
 
     def _scores(self, tasks: Sequence[Task]) -> list[Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from ..tree import Prompt
@@ -76,6 +79,32 @@ class About:
     pid: int
 
 
+class Feed:
+    """Tasks that wait in a worker."""
+
+    def __init__(self) -> None:
+        self._tasks: deque[Task] = deque()
+        self._changed = threading.Condition()
+
+    def put(self, tasks: Iterable[Task]) -> None:
+        """Add tasks behind those that wait."""
+        with self._changed:
+            self._tasks.extend(tasks)
+            self._changed.notify()
+
+    def take(self, most: int, *, wait: bool) -> list[Task]:
+        """The first tasks, at most so many.
+
+        Args:
+            most: at least 1 where `wait` is True.
+            wait: until there is one; False to return an empty list where there is none.
+        """
+        with self._changed:
+            while wait and not self._tasks:
+                self._changed.wait()
+            return [self._tasks.popleft() for _ in range(min(most, len(self._tasks)))]
+
+
 class Work(Protocol):
     """The models of one worker, and what is done with them."""
 
@@ -88,8 +117,11 @@ class Work(Protocol):
         """Token ids of a prompt. Raises ValueError where it is empty or too long."""
         ...
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Entry]:
-        """Work on tasks, begun in order; each record is given out as soon as it is finished."""
+    def run(self, feed: Feed) -> Iterator[Entry]:
+        """Work on tasks, begun in the order of the feed; each record is given out as soon as it is finished.
+
+        It asks the feed for more whenever it has room, and never ends.
+        """
         ...
 
 
@@ -97,10 +129,16 @@ OpenWork = Callable[[], Work]  # loads the models
 
 
 class Worker:
-    """The class of the Ray actors. It starts without models; `load` brings them."""
+    """The class of the Ray actors. It starts without models; `load` brings them.
+
+    `run` and `give` are called beside each other. A run ends with an error of the Work alone. The next has another
+    number, and nothing of what was given to the last one.
+    """
 
     def __init__(self) -> None:
         self._work: Work | None = None
+        self._feed = Feed()
+        self._number = -1
 
     def load(self, open_work: OpenWork, versions: Mapping[str, str | None], gpus: float) -> About:
         """Load the models.
@@ -133,29 +171,52 @@ class Worker:
                 raise ValueError(f"problems[{place}]: {error}") from error
         return encoded
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Message]:
-        """Work on tasks; records that come close together travel together, and before an error."""
-        entries: list[Entry] = []
+    def give(self, number: int, tasks: Sequence[Task]) -> None:
+        """Tasks for the run of that number."""
+        if number == self._number:
+            self._feed.put(tasks)
+
+    def run(self, number: int, tasks: Sequence[Task]) -> Iterator[Message]:
+        """Work on tasks and on what is given later. Records that come close together travel together."""
+        work, feed, made = self._loaded, Feed(), SimpleQueue[Entry | Exception]()
+        feed.put(tasks)
+        self._number, self._feed = number, feed
+
+        def drive() -> None:
+            try:
+                for entry in work.run(feed):
+                    made.put(entry)
+            except Exception as error:
+                made.put(error)
+
+        threading.Thread(target=drive, daemon=True).start()
         sent = float("-inf")
-        error = None
-        try:
-            for entry in self._loaded.run(tasks):
-                entries.append(entry)
-                if time.monotonic() - sent >= GROUP_SECONDS:
-                    yield Message(entries, self._loaded.forward_calls)
-                    entries, sent = [], time.monotonic()
-        except Exception as raised:
-            error = raised
-        if entries:
-            yield Message(entries, self._loaded.forward_calls)
-        if error is not None:
-            raise error
+        while True:
+            group, error = _group(made, sent + GROUP_SECONDS)
+            if group:
+                yield Message(group, work.forward_calls)
+                sent = time.monotonic()
+            if error is not None:
+                raise error
 
     @property
     def _loaded(self) -> Work:
         if self._work is None:
             raise RuntimeError("this worker has no models yet: call load first")
         return self._work
+
+
+def _group(made: SimpleQueue[Entry | Exception], until: float) -> tuple[list[Entry], Exception | None]:
+    """The next entry, those that follow until that time, and the error that ends them, where one does."""
+    entries: list[Entry] = []
+    following: Entry | Exception = made.get()
+    while not isinstance(following, Exception):
+        entries.append(following)
+        try:
+            following = made.get(timeout=max(0.0, until - time.monotonic()))
+        except Empty:
+            return entries, None
+    return entries, following
 
 
 def versions() -> dict[str, str | None]:

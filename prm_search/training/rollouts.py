@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -98,11 +98,15 @@ def sample_rollouts(
     prompts = [problem.prompt for problem in problems]
     encoded = encode_all(prompts, lambda prompt: prompt.with_ids(policy.encode(prompt)), "problems[{}]".format)
     finished = frozenset(done)
+    wanted = ([k for k in range(n) if (i, k) not in finished] for i in range(len(problems)))
     jobs = (
-        RolloutJob(i, prompt, occurrence, problems[i].answer, tuple(k for k in range(n) if (i, k) not in finished))
-        for i, (prompt, occurrence) in enumerate(encoded)
+        RolloutJob(i, prompt, occurrence, problems[i].answer, samples)
+        for i, ((prompt, occurrence), samples) in enumerate(zip(encoded, wanted, strict=True))
+        if samples
     )
-    return draw_rollouts(jobs, policy=policy, sampling=sampling, label=label, batch=batch)
+    return draw_rollouts(
+        lambda room: list(islice(jobs, room)), policy=policy, sampling=sampling, label=label, batch=batch
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class RolloutJob:
         prompt: with its token ids.
         occurrence: how many equal prompts stand before it in the whole list.
         answer: the reference answer.
-        samples: which of its responses.
+        samples: which of its responses; at least one.
     """
 
     problem: int
@@ -125,18 +129,19 @@ class RolloutJob:
 
 
 def draw_rollouts(
-    jobs: Iterable[RolloutJob], *, policy: Policy, sampling: Sampling, label: Label, batch: int
+    take: Callable[[int], Sequence[RolloutJob]], *, policy: Policy, sampling: Sampling, label: Label, batch: int
 ) -> Iterator[Rollout]:
-    """Sample and label what `jobs` want, at most `batch` problems at a time; other arguments as of sample_rollouts.
+    """Sample and label what jobs want, at most `batch` problems at a time; other arguments as of sample_rollouts.
 
-    The jobs are begun in order. The next is asked for when there is room for it.
+    Args:
+        take: called with the number of problems there is room for, `batch` where none is under way. Returns at most so
+            many further jobs, none where there is none now; where none is under way, that is the end.
     """
-    waiting = (job for job in jobs if job.samples)
     places: dict[Request, tuple[RolloutJob, int]] = {}
     left: dict[SearchTree, int] = {}
     try:
         while True:
-            for job in islice(waiting, batch - len(left)):
+            for job in take(batch - len(left)):
                 tree = SearchTree(job.prompt, occurrence=job.occurrence)
                 how = _within(sampling, PolicyBase.of(policy).context, len(tree.prompt_ids))
                 requests = []
