@@ -116,8 +116,9 @@ def test_a_poisoned_problem_fails_alone_after_three_tries(crew, alone, notices, 
     assert [failure.place for failure in failures] == [place]
     assert ("died" if error is None else "RuntimeError: the device is gone") in failures[0].reason
     beside = [path.read_text() for path in sorted(tmp_path.iterdir())]
-    assert len(beside) == 3
-    assert beside[2] == repr([ids("p")])
+    # A process that is killed takes its last records with it. The driver may not know then that the problem had begun.
+    assert len(beside) == 3 or (error is None and len(beside) == 4)
+    assert beside[-1] == repr([ids("p")])
     assert "failed 3 times" in notices[-1]
 
 

@@ -35,7 +35,8 @@ class Schedule:
 
     A worker begins its problems in order, so the first `batch` unfinished ones may have been what killed it. Each of
     these has used a try. They go out again in groups of about the square root of their number, and a last time alone,
-    each time to a worker that has nothing else: a problem that kills workers fails by itself.
+    each time to a worker that has nothing else: a problem that kills workers fails by itself. (A death takes the
+    records of the worker's last moments along. A problem that was begun in those may use no try.)
 
     Args:
         places: the problems, each by its number, in the order in which they are handed out.
