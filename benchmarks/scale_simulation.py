@@ -40,7 +40,7 @@ WORKERS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Load:
-    """What is to be done, and on what.
+    """The work, and the workers and driver that do it.
 
     Attributes:
         name: of its table.
@@ -135,7 +135,7 @@ class Simulation:
             self._at(now + self.load.load + self.rng.exponential(self.load.lifetime), "death", worker)
 
     def _serve(self, now: float, seconds: float) -> float:
-        """When the driver has done a piece of work that reaches it now."""
+        """Time at which the driver has done a piece of work that reaches it now."""
         self.free = max(self.free, now) + seconds
         self.out.driver += seconds
         return self.free
