@@ -39,6 +39,8 @@ _PUBLIC = {
     "ImplicitPRM": ".scorers.implicit.implicit_prm",
     "Judge": ".scorers.explicit.judge",
     "JudgeFormat": ".scorers.explicit.judge_formats",
+    "Backoff": ".policies.endpoint.retry",
+    "OpenAIPolicy": ".policies.endpoint.policy",
     "OutcomeRM": ".scorers.explicit.outcome_rm",
     "PRMFormat": ".scorers.explicit.formats",
     "StepPRM": ".scorers.explicit.step_prm",
@@ -86,6 +88,8 @@ if TYPE_CHECKING:
     from .driver.driver import Driver as Driver
     from .guidance import PRMGuidance as PRMGuidance
     from .integrations.huggingface import disable as disable, enable as enable, generate as generate
+    from .policies.endpoint.policy import OpenAIPolicy as OpenAIPolicy
+    from .policies.endpoint.retry import Backoff as Backoff
     from .policies.hf import HFPolicy as HFPolicy, Steered as Steered
     from .protocols import Policy as Policy, Sampling as Sampling, Scorer as Scorer
     from .scorers.ensemble import Ensemble as Ensemble

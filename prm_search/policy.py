@@ -13,6 +13,10 @@ from .sampling import Request, Sampling
 from .tree import Node, Prompt, SearchTree
 
 
+class RequestFailed(RuntimeError):
+    """A policy has given up on one request for good. The search that asked for it ends there; others go on."""
+
+
 @runtime_checkable
 class Policy(Protocol):
     """Samples steps.
@@ -120,6 +124,10 @@ class PolicyBase(_PolicyFacts):
     def interrupt(self, request: Request) -> list[Node]:
         """End a request now; see Policy."""
 
+    def failures(self) -> list[tuple[Request, RequestFailed]]:
+        """Requests of this session that have been given up on since the last call. None is answered any more."""
+        return []
+
     def session(self) -> PolicyBase:
         """The same policy for one more loop, with requests of its own. A policy without sessions gives itself, and
         serves one loop at a time."""
@@ -162,7 +170,11 @@ class PolicyBase(_PolicyFacts):
     def expand(
         self, nodes: Sequence[Node], n: int, *, sampling: Sampling, until: Literal["step", "end"] = "step"
     ) -> list[list[Node]]:
-        """Draw n children of each lineage of each node and return them, one list a node (twins repeated)."""
+        """Draw n children of each lineage of each node and return them, one list a node (twins repeated).
+
+        Raises:
+            RequestFailed: a request was given up on.
+        """
         for node in nodes:
             if node.tree.prompt.token_ids is None:
                 node.tree.prompt = node.tree.prompt.with_ids(self.encode(node.tree.prompt))
@@ -173,6 +185,8 @@ class PolicyBase(_PolicyFacts):
             own.submit(requests)
             while len(answers) < len(requests):
                 answers.update(own.advance())
+                for _, error in own.failures():
+                    raise error
         except BaseException:
             own.drop([request for request in requests if request not in answers])
             raise
@@ -219,6 +233,11 @@ class _Completed(PolicyBase):
 
     def interrupt(self, request: Request) -> list[Node]:
         return self._policy.interrupt(request)
+
+    def failures(self) -> list[tuple[Request, RequestFailed]]:
+        own = getattr(self._policy, "failures", super().failures)
+        failed: list[tuple[Request, RequestFailed]] = own()
+        return failed
 
     def session(self) -> PolicyBase:
         own = getattr(self._policy, "session", None)

@@ -8,14 +8,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from .drawing import Segment, commit
-from .policy import AsyncPolicy, AsyncPolicyBase, BlockingPolicy, Policy, PolicyBase
+from .policy import AsyncPolicy, AsyncPolicyBase, BlockingPolicy, Policy, PolicyBase, RequestFailed
 from .sampling import Request, Sampling
 from .tree import Node, Prompt, SearchTree
 from .values import Value
 
 __all__ = [
-    "AsyncPolicy", "AsyncPolicyBase", "BlockingPolicy", "Policy", "PolicyBase", "Request", "Sampling", "Scorer",
-    "ScorerDefaults", "Segment", "commit",
+    "AsyncPolicy", "AsyncPolicyBase", "BlockingPolicy", "Policy", "PolicyBase", "Request", "RequestFailed", "Sampling",
+    "Scorer", "ScorerDefaults", "Segment", "commit",
 ]  # fmt: skip
 
 

@@ -19,11 +19,16 @@ class Meter:
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[Kind, Hashable]] = Counter()
+        self.notes: dict[str, None] = {}  # what a reader of the counts should know, in order
 
     def add(self, kind: Kind, model: Hashable, tokens: int) -> None:
         """Count tokens of a kind for the model with this id."""
         if tokens:
             self.counts[kind, model] += tokens
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence for readers of the counts, once."""
+        self.notes[sentence] = None
 
 
 @dataclass
@@ -37,6 +42,8 @@ class Usage:
     rescored_tokens and rescored_cached_tokens are not costs of this search but comparisons. rescored_tokens: what the
     scorer's model would have encoded by reading prompt and response anew for each distinct step.
     rescored_cached_tokens: the same with the prompt kept from step to step, so only the response is read anew.
+
+    notes: sentences on what the counts are, where they are not what they seem: a server's own count, for instance.
     """
 
     sampled_tokens: dict[str, int] = field(default_factory=dict)
@@ -47,6 +54,7 @@ class Usage:
     seconds: dict[str, float] = field(default_factory=dict)
     rescored_tokens: int = 0
     rescored_cached_tokens: int = 0
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, meter: Meter, roles: Mapping[str, Hashable]) -> Usage:
@@ -54,7 +62,7 @@ class Usage:
         names: dict[Hashable, str] = {}
         for role, model in roles.items():
             names.setdefault(model, role)
-        usage = cls()
+        usage = cls(notes=tuple(meter.notes))
         tables = {
             "sampled": usage.sampled_tokens,
             "encoded": usage.encoded_tokens,
@@ -77,6 +85,8 @@ class Usage:
             mine, theirs = getattr(self, part.name), getattr(other, part.name)
             if isinstance(mine, dict):
                 both: object = {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}}
+            elif isinstance(mine, tuple):
+                both = tuple(dict.fromkeys(mine + theirs))
             else:
                 both = mine + theirs
             setattr(total, part.name, both)

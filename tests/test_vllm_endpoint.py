@@ -21,12 +21,14 @@ pytest.importorskip("vllm")
 import numpy as np
 import openai
 import torch
-from pairs import CHATML, byte_tokenizer, llama, naive_rewards
+from pairs import CHATML, byte_tokenizer, llama, naive_logprobs, naive_rewards
 from servers import Served, until
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from prm_search.integrations.vllm import VLLMImplicitPRM, VLLMServer, VLLMStepPRM
+from prm_search.next_token import NextToken
+from prm_search.policies.endpoint.policy import OpenAIPolicy
 from prm_search.policies.hf import HFPolicy
 from prm_search.scorers.explicit.step_prm import StepPRM
 from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
@@ -253,3 +255,44 @@ def test_a_client_that_goes_away_ends_its_search(server: Served) -> None:
 
 def _headers() -> dict[str, str]:
     return {"Content-Type": "application/json", "Authorization": "Bearer key"}
+
+
+# -- as a policy behind a server --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["token ids", "chat"])
+def test_the_server_is_a_policy(server: Served, folder: Path, ids: bool) -> None:
+    tokenizer = byte_tokenizer()
+    # Seeded requests whose prompts are split over two forwards kill vLLM's engine on a CPU.
+    options: dict[str, Any] = {"tokenizer": tokenizer} if ids else {"mode": "chat"}
+    url = f"http://127.0.0.1:{server.port}/v1"
+    policy = OpenAIPolicy(url, "tiny", api_key="key", seeds=False, **options)
+    try:
+        assert policy.facts.ids == ids
+        assert policy.facts.n
+        route = policy.facts.completions if ids else policy.facts.chat
+        assert route is not None
+        assert (route.logprobs, route.tops, route.keeps) == (True, 20, True)
+        assert ids or policy.facts.continues == "continue_final_message"
+        rule = StepRule(delimiter=["a", "e", "1", " ", "x", "="], max_tokens=6)
+        pair = ImplicitPRM.from_pretrained(folder / "prm", folder / "policy")
+        (result,) = search(
+            [CHAT["messages"]], policy=policy, scorer=pair, strategy=Beam(2, 2), steps=rule, max_new_tokens=16
+        )
+        path = result.node.path()
+        tokens = result.token_ids
+        assert rule.ends(tokens, policy.token_text.piece) == [node.end for node in path]
+        assert all(len(node.token_ids) <= 6 for node in path)
+        assert len(tokens) <= 16
+        if ids:
+            model = HFPolicy.from_pretrained(folder / "policy")
+            prompt = result.tree.prompt_ids
+            assert prompt == model.encode(result.tree.prompt)
+            told = np.concatenate([node.logprobs for node in path])
+            assert told == pytest.approx(naive_logprobs(model.lm.module, prompt, tokens), abs=1e-3)
+            tree = SearchTree(Prompt(messages=tuple(CHAT["messages"])))
+            (words,) = policy.next_token_logprobs([NextToken(tree, tree.prompt)], ["a", "b", "c"])
+            assert all(value <= 0 for value in words.values())
+        assert result.usage.encoded_tokens["policy"] > 0
+    finally:
+        policy.close()

@@ -76,6 +76,8 @@ class NamedModels:
         }
         if self.scorers:
             models["formats"] = {name: format for name, format in self.scorers if format is not None}
+        if self.engine.remote:
+            return {**models, "server": self.engine.base_url, "engine options": self.engine.arguments()}
         if self.engine.engine == "hf":
             return models
         return {**models, "engine": self.engine.engine, "engine options": self.engine.arguments()}
@@ -167,17 +169,17 @@ class EvalRun:
         `on_result` is for searches of this process; see evaluation.evaluate.
         """
         if workers.ray is None:
-            return self.records(done, batch, failures.bar.watch, on_result)
+            return self.records(done, batch, failures, on_result)
         return self.records_of_workers(done, batch, workers, failures)
 
     def records(
         self,
         done: Mapping[int, dict[str, Any]],
         batch: int,
-        loaded: Callable[..., object],
+        failures: Failures,
         on_result: Callable[[Unit, Result], object] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Load the models here, hand them to `loaded`, and run what is missing. Raises BadInput that names a line.
+        """Load the models here, and run what is missing; the bar watches them. Raises BadInput that names a line.
 
         `on_result` is called with each search that ends; see evaluation.evaluate.
         """
@@ -185,7 +187,7 @@ class EvalRun:
         from ..evaluation.run import evaluate
 
         policy, scorers = self.models.load()
-        loaded(policy, *scorers)
+        failures.bar.watch(policy, *scorers)
         how: dict[str, Any] = {
             "scorers": scorers, "plan": self.plan, "judge": self.judge, "answer": self.answer, "done": done
         }  # fmt: skip
@@ -194,7 +196,10 @@ class EvalRun:
                 flow = evaluate_responses(self.answered, **how)
             else:
                 problems = [encoded(item, policy) for item in self.items]
-                flow = evaluate(problems, policy=policy, batch=batch, on_result=on_result, **how)
+                flow = evaluate(
+                    problems, policy=policy, batch=batch, on_result=on_result,
+                    on_failure=lambda unit, result: failures.lost(unit.problem, str(result.failure)), **how,
+                )  # fmt: skip
             yield from map(self._named, flow)
 
     def records_of_workers(

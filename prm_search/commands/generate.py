@@ -24,6 +24,7 @@ from .progress import Bar
 from .records import Item, RecordFile, asked, digests, dumps, prompt_of, read_items, reason, report, writable
 from .view import write_page
 from .view_records import page_tree, result_page, step_record
+from .workers import Failures
 
 if TYPE_CHECKING:
     from ..driver.participants import Participants
@@ -192,6 +193,7 @@ def generate(
         finally:
             report(file, len(run.done), len(items))
         run.page()
+        run.failures.check()
 
 
 def _settings(
@@ -234,6 +236,7 @@ class Run:
         self._pages: dict[int, PageTree] = {}
         self.screen = render.console()
         self.done = set() if file is None else set(file.done)
+        self.failures = Failures(items, Bar("prompts", len(items) - len(self.done)))
         self._cut_into_steps = False
         self._scores: tuple[float, float] | None = None  # range of step scores; None for rewards of tokens
 
@@ -249,14 +252,17 @@ class Run:
         if scorer is not None and not scorer.rewards_tokens:
             self._scores = scorer.reward_range or (0.0, 0.0)
         waiting = [place for place in range(len(self.items)) if place not in self.done]
-        bar = Bar("prompts", len(waiting))
+        bar = self.failures.bar
         bar.watch(policy)
         with bar, SearchLoop(policy, scorer, prover, on_event=_tokens(bar)) as loop:
             encoded = _encode(self.items, loop.models)
             jobs = (Job(encoded[place][0], self.settings, encoded[place][1], place) for place in waiting)
             for job, result in loop.run(jobs, batch):
-                with bar.aside():
-                    self._emit(job.place, result)
+                if result.failure is not None:
+                    self.failures.lost(job.place, result.failure)
+                else:
+                    with bar.aside():
+                        self._emit(job.place, result)
                 bar.tick()
         if self.done and not self._cut_into_steps and not isinstance(self.settings.strategy, BestOfN | Steer):
             print("prm-search: no answer came in several steps: is it another --delimiter?", file=sys.stderr)

@@ -13,18 +13,21 @@ from ..driver.budget import Budget
 from ..protocols import Sampling
 from ..steps import StepRule
 from . import BadInput, options
+from .endpoint import is_endpoint
 from .options import (
     ADVANCED,
     DATA,
     FORMAT_HELP,
     LABELS,
     MODELS,
+    OPTIONS_HELP,
     OUTPUT,
     PAIR_HELP,
     POLICY_HELP,
     SAMPLING,
     SCORER_HELP,
     STEPS,
+    URL_HELP,
 )  # fmt: skip
 from .problems import make_judge, read_problems
 from .records import Item
@@ -60,29 +63,36 @@ class Engine:
     ] = "hf"
     engine_options: Annotated[
         str | None,
-        typer.Option(
-            help="With --engine vllm: arguments of vllm.LLM, as a JSON object.",
-            metavar="JSON",
-            rich_help_panel=ADVANCED,
-        ),
+        typer.Option(help=OPTIONS_HELP, metavar="JSON", rich_help_panel=ADVANCED),
     ] = None
+    base_url: Annotated[str | None, typer.Option(help=URL_HELP, metavar="URL", rich_help_panel=MODELS)] = None
 
     def __post_init__(self) -> None:
         self.arguments()
+        if self.base_url is not None and not self.remote:
+            raise BadInput("--base-url needs --policy openai:MODEL")
+
+    @property
+    def remote(self) -> bool:
+        """Return True if the policy is behind a server."""
+        return is_endpoint(getattr(self, "policy", None))
 
     def arguments(self) -> dict[str, Any]:
         """Further arguments of the engine."""
-        return options.engine_options(self.engine, self.engine_options)
+        return options.engine_options(self.engine, self.engine_options, endpoint=self.remote)
 
     def names(self) -> tuple[str, ...]:
         """Return what a record's key says of an engine that is not the package's own."""
-        return () if self.engine == "hf" else (self.engine, json.dumps(self.arguments(), sort_keys=True))
+        if self.engine == "hf" and not self.remote:
+            return ()
+        where = (self.base_url or "",) if self.remote else (self.engine,)
+        return (*where, json.dumps(self.arguments(), sort_keys=True))
 
     def load(self, name: str, place: Place) -> Any:
         """The policy of this name, ready to sample. Raises as models.load_policy does."""
         from .models import load_policy
 
-        return load_policy(name, self.engine, options=self.arguments(), **place.options())
+        return load_policy(name, self.engine, options=self.arguments(), base_url=self.base_url, **place.options())
 
 
 @dataclass(frozen=True, kw_only=True)

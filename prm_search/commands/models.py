@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ..models.placement import DEMO as DEMO, placement, shipped
 from ..scorers.kinds import AUTO
 from . import BadInput
+from .endpoint import is_endpoint, load_endpoint
 from .render import console, waiting
 
 if TYPE_CHECKING:
@@ -56,19 +57,25 @@ def load_policy(
     device: str = "auto",
     dtype: str = "auto",
     options: Mapping[str, Any] | None = None,
+    base_url: str | None = None,
 ) -> Any:
-    """The policy of that name, or the demo's: an HFPolicy or a VLLMPolicy.
+    """The policy of that name, or the demo's: an HFPolicy, a VLLMPolicy or an OpenAIPolicy.
 
     Args:
         name: as `--policy` has it.
         engine: "hf", this package's own, or "vllm".
         device, dtype: of the model.
-        options: further arguments of vllm.LLM.
+        options: further arguments of vllm.LLM, or of OpenAIPolicy.
+        base_url: of a model behind a server.
 
     Raises:
-        BadInput: dtype is unknown, the device is not there, or a device is named for vLLM, which has its own way.
-        ImportError, OSError, ValueError: see HFPolicy.from_pretrained and integrations.vllm.load.load_policy.
+        BadInput: dtype is unknown, the device is not there, or a device is named for vLLM, which has its own way; or
+            see endpoint.load_endpoint.
+        ImportError, OSError, ValueError: see HFPolicy.from_pretrained, OpenAIPolicy and
+            integrations.vllm.load.load_policy.
     """
+    if is_endpoint(name):
+        return load_endpoint(name, base_url, options or {})
     model = str(shipped() / "policy") if name == DEMO else name
     if engine != "vllm":
         from ..policies.hf import HFPolicy

@@ -23,7 +23,13 @@ from .config import SECTIONS
 MODELS, PROMPTS, DATA, LABELS, STEPS, OUTPUT = "Models", "Prompts", "Data", "Labels", "Steps", "Output"
 SEARCH, CHOICE, SAMPLING, ADVANCED = "Search", "Choice of the answer", "Sampling", "Advanced"
 
-POLICY_HELP = "The model that samples: hub id, folder, PEFT adapter, .gguf file, or 'demo'."
+POLICY_HELP = (
+    "The model that samples: hub id, folder, PEFT adapter, .gguf file, 'demo', or openai:MODEL behind a server."
+)
+URL_HELP = (
+    "With --policy openai:MODEL: the server, up to /v1. Default: OPENAI_BASE_URL, else OpenAI's. Key: OPENAI_API_KEY."
+)
+OPTIONS_HELP = "Arguments of vllm.LLM (--engine vllm), or of OpenAIPolicy (--policy openai:...), as a JSON object."
 SCORER_HELP = "A step PRM, outcome model or pair: hub id or folder."
 FORMAT_HELP = f"With --scorer: what it is, of {', '.join(KINDS)}."
 PAIR_HELP = "Folder or hub id with a pair card (pair.json), or 'demo'."
@@ -82,13 +88,20 @@ def numbers(option: str, text: str) -> list[int]:
         raise BadInput(f"{option} {text!r:.80}: integers with commas between them are needed") from error
 
 
-def engine_options(engine: str, text: str | None) -> dict[str, Any]:
-    """Arguments for the engine of the policy. Raises BadInput for an unknown engine, or for what is no JSON object."""
+def engine_options(engine: str, text: str | None, *, endpoint: bool = False) -> dict[str, Any]:
+    """Arguments for the engine of the policy. Raises BadInput for an unknown engine, or for what is no JSON object.
+
+    Args:
+        engine, text: as given.
+        endpoint: the policy is behind a server.
+    """
     one_of("--engine", engine, ("hf", "vllm"))
+    if endpoint and engine != "hf":
+        raise BadInput(f"--engine {engine}: --policy openai:MODEL runs behind its server; leave it out")
     if text is None:
         return {}
-    if engine != "vllm":
-        raise BadInput("--engine-options needs --engine vllm")
+    if engine != "vllm" and not endpoint:
+        raise BadInput("--engine-options needs --engine vllm, or --policy openai:MODEL")
     try:
         arguments = parse_json(text, "--engine-options")
     except ValueError as error:

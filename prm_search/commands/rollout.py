@@ -62,7 +62,7 @@ def rollout(
         }  # fmt: skip
         try:
             if workers.ray is None:
-                drawn = _here(items, policy, place, bar, how)
+                drawn = _here(items, policy, place, failures, how)
             else:
                 drawn = _on_workers(items, policy, place, workers, failures, how)
             with bar:
@@ -81,15 +81,18 @@ def rollout(
 
 
 def _here(
-    items: Sequence[Item], policy: groups.Policy, place: groups.Place, bar: Bar, how: Mapping[str, Any]
+    items: Sequence[Item], policy: groups.Policy, place: groups.Place, failures: Failures, how: Mapping[str, Any]
 ) -> Iterator[Rollout]:
     """Responses that this process samples."""
     from .models import quiet
 
+    def lost(problem: int, sample: int, error: Exception) -> None:
+        failures.lost(problem, f"response {sample}: {error}")
+
     quiet()
     sampler = policy.load(policy.policy, place)
-    bar.watch(sampler)
-    return sample_rollouts([encoded(item, sampler) for item in items], policy=sampler, **how)
+    failures.bar.watch(sampler)
+    return sample_rollouts([encoded(item, sampler) for item in items], policy=sampler, on_failure=lost, **how)
 
 
 def _on_workers(

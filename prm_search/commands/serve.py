@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,10 +13,12 @@ import typer
 from ..models.placement import DEMO, shipped
 from . import BadInput, groups, options
 from .config import Common
+from .endpoint import is_endpoint, load_endpoint
 from .grouped import grouped
-from .options import ADVANCED, MODELS, POLICY_HELP
+from .options import ADVANCED, MODELS, POLICY_HELP, URL_HELP
 
 if TYPE_CHECKING:
+    from ..serving.backend import Backend
     from ..serving.config import ServeConfig
     from ..serving.request import Limits
 
@@ -35,6 +38,15 @@ class Server:
             rich_help_panel=_SERVER,
         ),
     ] = "hf"
+    base_url: Annotated[str | None, typer.Option(help=URL_HELP, metavar="URL", rich_help_panel=MODELS)] = None
+    engine_options: Annotated[
+        str | None,
+        typer.Option(
+            help="With --policy openai:MODEL: arguments of OpenAIPolicy, as a JSON object.",
+            metavar="JSON",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
     host: Annotated[str, typer.Option(help="Address to listen at.", rich_help_panel=_SERVER)] = "127.0.0.1"
     port: Annotated[int, typer.Option(help="0: any that is free.", rich_help_panel=_SERVER)] = 8000
     served_model_name: Annotated[
@@ -52,8 +64,17 @@ class Server:
 
     def __post_init__(self) -> None:
         options.one_of("--engine", self.engine, ("hf", "vllm"))
+        if self.base_url is not None and not is_endpoint(self.policy):
+            raise BadInput("--base-url needs --policy openai:MODEL")
+        self.arguments()
         if not 0 <= self.port < 1 << 16:
             raise BadInput(f"--port {self.port}: a number from 0 to 65535 is needed")
+
+    def arguments(self) -> dict[str, Any]:
+        """Further arguments of a policy behind a server. Raises BadInput where there is none to take them."""
+        if self.engine_options is not None and not is_endpoint(self.policy):
+            raise BadInput("--engine-options needs --policy openai:MODEL; vLLM's own options stand after --")
+        return options.engine_options(self.engine, self.engine_options, endpoint=is_endpoint(self.policy))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +182,24 @@ def _app(server: Server, pair: groups.Scorer, place: groups.Place, config: Serve
     from .models import load_policy, quiet
 
     quiet()
-    sampler = load_policy(server.policy, **place.options())
-    scorer = pair.load(place)
+    if is_endpoint(server.policy):
+        make_engine = _in_front(server, pair.load(place))
+    else:
+        sampler, scorer = load_policy(server.policy, **place.options()), pair.load(place)
+        make_engine = partial(ThreadEngine.of_hf, sampler, scorer)
     return make_app(
-        lambda: ThreadEngine.of_hf(sampler, scorer),
+        make_engine,
         [server.served_model_name or server.policy],
         limits=config.limits,
         steps=config.steps,
         api_keys=[server.api_key] if server.api_key else [],
     )
+
+
+def _in_front(server: Server, scorer: Any) -> Callable[[], Backend]:
+    """Make the engine over a policy behind a server, to which requests without prm_guidance are handed on."""
+    from ..serving.backend import AsyncEngine
+    from ..serving.upstream import Upstream
+
+    policy = load_endpoint(server.policy, server.base_url, server.arguments())
+    return lambda: AsyncEngine(policy, scorer, policy.token_text, upstream=Upstream(policy.endpoint))

@@ -136,8 +136,13 @@ class Failures:
 
     def __call__(self, failure: Failure) -> None:
         """Take note of one."""
-        self.places.append(failure.place)
-        self.bar.say(f"prm-search: {self.items[failure.place].where} failed: {failure.reason}")
+        self.lost(failure.place, failure.reason)
+
+    def lost(self, place: int, reason: str) -> None:
+        """Take note of a problem of which something failed, once, and say why."""
+        if place not in self.places:
+            self.places.append(place)
+        self.bar.say(f"prm-search: {self.items[place].where} failed: {reason}")
 
     @property
     def names(self) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
-from ..protocols import AsyncPolicy, AsyncPolicyBase, Request, Scorer
+from ..protocols import AsyncPolicy, AsyncPolicyBase, Request, RequestFailed, Scorer
 from ..tree import Node, Prompt
 from .driver import Driver
 from .participants import Participants
@@ -205,6 +205,9 @@ class AsyncSearch:
             request = self._running.pop(task)
             if task.cancelled() and request not in late and self._driver.active:
                 raise RuntimeError("the policy cancelled its own run(request)")
+            if not task.cancelled() and isinstance(error := task.exception(), RequestFailed):
+                self._driver.fail(self.tree, error)
+                return []
             answered.append((request, [] if task.cancelled() else task.result()))
         return answered
 

@@ -128,17 +128,27 @@ class Driver:
         if not expansion.left:
             self._resume(search, expansion.task, self._collect(search, expansion))
 
-    def cancel(self, tree: SearchTree) -> list[Request]:
+    def cancel(self, tree: SearchTree, stopped: str = "cancelled") -> list[Request]:
         """End a search now; its finished nodes are its candidates. Returns the requests that were under way.
 
         A tree that is not being searched (any more) is left alone.
+
+        Args:
+            tree: of the search.
+            stopped: what its Outcome says.
         """
         if tree not in self._searches:
             return []
         search = self._drop(tree)
         candidates = [node for node in tree.nodes if node.finished and not node.rollout and node.value is not None]
-        self._ended.append(Outcome(tree, candidates, "cancelled"))
+        self._ended.append(Outcome(tree, candidates, stopped))
         return list(search.requests)
+
+    def fail(self, tree: SearchTree, error: Exception) -> list[Request]:
+        """End a search because a request of it was given up on, and note that in the tree; see `cancel`."""
+        if tree in self._searches:
+            tree.notes.append(f"a request failed: {error}")
+        return self.cancel(tree, "failed")
 
     def seconds_left(self, tree: SearchTree) -> float:
         """Seconds until a search's time budget bites: negative once it has bitten, infinite without a time budget."""

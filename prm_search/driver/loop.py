@@ -189,6 +189,12 @@ class SearchLoop:
                 "the policy answered a request of another search: a policy without session() serves one loop at a time"
             )
         self._submitted.difference_update(request for request, _ in answered)
+        failed = policy.failures()
+        for request, error in failed:
+            self._submitted.difference_update(self._driver.fail(request.node.tree, error))
+        if failed:
+            alive = set(self._driver.active)
+            answered = [(request, children) for request, children in answered if request.node.tree in alive]
         for request in self._driver.expired():
             if request in self._submitted:
                 answered.append((request, policy.interrupt(request)))

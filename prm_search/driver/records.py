@@ -20,8 +20,8 @@ class Outcome:
     Attributes:
         tree: its tree.
         candidates: distinct finished nodes, in the strategy's order.
-        stopped: why it ended: "cancelled"; the budget that bit ("seconds", "tokens", "nodes", "depth"); "length",
-            where every candidate is full; otherwise "finished".
+        stopped: why it ended: "cancelled"; "failed", where the policy gave up on a request; the budget that bit
+            ("seconds", "tokens", "nodes", "depth"); "length", where every candidate is full; otherwise "finished".
     """
 
     tree: SearchTree

@@ -22,7 +22,8 @@ class Result:
         tree: every step, with its tokens, rewards and value.
         usage: what it cost.
         stopped: why the search ended: "finished"; "length", where every candidate is full; "tokens", "nodes",
-            "depth" or "seconds", where that budget cut something; "cancelled".
+            "depth" or "seconds", where that budget cut something; "cancelled"; "failed", where the policy gave up on a
+            request (`failure` says why).
         selection: the vote behind the choice; None where there are no candidates (a budget or a cancel came first).
     """
 
@@ -56,6 +57,11 @@ class Result:
     def value(self) -> float | None:
         """Value of the chosen path, in the unit of the rewards (beta * nats)."""
         return None if self.node is None else self.node.value
+
+    @property
+    def failure(self) -> str | None:
+        """Reason why the policy gave up on a request; None for a search that did not fail."""
+        return self.tree.notes[-1] if self.stopped == "failed" else None
 
     @property
     def log_z(self) -> float | None:

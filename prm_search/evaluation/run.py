@@ -16,7 +16,7 @@ from ..driver.participants import Participants
 from ..driver.result import Result
 from ..driver.search_settings import SearchSettings
 from ..problems import Problem, final_answer
-from ..protocols import Policy, PolicyBase, Scorer, ScorerDefaults
+from ..protocols import Policy, PolicyBase, RequestFailed, Scorer, ScorerDefaults
 from ..rng import child_lineage
 from ..search import encode_all
 from ..strategies import BestOfN
@@ -39,6 +39,7 @@ def evaluate(
     done: Mapping[int, Record] | None = None,
     batch: int = 32,
     on_result: Callable[[Unit, Result], object] | None = None,
+    on_failure: Callable[[Unit, Result], object] | None = None,
 ) -> Iterator[Record]:
     """Answer problems by each strategy of a plan; a record is given out as soon as it is finished.
 
@@ -62,6 +63,8 @@ def evaluate(
         batch: problems searched together.
         on_result: is called with each search that ends, samples included, before its record is given out. Use it for
             what a record does not keep, such as the tree.
+        on_failure: is called with each search of which the policy gave up on a request, instead; it has no record, and
+            neither have searches that its samples are the measure of. None to raise RequestFailed.
 
     Yields:
         Records, plain values: "index" is the place in `plan.units(len(problems), names)`, "kind", "problem" and "seed"
@@ -88,7 +91,7 @@ def evaluate(
     extract = resolve_answer(answer) or final_answer
     judgings = {place: Judging(judge, extract, problem.answer) for place, problem in enumerate(problems)}
     by_name = {scorer.name: scorer for scorer in pairs}
-    run = EvaluationPart(dict(enumerate(prompts)), judgings, policy, by_name, plan, batch, on_result)
+    run = EvaluationPart(dict(enumerate(prompts)), judgings, policy, by_name, plan, batch, on_result, on_failure)
     units = dict(enumerate(plan.units(len(problems), names)))
     tokens = sampled_tokens(plan, units, done or {})
     return run.records({index: unit for index, unit in units.items() if index not in (done or {})}, tokens)
@@ -123,7 +126,7 @@ class EvaluationPart:
     Attributes:
         prompts: problem -> its prompt with token ids, and how many equal ones stand before it in the whole list.
         judgings: problem -> its rules.
-        policy, plan, batch, on_result: as of `evaluate`.
+        policy, plan, batch, on_result, on_failure: as of `evaluate`.
         scorers: by name.
     """
 
@@ -134,6 +137,7 @@ class EvaluationPart:
     plan: Plan
     batch: int
     on_result: Callable[[Unit, Result], object] | None = None
+    on_failure: Callable[[Unit, Result], object] | None = None
 
     def records(self, units: Mapping[int, Unit], known: SampledTokens) -> Iterator[Record]:
         """Run units, which are in the plan's order by index.
@@ -145,10 +149,15 @@ class EvaluationPart:
         tokens = dict(known)
         # Units of one strategy, seed and pair run together.
         for (kind, _, cell), group in groupby(units.items(), _together):
-            jobs = [self._job(index, unit, tokens) for index, unit in group]
+            jobs = [self._job(index, unit, tokens) for index, unit in group if self._measured(unit, tokens)]
             scorer = None if cell is None or cell.pair is None else self.scorers[cell.pair]
             for job, result in _searches(self.policy, scorer, jobs, self.batch):
                 unit, seconds = units[job.place], job.seconds
+                if result.failure is not None:
+                    if self.on_failure is None:
+                        raise RequestFailed(result.failure)
+                    self.on_failure(unit, result)
+                    continue
                 head = {"index": job.place, "kind": unit.kind, "problem": unit.problem, "seed": unit.seed}
                 if kind == "samples":
                     record = self._samples(unit, result, seconds)
@@ -159,6 +168,12 @@ class EvaluationPart:
                 if self.on_result is not None:
                     self.on_result(unit, result)
                 yield head | record
+
+    def _measured(self, unit: Unit, tokens: SampledTokens) -> bool:
+        """Return True unless the samples that a search is to be compared with have failed."""
+        if unit.kind != "search" or unit.cell is None or not self.plan.capped or self.on_failure is None:
+            return True
+        return (unit.problem, unit.seed, unit.cell.n) in tokens
 
     def _job(self, index: int, unit: Unit, tokens: SampledTokens) -> Job:
         prompt, occurrence = self.prompts[unit.problem]

@@ -267,6 +267,10 @@ class Pair(checks.HoldsModels, ScorerBase):
         """Return what its tokenizer and a policy's have in common; without one of its own it takes the policy's."""
         other = getattr(policy, "tokenizer", None)
         if self.tokenizer is None:
+            if getattr(other, "text_only", False):
+                raise ValueError(
+                    f"{self.kind} {self.name!r} has no tokenizer, and the policy's server gives text: pass tokenizer="
+                )
             self.tokenizer = other
         return TokenizerMatch(True, True) if other is None else TokenizerMatch.of(self.tokenizer, other)
 

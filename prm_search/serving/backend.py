@@ -18,6 +18,7 @@ from ..tree import SearchTree
 from .errors import RequestError
 from .model_thread import ModelThread, ThreadPolicy, ThreadScorer
 from .prompts import PromptLength
+from .upstream import Upstream
 
 if TYPE_CHECKING:
     from ..policies.hf import HFPolicy
@@ -35,13 +36,19 @@ class Backend(ABC):
 
     Attributes:
         token_text: as given.
+        tokenizer: the policy's; None where it has none.
         context: tokens that prompt and response may have together, where the policy says so.
         prompt_length: refuses prompts that cannot fit.
         encoders: threads in which prompts are tokenised.
+        upstream: takes requests that ask for no search; None where the engine samples for those too, or another server
+            answers them before they come here.
     """
+
+    upstream: Upstream | None = None
 
     def __init__(self, policy: PolicyBase | AsyncPolicyBase, token_text: TokenText) -> None:
         self.token_text = token_text
+        self.tokenizer = policy.tokenizer
         self.context = policy.context
         self.prompt_length = PromptLength(policy.tokenizer, token_text, self.context)
         self.encoders = ThreadPoolExecutor(ENCODERS, "prm-search prompts")
@@ -146,6 +153,7 @@ class AsyncEngine(Backend):
         scorer: rewards them; in a thread, unless it has ascore_nodes.
         token_text: bytes of the policy's tokens.
         steered: makes the same policy steered with a strength; None where that cannot be.
+        upstream: see Backend.
     """
 
     def __init__(
@@ -154,8 +162,10 @@ class AsyncEngine(Backend):
         scorer: Scorer,
         token_text: TokenText,
         steered: Callable[[float], AsyncPolicy] | None = None,
+        upstream: Upstream | None = None,
     ) -> None:
         super().__init__(AsyncPolicyBase.of(policy), token_text)
+        self.upstream = upstream
         self._loop = AsyncSearchLoop(policy, scorer, on_event=self._tell)
         self._steered = steered
         self._loops: WeakValueDictionary[float, AsyncSearchLoop] = WeakValueDictionary()
@@ -168,7 +178,8 @@ class AsyncEngine(Backend):
             return self._loop
         if self._steered is None:
             param = "prm_guidance.alpha"
-            message = f"{param}: this server cannot steer: it runs without the logits processor"
+            why = "it runs without the logits processor" if self.upstream is None else "its policy is behind a server"
+            message = f"{param}: this server cannot steer: {why}"
             raise RequestError(400, message, param=param, code="unsupported_parameter")
         search_loop = self._loops.get(alpha)  # lives as long as a search in it
         if search_loop is None:

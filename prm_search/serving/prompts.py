@@ -56,6 +56,25 @@ def _bytes_kept(tokenizer: Any, token_text: TokenText, text: str) -> int:
     return sum(len(token_text.piece(token)) for token in ids)
 
 
+def continued(encode_one: Callable[[Prompt], Prompt], tokenizer: Any, prompt: Prompt) -> Prompt:
+    """A chat whose last message is the beginning of the answer, with its token ids.
+
+    Args:
+        encode_one: checks a prompt of token ids.
+        tokenizer: has the chat template.
+        prompt: chat messages.
+
+    Raises:
+        ValueError: there is no chat template, or it does not show the last message.
+    """
+    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("continue_final_message: the policy has no chat template")
+    chat = [dict(message) for message in prompt.messages or ()]
+    text = tokenizer.apply_chat_template(chat, continue_final_message=True, tokenize=False)
+    ids = private_tokenizer(tokenizer)(text, add_special_tokens=False)["input_ids"]
+    return encode_one(Prompt(token_ids=tuple(map(int, ids))))
+
+
 def encode(encode_one: Callable[[Prompt], Prompt], prompts: Sequence[Prompt], names: Sequence[str],
            wanted: Callable[[], bool]) -> list[Prompt]:  # fmt: skip
     """Return prompts with the policy's token ids. For any thread.

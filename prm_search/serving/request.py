@@ -39,6 +39,8 @@ class SearchRequest:
         alpha: strength of steering; None for an unsteered policy.
         n: choices a prompt.
         logprobs: tell the log-probability of each token.
+        token_ids: tell the ids of the prompt and of each token.
+        continues: the chat's last message is the beginning of the answer.
         stream, include_usage, progress, candidates: how it is to be answered.
     """
 
@@ -50,6 +52,8 @@ class SearchRequest:
     alpha: float | None
     n: int
     logprobs: bool
+    token_ids: bool
+    continues: bool
     stream: bool
     include_usage: bool
     progress: bool
@@ -64,8 +68,13 @@ class SearchRequest:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Strings that end a response; they are no part of it."""
+        """Strings that end a response."""
         return self.settings.sampling.stop
+
+    @property
+    def keep_stop(self) -> bool:
+        """Return True if the text ends with the stop string that ended it, not before it."""
+        return self.settings.sampling.include_stop_str
 
     @property
     def in_steps(self) -> bool:
@@ -114,6 +123,7 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
             min_p=body.min_p or 0.0,
             seed=secrets.randbits(63) if body.seed is None else body.seed,
             stop=_stop(body.stop),
+            include_stop_str=bool(body.include_stop_str_in_output),
             budget=Budget(tokens=limits.sampled_tokens, seconds=limits.seconds),
         ),
     )
@@ -128,6 +138,8 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
         alpha=alpha,
         n=n,
         logprobs=_logprobs(body),
+        token_ids=bool(body.return_token_ids),
+        continues=isinstance(body, ChatBody) and _continues(body),
         stream=stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         progress=guide is not None and guide.progress,
@@ -148,6 +160,24 @@ def _prompts(body: Body, limits: Limits) -> tuple[Prompt, ...]:
         _within(f"prompt[{place}]" if several else "prompt", lambda prompt=prompt: Prompt.of(prompt))  # type: ignore[misc]
         for place, prompt in enumerate(prompts)
     )
+
+
+def _continues(body: ChatBody) -> bool:
+    """Return True if the last message is the beginning of the answer, as vLLM's field says it."""
+    if not body.continue_final_message:
+        if body.add_generation_prompt is False:
+            message = "add_generation_prompt: false goes with continue_final_message here"
+            raise RequestError(400, message, param="add_generation_prompt", code="unsupported_parameter")
+        return False
+    name = "continue_final_message"
+    if body.add_generation_prompt:
+        raise invalid(name, "with add_generation_prompt: true: a chat is continued, or answered anew")
+    if body.messages[-1].role != "assistant":
+        raise invalid(name, f"the last message is the {body.messages[-1].role}'s, not the assistant's")
+    if body.prm_guidance is not None:
+        message = f"{name} is not served with prm_guidance: a search rewards an answer from its first token"
+        raise RequestError(400, message, param=name, code="unsupported_parameter")
+    return True
 
 
 def _strategy(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | None]:

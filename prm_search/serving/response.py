@@ -29,26 +29,29 @@ def whole(job: Job, results: Sequence[Result]) -> dict[str, Any]:
     choices = []
     for number, result in enumerate(results):
         for place, node in enumerate(chosen(ask, result)):
-            text, logprobs = _told(job, node)
+            text, logprobs, stopped_by = _told(job, node)
             content = {"message": {"role": "assistant", "content": text}} if ask.kind == "chat" else {"text": text}
-            choices.append(
-                {"index": number * ask.n + place, **content, "logprobs": logprobs, "finish_reason": finish_reason(node)}
-            )
+            choice: dict[str, Any] = {"index": number * ask.n + place, **content, "logprobs": logprobs}
+            choice |= {"finish_reason": finish_reason(node), "stop_reason": stopped_by}
+            if ask.token_ids:
+                choice |= {"token_ids": node.path_ids(), "prompt_token_ids": list(result.tree.prompt_ids)}
+            choices.append(choice)
     answer = _head(job, "chat.completion" if ask.kind == "chat" else "text_completion")
     answer |= {"choices": choices, "usage": usage(job, results)}
     return answer | ({"prm_search": [search_facts(job, result) for result in results]} if ask.guided else {})
 
 
-def _told(job: Job, node: Node) -> tuple[str, dict[str, Any] | None]:
-    """A choice's text, and its log-probabilities where they are asked for."""
+def _told(job: Job, node: Node) -> tuple[str, dict[str, Any] | None, str | None]:
+    """A choice's text, its log-probabilities where they are asked for, and the stop string that ended it."""
     ask, token_text = job.ask, job.service.engine.token_text
-    stream = TextStream(token_text, ask.stop)
+    stream = TextStream(token_text, ask.stop, keep=ask.keep_stop)
     text = stream.feed(node.path_ids()) + stream.end()
     if not ask.logprobs:
-        return text, None
+        return text, None, stream.stopped_by
     logprobs = TokenLogprobs(token_text, ask.kind)
     logprobs.feed(node.path())
-    return text, logprobs.told(len(text) if stream.stopped else None)
+    every = ask.token_ids or not stream.stopped
+    return text, logprobs.told(None if every else len(text)), stream.stopped_by
 
 
 def chosen(ask: SearchRequest, result: Result) -> list[Node]:
@@ -113,7 +116,8 @@ def finite(number: float | None) -> float | None:
 
 
 def _candidate(job: Job, node: Node) -> dict[str, Any]:
-    stream, ask = TextStream(job.service.engine.token_text, job.ask.stop), job.ask
+    ask = job.ask
+    stream = TextStream(job.service.engine.token_text, ask.stop, keep=ask.keep_stop)
     path = node.path()
     texts = [stream.feed(step.token_ids) for step in path]
     texts[-1] += stream.end()
@@ -172,7 +176,7 @@ class _Chunks:
     def __init__(self, job: Job) -> None:
         self.job, self.ask = job, job.ask
         token_text = job.service.engine.token_text
-        self.texts = [TextStream(token_text, self.ask.stop) for _ in job.ask.prompts]
+        self.texts = [TextStream(token_text, self.ask.stop, keep=self.ask.keep_stop) for _ in job.ask.prompts]
         self.logprobs = [TokenLogprobs(token_text, job.ask.kind) for _ in job.ask.prompts]
         self.characters = [0] * len(job.ask.prompts)  # told
         self.steps = [0] * len(job.ask.prompts)  # whose tokens have their log-probabilities
@@ -193,9 +197,10 @@ class _Chunks:
                 if ask.progress:
                     yield await asyncio.to_thread(self._progress, number, event)
                 if ask.in_steps:
-                    new_text = self._tell(number, job.searches[number].committed())
-                    if new_text:
-                        yield _event(self._chunk(number, self._delta(new_text), logprobs=self._logprobs(number)))
+                    new_text, ids = self._tell(number, job.searches[number].committed())
+                    if new_text or (ids and ask.token_ids):
+                        logprobs = self._logprobs(number)
+                        yield _event(self._chunk(number, self._delta(new_text), logprobs=logprobs, ids=ids))
             else:
                 self.results[number] = result = answered(event.result)
                 for chunk in await asyncio.to_thread(self._end, number, result):
@@ -204,8 +209,8 @@ class _Chunks:
             results = [self.results[number] for number in range(len(ask.prompts))]
             yield _event(self._chunk(None) | {"usage": usage(job, results)})
 
-    def _tell(self, number: int, steps: Sequence[Node]) -> str:
-        """The text that these settled steps add to what was told."""
+    def _tell(self, number: int, steps: Sequence[Node]) -> tuple[str, list[int]]:
+        """The text, and the token ids, that these settled steps add to what was told."""
         told = self.told[number]
         ids = [i for step in steps for i in step.token_ids]
         if ids[: len(told)] != told:
@@ -216,13 +221,13 @@ class _Chunks:
         self.steps[number] = len(steps)
         new_text = self.texts[number].feed(fresh)
         self.characters[number] += len(new_text)
-        return new_text
+        return new_text, fresh
 
     def _logprobs(self, number: int, *, last: bool = False) -> dict[str, Any] | None:
         """Return what comes with the text that has been told; at the end, with the rest."""
         if not self.ask.logprobs:
             return None
-        whole = last and not self.texts[number].stopped
+        whole = self.ask.token_ids or (last and not self.texts[number].stopped)
         return self.logprobs[number].told(None if whole else self.characters[number])
 
     def _end(self, number: int, result: Result) -> list[str]:
@@ -232,16 +237,20 @@ class _Chunks:
         for place, node in enumerate(chosen(ask, result)):
             index = number * ask.n + place
             if ask.in_steps:
-                new_text, rest = self._tell(number, node.path()), self.texts[number].end()
+                (new_text, ids), rest = self._tell(number, node.path()), self.texts[number].end()
                 self.characters[number] += len(rest)
                 new_text, logprobs = new_text + rest, self._logprobs(number, last=True)
+                stopped_by = self.texts[number].stopped_by
             else:
-                new_text, logprobs = _told(job, node)
+                new_text, logprobs, stopped_by = _told(job, node)
+                ids = node.path_ids()
                 if ask.kind == "chat":
                     chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
-            if new_text or logprobs:
-                chunks.append(self._chunk(index, self._delta(new_text), logprobs=logprobs))
-            chunks.append(self._chunk(index, {} if ask.kind == "chat" else {"text": ""}, finish_reason(node)))
+            if new_text or logprobs or ask.token_ids:
+                chunks.append(self._chunk(index, self._delta(new_text), logprobs=logprobs, ids=ids))
+            last = self._chunk(index, {} if ask.kind == "chat" else {"text": ""}, finish_reason(node))
+            last["choices"][0]["stop_reason"] = stopped_by
+            chunks.append(last)
         if chunks and ask.guided:
             chunks[-1]["prm_search"] = [search_facts(job, result)]
         return list(map(_event, chunks))
@@ -263,12 +272,15 @@ class _Chunks:
         delta: dict[str, Any] | None = None,
         finish: str | None = None,
         logprobs: dict[str, Any] | None = None,
+        ids: Sequence[int] = (),
     ) -> dict[str, Any]:
         """A chunk with one choice, or with none."""
         chat = self.ask.kind == "chat"
         chunk = _head(self.job, "chat.completion.chunk" if chat else "text_completion")
         content = {"delta": delta} if chat else delta or {}
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+        if self.ask.token_ids and index is not None:
+            choice["token_ids"] = list(ids)
         return chunk | {"choices": [] if index is None else [choice]}
 
 

@@ -16,6 +16,7 @@ from .errors import RequestError, too_large
 from .response import dumps, events, whole
 from .schema import parse
 from .service import Job, Service
+from .upstream import unguided
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -47,6 +48,12 @@ async def respond(service: Service, route: Route, request: Request, body: bytes 
     try:
         need_json(request)
         body = await read_body(request, service.limits.body_bytes) if body is None else body
+        upstream = service.engine.upstream
+        if upstream is not None and (fields := unguided(body)) is not None:
+            service.need_model(fields.get("model"))
+            passed = await upstream.pass_on(route, fields)
+            await _end(service, route, "passed", None)
+            return passed
         job = service.open(parse(route, body))
         if job.ask.stream:
             await _unless_gone(request, job.begun())

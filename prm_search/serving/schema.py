@@ -18,16 +18,16 @@ from .errors import RequestError, invalid
 # Fields that are not served, with the values that ask for nothing. null is always one.
 UNSERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "add_generation_prompt": (True,), "allowed_token_ids": ([],), "audio": (), "bad_words": ([],), "best_of": (1,),
-        "cache_salt": (), "chat_template": (), "chat_template_kwargs": ({},), "continue_final_message": (False,),
+        "allowed_token_ids": ([],), "audio": (), "bad_words": ([],), "best_of": (1,),
+        "cache_salt": (), "chat_template": (), "chat_template_kwargs": ({},),
         "documents": ([],), "ec_transfer_params": (), "echo": (False,), "frequency_penalty": (0,),
         "function_call": ("none",), "functions": ([],), "guided_choice": (), "guided_grammar": (), "guided_json": (),
-        "guided_regex": (), "ignore_eos": (False,), "include_stop_str_in_output": (False,), "kv_transfer_params": (),
+        "guided_regex": (), "ignore_eos": (False,), "kv_transfer_params": (),
         "length_penalty": (1,), "logit_bias": ({},), "logits_processors": ([],), "logprob_token_ids": ([],),
         "min_tokens": (0,), "modalities": (["text"],), "prediction": (), "presence_penalty": (0,),
         "priority": (0,), "prompt_embeds": (), "prompt_logprobs": (), "reasoning_effort": (),
         "repetition_detection": (), "repetition_penalty": (1,), "response_format": ({"type": "text"},),
-        "return_mm_kwargs": (False,), "return_prompt_text": (False,), "return_token_ids": (False,),
+        "return_mm_kwargs": (False,), "return_prompt_text": (False,),
         "return_token_offsets": (False,), "return_tokens_as_token_ids": (False,), "skip_special_tokens": (True,),
         "stop_token_ids": ([],), "structured_outputs": (), "suffix": ("",), "thinking_token_budget": (),
         "tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,), "truncate_prompt_tokens": (),
@@ -106,6 +106,8 @@ class Body(BaseModel):
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | Strings | None = None
+    include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     prm_guidance: GuidanceBody | None = None
@@ -141,6 +143,8 @@ class ChatBody(Body):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class CompletionBody(Body):

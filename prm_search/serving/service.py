@@ -18,7 +18,7 @@ from ..usage import Usage
 from .backend import Backend
 from .errors import RequestError
 from .metrics import Metrics
-from .prompts import encode
+from .prompts import continued, encode
 from .request import Limits, SearchRequest, make_ask
 from .schema import Body
 
@@ -53,8 +53,7 @@ class Service:
             RequestError: it cannot be served, or not now.
         """
         ask = make_ask(body, self.limits, steps=self.steps)
-        if ask.model is not None and ask.model not in self.models:
-            raise self.unknown(ask.model)
+        self.need_model(ask.model)
         if self.draining:
             raise RequestError(503, "the server is shutting down", code="shutting_down")
         if self.in_flight + len(ask.prompts) > self.limits.searches:
@@ -63,6 +62,11 @@ class Service:
                 code="too_many_searches", headers={"Retry-After": "1"},
             )  # fmt: skip
         return Job(self, ask)
+
+    def need_model(self, name: object) -> None:
+        """Raises RequestError where a request names a model that is not served."""
+        if name is not None and name not in self.models:
+            raise self.unknown(str(name))
 
     def unknown(self, name: str) -> RequestError:
         """Return what to say to somebody who asks for another model."""
@@ -113,9 +117,10 @@ class Job:
             raise RequestError(400, message, param="stop", code="unsupported_parameter")
         for prompt, name in zip(ask.prompts, ask.names, strict=True):
             engine.prompt_length.check(prompt, name)
-        self._encoding = engine.encoders.submit(
-            encode, self._loop.models.encode, ask.prompts, ask.names, lambda: not self._closed
-        )
+        encode_one = self._loop.models.encode
+        if ask.continues:
+            encode_one = partial(continued, encode_one, engine.tokenizer)
+        self._encoding = engine.encoders.submit(encode, encode_one, ask.prompts, ask.names, lambda: not self._closed)
         self._beginning = asyncio.create_task(self._begin())
         service.jobs.add(self)
         service.metrics.in_flight.set(service.in_flight)
@@ -219,6 +224,8 @@ def answered(result: Result) -> Result:
     """The result, if it has an answer. Raises RequestError (504 where time ran out) otherwise."""
     if result.node is not None:
         return result
+    if result.failure is not None:
+        raise RequestError(502, result.failure, code="upstream_failed")
     if result.stopped == "seconds":
         raise RequestError(504, "time was up before anything was drawn", code="timeout")
     raise RequestError(500, f"the search ended without an answer ({result.stopped})", code="no_answer")

@@ -17,14 +17,18 @@ class TextStream:
     Args:
         token_text: bytes of token ids; special tokens have no text.
         stop: strings of which the first to be completed ends the text before it.
+        keep: it ends the text behind it instead.
+
+    Attributes:
+        stopped_by: the stop string that has ended the text; None where none has.
     """
 
-    def __init__(self, token_text: TokenText, stop: Sequence[str] = ()) -> None:
+    def __init__(self, token_text: TokenText, stop: Sequence[str] = (), *, keep: bool = False) -> None:
         self._token_text = token_text
-        self._stop = stop
+        self._stop, self._keep = stop, keep
+        self.stopped_by: str | None = None
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
-        self._ended = False
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these further ids settle."""
@@ -37,19 +41,20 @@ class TextStream:
     @property
     def stopped(self) -> bool:
         """Return True if a stop string has ended the text."""
-        return self._ended
+        return self.stopped_by is not None
 
     def _bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join([self._token_text.piece(i) for i in ids if i not in self._token_text.special])
 
     def _take(self, text: str, *, last: bool) -> str:
-        if self._ended:
+        if self.stopped:
             return ""
         held = self._held + text
         matches = [(at + len(stop), at) for stop in self._stop if (at := held.find(stop)) >= 0]
         if matches:
-            self._ended = True
-            return held[: min(matches)[1]]
+            end, start = min(matches)
+            self.stopped_by = held[start:end]
+            return held[: end if self._keep else start]
         keep = 0 if last else max((_overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checks import require
 from ..problems import Problem
-from ..protocols import Policy, PolicyBase, Request, Sampling
+from ..protocols import Policy, PolicyBase, Request, RequestFailed, Sampling
 from ..search import encode_all
 from ..tree import Node, Prompt, SearchTree
 
@@ -68,6 +68,7 @@ def sample_rollouts(
     label: Label,
     done: Collection[tuple[int, int]] = (),
     batch: int = 32,
+    on_failure: Callable[[int, int, RequestFailed], object] | None = None,
 ) -> Iterator[Rollout]:
     """Sample and label n responses a problem; each is given out as soon as it is finished.
 
@@ -83,6 +84,8 @@ def sample_rollouts(
             label.
         done: (problem, sample) of responses that are not wanted.
         batch: problems sampled together; changes no response.
+        on_failure: called with problem, sample and error where the policy gave up on a response, which is left out;
+            None to raise the error.
 
     Raises:
         ValueError: n or batch is below 1, or a prompt is empty or too long (the message names the prompt). Raised
@@ -105,8 +108,9 @@ def sample_rollouts(
         if samples
     )
     return draw_rollouts(
-        lambda room: list(islice(jobs, room)), policy=policy, sampling=sampling, label=label, batch=batch
-    )
+        lambda room: list(islice(jobs, room)), policy=policy, sampling=sampling, label=label, batch=batch,
+        on_failure=on_failure,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,13 @@ class RolloutJob:
 
 
 def draw_rollouts(
-    take: Callable[[int], Sequence[RolloutJob]], *, policy: Policy, sampling: Sampling, label: Label, batch: int
+    take: Callable[[int], Sequence[RolloutJob]],
+    *,
+    policy: Policy,
+    sampling: Sampling,
+    label: Label,
+    batch: int,
+    on_failure: Callable[[int, int, RequestFailed], object] | None = None,
 ) -> Iterator[Rollout]:
     """Sample and label what jobs want, at most `batch` problems at a time; other arguments as of sample_rollouts.
 
@@ -159,15 +169,26 @@ def draw_rollouts(
                 text, cut = node.path_text(), node.finish != "stop"
                 answer, right = (None, False) if cut else label(text, job.answer)
                 ids = tuple(node.path_ids())
-                left[tree] -= 1
-                if not left[tree]:
-                    del left[tree]
-                    policy.release(tree)
+                _answered(tree, left, policy)
                 logprobs = _logprobs(node)
                 yield Rollout(job.problem, k, tree.prompt_ids, ids, text, str(node.finish), answer, right, logprobs)
+            for request, error in PolicyBase.of(policy).failures():
+                job, k = places.pop(request)
+                _answered(request.node.tree, left, policy)
+                if on_failure is None:
+                    raise error
+                on_failure(job.problem, k, error)
     finally:
         for tree in left:
             policy.release(tree)
+
+
+def _answered(tree: SearchTree, left: dict[SearchTree, int], policy: Policy) -> None:
+    """Count a request of a tree, and forget the tree with its last one."""
+    left[tree] -= 1
+    if not left[tree]:
+        del left[tree]
+        policy.release(tree)
 
 
 def _logprobs(end: Node) -> tuple[float, ...] | None:

@@ -237,6 +237,8 @@ def _draw(policy: PolicyBase, work: DrawAnswers) -> list[list[Node]]:
         own.submit(requests)
         while len(answers) < len(requests):
             answers.update(own.advance())
+            for _, error in own.failures():
+                raise error
     except BaseException:
         own.drop([request for request in requests if request not in answers])
         raise

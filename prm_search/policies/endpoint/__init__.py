@@ -1,0 +1,1 @@
+"""OpenAIPolicy: a policy behind an OpenAI-compatible server."""
