@@ -74,7 +74,7 @@ class Counts:
 
     @classmethod
     def of(cls, usage: Any) -> Counts:
-        """Those of a response or a chunk; none without a usage."""
+        """The counts of a response or a chunk; none without a usage."""
         details = getattr(usage, "prompt_tokens_details", None)
         prompt = _count(getattr(usage, "prompt_tokens", None))
         cached = _count(getattr(details, "cached_tokens", None)) or 0
