@@ -227,3 +227,13 @@ def test_a_server_searches_by_a_step_prm(folder: Path) -> None:
         ):
             status, _, body = served.send("/v1/completions", {**ask, "prm_guidance": guided, **refused})
             assert (status, json.loads(body)["error"]["param"]) == (400, field)
+
+
+def test_the_demo_takes_another_reward_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--problems", "1", "--scorer", "prm", "--prm-format", "qwen_math", "--json", "demo.json"]) == 0
+    record = json.loads(Path("demo.json").read_text())
+    assert (record["scorer"], record["format"], record["beam"]["value"]) == ("prm", "qwen_math", "own")
+    assert record["beam_scoring"]["encoded"] > 0 == record["beam_scoring"]["reference"]
+    assert "ranks a prefix by the value that its scorer is meant for" in " ".join(capsys.readouterr().out.split())
+    assert main(["demo", "--prm-format", "trl"]) == 2
+    assert main(["demo", "--train", "--out", "new", "--scorer", "prm"]) == 2

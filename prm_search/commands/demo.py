@@ -18,6 +18,7 @@ from ..demo.chains import CONSTRUCTED, problems
 from ..demo.comparison import EXPANSIONS, LENGTH, SAMPLES, VALUE, WIDTH, compare, figures
 from ..driver.result import Result
 from ..evaluation import Unit
+from ..evaluation.plan import OWN
 from . import BadInput, demo_screen, options, render
 from .records import writable
 
@@ -43,6 +44,11 @@ def demo(
     out: Annotated[
         str | None, typer.Option(help="With --train: folder for them; a stage that is finished there is not repeated.")
     ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help=f"In place of the pair: {options.SCORER_HELP[0].lower()}{options.SCORER_HELP[1:]}"),
+    ] = None,
+    prm_format: Annotated[str | None, typer.Option(help=options.FORMAT_HELP, show_default="auto")] = None,
     debug: options.Debug = False,
 ) -> None:
     """Show the main job: search by rewards, on a pair that ships. Offline, in seconds."""
@@ -55,20 +61,24 @@ def demo(
         raise BadInput("--out needs --train")
     if train and model != "chains":
         raise BadInput(f"--train makes the models of its own task, not of --model {model}")
+    options.check_scorer(scorer, prm_format)
+    if train and scorer is not None:
+        raise BadInput("--scorer is in place of the pair that --train makes: give one of them")
     if json_path is not None and json_path != "-":
         writable("--json", json_path)
+    named = None if scorer is None else (scorer, prm_format)
     os.environ["HF_HUB_OFFLINE"] = "1"
     screen = render.console(stderr=json_path == "-")
     if model == "smollm2":
         from .smollm2 import run as run_smollm2
 
-        record = run_smollm2(3 if count is None else count, seed, data, screen)
+        record = run_smollm2(3 if count is None else count, seed, data, screen, named)
     elif data is not None:
         raise BadInput("--data needs --model smollm2: the shipped pair knows its own task only")
     else:
         trained = None if out is None else make_pair(Path(out), seed)
         default = 50 if trained is None else 300
-        record = run(default if count is None else count, seed, screen, out)
+        record = run(default if count is None else count, seed, screen, out, named)
         if trained is not None:
             record["trained"] = trained
     if json_path == "-":
@@ -94,12 +104,26 @@ def make_pair(out: Path, seed: int) -> dict[str, Any]:
     return {name: card[name] for name in ("seed", "policy", "rollouts", "prm_recipe")}
 
 
-def run(count: int, seed: int, screen: Console, folder: str | None = None) -> dict[str, Any]:
-    """The demo on the pair in a folder, or the shipped one. Returns the figures, as `--json` has them."""
+def run(
+    count: int,
+    seed: int,
+    screen: Console,
+    folder: str | None = None,
+    named: tuple[str, str | None] | None = None,
+) -> dict[str, Any]:
+    """The demo on the pair in a folder, or the shipped one. Returns the figures, as `--json` has them.
+
+    Args:
+        count: problems.
+        seed: of the problems and every draw.
+        screen: where to show it.
+        folder: of policy and pair; None for those that ship.
+        named: a reward model and what it is, in place of the pair; see models.load_scorer.
+    """
     test_problems = problems(count, split="test", seed=seed, length=LENGTH)
     screen.print(Text(demo_screen.SENTENCE, style="bold"))
     screen.print(Text(CONSTRUCTED))
-    policy, pair = _load(screen, folder)
+    policy, scorer = _load(screen, folder, named)
 
     results: dict[str, dict[int, Result]] = {"greedy": {}, "search": {}}
 
@@ -109,17 +133,20 @@ def run(count: int, seed: int, screen: Console, folder: str | None = None) -> di
 
     board = demo_screen.Board(len(test_problems), screen)
     with board.shown():
-        for record in compare(test_problems, policy, pair, seed, on_result=keep):
+        for record in compare(test_problems, policy, scorer, seed, on_result=keep):
             board.add(record)
     saved = savings([record for record in board.records if record["kind"] == "search"])
-    demo_screen.show(screen, test_problems, results["greedy"], results["search"], board, saved)
-    return {
+    demo_screen.show(
+        screen, test_problems, results["greedy"], results["search"], board, saved, render.step_range(scorer)
+    )
+    own = {} if named is None else {"scorer": named[0], "format": named[1]}
+    return own | {
         "task": CONSTRUCTED,
         "problems": len(test_problems),
         "seed": seed,
         "length": LENGTH,
         "samples": SAMPLES,
-        "beam": {"width": WIDTH, "expansions": EXPANSIONS, "value": VALUE},
+        "beam": {"width": WIDTH, "expansions": EXPANSIONS, "value": VALUE if scorer.rewards_tokens else OWN},
         "strategies": {name: figures(row) for name, row in board.rows.items()},
         "beam_scoring": saved,
         "version": __version__,
@@ -140,14 +167,15 @@ def savings(searches: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     }
 
 
-def _load(screen: Console, folder: str | None) -> tuple[Any, Any]:
+def _load(screen: Console, folder: str | None, named: tuple[str, str | None] | None) -> tuple[Any, Any]:
     import torch
 
-    from .models import DEMO, load_pair, load_policy, quiet
+    from .models import DEMO, load_pair, load_policy, load_scorer, quiet
 
     torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
     with render.waiting(screen, "loading the pair"):
         quiet()
         policy = load_policy(DEMO if folder is None else os.path.join(folder, "policy"), device="cpu")
-        pair = load_pair(DEMO if folder is None else folder, None, None, device="cpu")
-    return policy, pair
+        if named is not None:
+            return policy, load_scorer(*named, device="cpu")
+        return policy, load_pair(DEMO if folder is None else folder, None, None, device="cpu")

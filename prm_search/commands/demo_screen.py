@@ -107,6 +107,7 @@ def show(
     searched: Mapping[int, Result],
     board: Board,
     saved: Mapping[str, int],
+    scores: tuple[float, float] | None = None,
 ) -> None:
     """Print all that the demo has to show.
 
@@ -116,6 +117,7 @@ def show(
         plain, searched: greedy's and beam's results by problem.
         board: the finished table.
         saved: tokens that scoring trees once saved; see render.savings.
+        scores: see render.tree_view.
     """
     place = interesting(problems, board)
     problem = problems[place]
@@ -134,7 +136,7 @@ def show(
     for way, purpose in NEXT:
         ways.add_row(Text(f"  {way}"), Text(purpose, style="dim"))
     screen.print(ways)
-    _show_tree(screen, problem, searched[place])
+    _show_tree(screen, problem, searched[place], scores)
 
 
 def interesting(problems: Sequence[Problem], board: Board) -> int:
@@ -170,17 +172,18 @@ def _outcome(problem: Problem, chosen: Mapping[str, str | None]) -> str:
     return f"which beam solves, as do {', '.join(solved)}" if solved else "which beam alone solves"
 
 
-def _show_tree(screen: Console, problem: Problem, result: Result) -> None:
+def _show_tree(screen: Console, problem: Problem, result: Result, scores: tuple[float, float] | None) -> None:
     def note(node: Node) -> Text | None:
         marks = wrong_steps(problem, node.path_text())
         return Text("wrong", style="red") if marks and marks[-1] else None
 
     screen.print()
-    screen.print(Text("The search of that problem (it ranks a prefix by its lowest step reward):"))
-    screen.print(render.tree_view(result.tree, result.node, note=note))
+    how = "its lowest step reward" if scores is None else "the value that its scorer is meant for"
+    screen.print(Text(f"The search of that problem (it ranks a prefix by {how}):"))
+    screen.print(render.tree_view(result.tree, result.node, note=note, scores=scores))
     screen.print(
         Text(
-            render.LEGEND
+            (render.LEGEND if scores is None else render.STEP_LEGEND)
             + " What the task knows and no model was told: 'wrong', a step that does not follow from the one before.",
             style="dim",
         )

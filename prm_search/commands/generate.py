@@ -249,8 +249,7 @@ class Run:
                 policy = self.settings.strategy.wrap(policy, scorer)
             except TypeError as error:
                 raise BadInput(f"--strategy steer: {reason(error)}") from error
-        if scorer is not None and not scorer.rewards_tokens:
-            self._scores = scorer.reward_range or (0.0, 0.0)
+        self._scores = render.step_range(scorer)
         waiting = [place for place in range(len(self.items)) if place not in self.done]
         bar = self.failures.bar
         bar.watch(policy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -133,6 +134,17 @@ def heading(prompt: Prompt) -> Text:
     return Text(shown, no_wrap=True, overflow="ellipsis")
 
 
+def step_range(scorer: Any) -> tuple[float, float] | None:
+    """Return the range of a scorer's step scores, as tree_view takes it; None for rewards of tokens, or no scorer."""
+    if scorer is None or scorer.rewards_tokens:
+        return None
+    return scorer.reward_range or (0.0, 0.0)
+
+
+STEP_LEGEND = (
+    "Each line is a step: its score (green above the middle of its range, red below) and its text. '>' marks the chosen "
+    "answer, x3 a step that was drawn three times; a dim one was pruned."
+)
 LEGEND = (
     "Each line is a step: its reward (beta * nats; green above 0, red below), q up to its end, its text. "
     "'>' marks the chosen answer, x3 a step that was drawn three times; a dim one was pruned."

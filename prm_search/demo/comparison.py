@@ -7,6 +7,7 @@ from typing import Any
 
 from ..driver.result import Result
 from ..evaluation import Plan, Summary, SummaryRow, Unit, evaluate
+from ..evaluation.plan import OWN
 from ..problems import Problem
 from ..protocols import Policy, Scorer
 from ..steps import StepRule
@@ -32,13 +33,19 @@ def judge(text: str, reference: str) -> tuple[str | None, bool]:
     return answer, answer == reference
 
 
-def plan(seed: int) -> Plan:
-    """All strategies of TITLES under one seed."""
+def plan(seed: int, *, own: bool = False) -> Plan:
+    """All strategies of TITLES under one seed.
+
+    Args:
+        seed: of every draw.
+        own: rank by the value that the scorer is meant for, in place of the pair's.
+    """
     return Plan(
         strategies=tuple(TITLES),
         budgets=(SAMPLES,),
         seeds=(seed,),
-        search_values=(VALUE,),
+        values=(OWN if own else "q",),
+        search_values=(OWN if own else VALUE,),
         shapes={SAMPLES: (WIDTH, EXPANSIONS)},
         steps=StepRule(chains.DELIMITER, max_tokens=2 * STEP_TOKENS),
         max_new_tokens=2 * LENGTH * STEP_TOKENS,
@@ -53,14 +60,15 @@ def as_problems(problems: Sequence[chains.Problem]) -> list[Problem]:
 def compare(
     problems: Sequence[chains.Problem],
     policy: Policy,
-    pair: Scorer,
+    scorer: Scorer,
     seed: int,
     *,
     on_result: Callable[[Unit, Result], object] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Records of `evaluation.evaluate`, as they are finished."""
+    own = not getattr(scorer, "rewards_tokens", True)
     return evaluate(
-        as_problems(problems), policy=policy, scorers=pair, plan=plan(seed), judge=judge, answer=chains.answer,
+        as_problems(problems), policy=policy, scorers=scorer, plan=plan(seed, own=own), judge=judge, answer=chains.answer,
         on_result=on_result,
     )  # fmt: skip
 

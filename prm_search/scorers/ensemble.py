@@ -13,7 +13,7 @@ import numpy as np
 from .. import checks
 from ..protocols import Scorer, ScorerDefaults
 from ..tokens import TokenizerMatch
-from ..tree import Node, SearchTree
+from ..tree import Node, Prompt, SearchTree
 from .base import BATCH_TOKENS, Pair, ScorerBase
 from .explicit.step_scores import StepScores, score_texts
 from .responses import Steps
@@ -141,6 +141,15 @@ class Ensemble(ScorerBase):
         """Have every member meet the policy."""
         for member in self.scorers:
             member.bind(policy)
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise ValueError where a member cannot score responses to a prompt."""
+        for member in self.scorers:
+            member.check_prompt(prompt)
+
+    def notes_of(self, node: Node) -> tuple[str, ...]:
+        """Return what members have to say of a scored path."""
+        return tuple(n for member in self.scorers if isinstance(member, ScorerBase) for n in member.notes_of(node))
 
     def release(self, tree: SearchTree) -> None:
         """Have every member forget a tree."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 Messages = Sequence[Mapping[str, Any]]
+_ASKED = {"role": "user", "content": "q"}  # of self-checks
 
 
 class Layout(Protocol):
@@ -99,7 +100,7 @@ def needs_template(tokenizer: Any) -> None:
 def keeps_answers(tokenizer: Any) -> None:
     """Raise ValueError where a template drops or alters what the assistant said."""
     answer = "one two"
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+    messages = [_ASKED, {"role": "assistant", "content": answer}]
     if answer not in tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False):
         raise ValueError("the chat template drops the assistant's text, which holds the steps")
 
@@ -120,9 +121,16 @@ class MarkerChat:
 
     def check(self, tokenizer: Any) -> None:
         """See Layout."""
-        one_token(tokenizer, self.marker)
+        marker = one_token(tokenizer, self.marker)
         needs_template(tokenizer)
         keeps_answers(tokenizer)
+        # Read as one token wherever it stands, whatever is before it and behind it.
+        steps = ["one.", "{2}", "3", "four\n"]
+        chat = chat_ids(tokenizer, [_ASKED, {"role": "assistant", "content": self.marker.join([*steps, ""])}])
+        if chat.count(marker) != len(steps):
+            raise ValueError(
+                f"the tokenizer reads {self.marker!r} as other tokens between steps, where this format needs one token"
+            )
 
     def ids(self, tokenizer: Any, question: Messages, steps: Sequence[str]) -> list[int]:
         """See Layout."""
@@ -195,6 +203,13 @@ class VerdictTurns:
         """See Layout."""
         needs_template(tokenizer)
         keeps_answers(tokenizer)
+        # The position that is read is the one before the verdict of an answered turn.
+        asked, both = (self.ids(tokenizer, [_ASKED], steps) for steps in (["one"], ["one", "two"]))
+        if both[: len(asked)] != asked:
+            raise ValueError(
+                "the chat template's generation prompt is not what it writes before an assistant's answer, so no "
+                "position comes before the verdict"
+            )
 
     def ids(self, tokenizer: Any, question: Messages, steps: Sequence[str]) -> list[int]:
         """See Layout."""
