@@ -46,7 +46,7 @@ def demo(
     ] = None,
     scorer: Annotated[
         str | None,
-        typer.Option(help=f"In place of the pair: {options.SCORER_HELP[0].lower()}{options.SCORER_HELP[1:]}"),
+        typer.Option(help="In place of the pair: a step PRM, outcome model or pair: hub id, folder or JSON."),
     ] = None,
     prm_format: Annotated[str | None, typer.Option(help=options.FORMAT_HELP, show_default="auto")] = None,
     debug: options.Debug = False,
@@ -136,9 +136,8 @@ def run(
         for record in compare(test_problems, policy, scorer, seed, on_result=keep):
             board.add(record)
     saved = savings([record for record in board.records if record["kind"] == "search"])
-    demo_screen.show(
-        screen, test_problems, results["greedy"], results["search"], board, saved, render.step_range(scorer)
-    )
+    scores = render.step_range(scorer)
+    demo_screen.show(screen, test_problems, results["greedy"], results["search"], board, saved, scores)
     own = {} if named is None else {"scorer": named[0], "format": named[1]}
     return own | {
         "task": CONSTRUCTED,

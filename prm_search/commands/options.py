@@ -30,7 +30,7 @@ URL_HELP = (
     "With --policy openai:MODEL: the server, up to /v1. Default: OPENAI_BASE_URL, else OpenAI's. Key: OPENAI_API_KEY."
 )
 OPTIONS_HELP = "Arguments of vllm.LLM (--engine vllm), or of OpenAIPolicy (--policy openai:...), as a JSON object."
-SCORER_HELP = "A step PRM, outcome model or pair: hub id or folder."
+SCORER_HELP = "A step PRM, outcome model or pair: hub id or folder; or a JSON file that names an ensemble."
 FORMAT_HELP = f"With --scorer: what it is, of {', '.join(KINDS)}."
 PAIR_HELP = "Folder or hub id with a pair card (pair.json), or 'demo'."
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

@@ -142,7 +142,7 @@ def step_range(scorer: Any) -> tuple[float, float] | None:
 
 
 STEP_LEGEND = (
-    "Each line is a step: its score (green above the middle of its range, red below) and its text. '>' marks the chosen "
+    "Each line is a step: its score (green above the middle of its range, red below), its text. '>' marks the chosen "
     "answer, x3 a step that was drawn three times; a dim one was pruned."
 )
 LEGEND = (

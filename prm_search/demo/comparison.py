@@ -66,9 +66,9 @@ def compare(
     on_result: Callable[[Unit, Result], object] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Records of `evaluation.evaluate`, as they are finished."""
-    own = not getattr(scorer, "rewards_tokens", True)
+    how = plan(seed, own=not getattr(scorer, "rewards_tokens", True))
     return evaluate(
-        as_problems(problems), policy=policy, scorers=scorer, plan=plan(seed, own=own), judge=judge, answer=chains.answer,
+        as_problems(problems), policy=policy, scorers=scorer, plan=how, judge=judge, answer=chains.answer,
         on_result=on_result,
     )  # fmt: skip
 
