@@ -24,6 +24,10 @@ _PUBLIC = {
     "MCTS": ".strategies",
     "ParticleFilter": ".strategies",
     "Rebase": ".strategies",
+    "SelfConsistency": ".strategies",
+    "DraftPolicy": ".policies.draft",
+    "PolicyPool": ".policies.joint",
+    "DeepConf": ".strategies",
     "Steer": ".strategies",
     "Expand": ".strategies",
     "Parallel": ".strategies",
@@ -88,9 +92,11 @@ if TYPE_CHECKING:
     from .driver.driver import Driver as Driver
     from .guidance import PRMGuidance as PRMGuidance
     from .integrations.huggingface import disable as disable, enable as enable, generate as generate
+    from .policies.draft import DraftPolicy as DraftPolicy
     from .policies.endpoint.policy import OpenAIPolicy as OpenAIPolicy
     from .policies.endpoint.retry import Backoff as Backoff
     from .policies.hf import HFPolicy as HFPolicy, Steered as Steered
+    from .policies.joint import PolicyPool as PolicyPool
     from .protocols import Policy as Policy, Sampling as Sampling, Scorer as Scorer
     from .scorers.ensemble import Ensemble as Ensemble
     from .scorers.explicit.formats import PRMFormat as PRMFormat
@@ -113,11 +119,13 @@ if TYPE_CHECKING:
         AdaptiveBranch as AdaptiveBranch,
         Beam as Beam,
         BestOfN as BestOfN,
+        DeepConf as DeepConf,
         Expand as Expand,
         Lookahead as Lookahead,
         Parallel as Parallel,
         ParticleFilter as ParticleFilter,
         Rebase as Rebase,
+        SelfConsistency as SelfConsistency,
         Steer as Steer,
         Strategy as Strategy,
     )

@@ -10,8 +10,10 @@ nodes_of(request, draws, sampler)
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import fsum
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
@@ -69,6 +71,7 @@ class Draw:
         fresh: the next token starts a new step.
         drawn: tokens in the chain.
         done: it draws no more.
+        recent: confidences of the group that the request's floor looks at; None without a floor.
     """
 
     request: Request
@@ -82,6 +85,7 @@ class Draw:
     fresh: bool = True
     drawn: int = 0
     done: bool = False
+    recent: deque[float] | None = None
 
     @classmethod
     def of(cls, request: Request, tokens: Tokens, stop_ids: frozenset[int]) -> list[Self]:
@@ -89,10 +93,15 @@ class Draw:
         node, sampling = request.node, request.sampling
         matcher = sampling.steps.matcher(tokens.piece, node)
         stops = StopMatcher(sampling.stop, tokens.text_bytes(node.path_ids())) if sampling.stop else None
-        return [
+        draws = [
             cls(request, i, tokens, stop_ids, matcher.copy(), None if stops is None else stops.copy(), cap)
             for i, cap in enumerate(request.caps)
         ]
+        if request.floor is not None:
+            known = [x for part in node.path() if part.confidences is not None for x in part.confidences.tolist()]
+            for draw in draws:
+                draw.recent = deque(known, request.floor.window)
+        return draws
 
     @property
     def lineage(self) -> int:
@@ -128,9 +137,11 @@ class Draw:
                 where the StepRule has confidence_of="top".
             drawn_probability: of the token that was drawn; it matters with confidence_of="drawn".
         """
-        if not self.fresh and self.matcher.uncertain(top_probability, drawn_probability):
+        first = self.request.doubting and not self.drawn
+        if (first or not self.fresh) and self.matcher.uncertain(top_probability, drawn_probability, first=first):
             self.matcher.cut()
-            self._close()
+            if self.chain:
+                self._close()
             self.done = self.request.until == "step"
         return self.done
 
@@ -158,6 +169,8 @@ class Draw:
         segment.logprobs.append(logprob)
         if confidence is not None and self.request.sampling.confidence_tokens:
             segment.confidences.append(confidence)
+            if self.recent is not None:
+                self.recent.append(float(np.float32(confidence)))  # as the node keeps it, whose means are compared
         self.drawn += 1
         self.left -= 1
 
@@ -193,6 +206,8 @@ class Draw:
             segment.finish, self.done = "stop", True
         elif self.left == 0:
             segment.finish, self.done = self.request.cap_reasons[self.index], True
+        elif self._weak():
+            segment.finish, self.done = "weak", True
         elif step:
             segment.finish, self.done = "step", self.request.until == "step"
         if self.done or step:
@@ -201,6 +216,13 @@ class Draw:
             written = self.tokens.text_bytes(segment.token_ids)
             segment.text = written[: len(written) - match.behind]
             segment.hidden = 0 if self.request.sampling.include_stop_str else match.length
+
+    def _weak(self) -> bool:
+        """Return True if the newest group of tokens lies below the request's floor."""
+        floor, recent = self.request.floor, self.recent
+        if floor is None or recent is None or len(recent) < floor.window:
+            return False
+        return fsum(recent) / floor.window < floor.bar
 
     def interrupt(self, finish: str = "budget") -> None:
         """End the child now, the step under way as it is. A child that has drawn nothing makes no node."""

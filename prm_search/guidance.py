@@ -27,7 +27,7 @@ class PRMGuidance(HoldsModels):
         pair: an ImplicitPRM, or another Scorer.
         strategy: how to search, or the name of a strategy for its default configuration.
         steps: where a step ends; None for StepRule(), blank lines.
-        select: "best", "majority" or "weighted".
+        select: "best", "majority" or "weighted"; None for the strategy's own ("best" for most).
         answer: finds the final answer in a response: "boxed", "####", "number", a function, or None.
         prover: a second scorer.
         budget: limits of each prompt's search; an integer limits its sampled tokens. Its seconds are joined with
@@ -48,7 +48,7 @@ class PRMGuidance(HoldsModels):
     _: KW_ONLY
     strategy: Strategy | str = "beam"
     steps: StepRule | None = None
-    select: Select = "best"
+    select: Select | None = None
     answer: str | Answer | None = None
     prover: Scorer | None = None
     budget: Budget | int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Hashable, Sequence
+from collections.abc import Awaitable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from .checks import require
@@ -77,6 +77,10 @@ class _PolicyFacts(ABC):
         tokenizer: its transformers tokenizer; None where it has none.
         top_tokens: most probable tokens that it can tell at each place, for Sampling.confidence_tokens and ranked
             requests; 0 where it tells none. A search that needs more is refused.
+        ranks: whether it answers requests that are ranked or doubting, as all do that draw by drawing.Draw and ask it
+            for its `rank`.
+        names: of the policies that an Expand may ask for one of; none for a single policy.
+        choice: the (below, candidates, confidence_of) by which every token is chosen; see Steer. None where it is not.
         takes_stop: whether responses end at Sampling.stop, as all do that are drawn by drawing.Draw. A search with stop
             strings is refused where they do not.
     """
@@ -96,6 +100,14 @@ class _PolicyFacts(ABC):
     tokenizer: Any = None
     takes_stop: bool = False
     top_tokens: int = 0
+    ranks: bool = False
+    names: tuple[str, ...] = ()
+    choice: tuple[float | None, int | None, str] | None = None
+
+    @property
+    def models(self) -> Mapping[str, Hashable]:
+        """Ids of its models by role, for usage; "policy" is the one whose id is this policy's."""
+        return {"policy": self.id}
 
     @abstractmethod
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -133,8 +145,11 @@ class PolicyBase(_PolicyFacts):
         serves one loop at a time."""
         return self
 
-    def steered(self, pair: Any, alpha: float) -> PolicyBase:
-        """Return a policy that draws from this one's logits + alpha * the pair's log-ratio.
+    def steered(
+        self, pair: Any, alpha: float, below: float | None = None, candidates: int | None = None,
+        confidence_of: str = "top",
+    ) -> PolicyBase:  # fmt: skip
+        """Return a policy that draws from this one's logits + alpha * the pair's log-ratio; the rest as in Steer.
 
         Raises:
             TypeError: it cannot be steered token by token.
@@ -163,7 +178,8 @@ class PolicyBase(_PolicyFacts):
         raise TypeError(_TELLS_NONE.format(type(getattr(self, "_policy", self)).__name__))
 
     def drop(self, requests: Sequence[Request]) -> None:
-        """Forget unanswered requests of this session after an error."""
+        """Forget unanswered requests of this session: after an error, or because a search has enough without them. What
+        they have drawn counts as sampled."""
         for request in requests:
             self.interrupt(request)
 
@@ -209,6 +225,7 @@ class _Completed(PolicyBase):
         self.alpha, self.tokenizer = getattr(policy, "alpha", None), getattr(policy, "tokenizer", None)
         self.takes_stop = getattr(policy, "takes_stop", False)
         self.top_tokens = getattr(policy, "top_tokens", 0)
+        self.ranks = getattr(policy, "ranks", False)
 
     @property
     def id(self) -> Hashable:
@@ -238,6 +255,10 @@ class _Completed(PolicyBase):
         own = getattr(self._policy, "failures", super().failures)
         failed: list[tuple[Request, RequestFailed]] = own()
         return failed
+
+    def drop(self, requests: Sequence[Request]) -> None:
+        own: Any = getattr(self._policy, "drop", super().drop)
+        own(requests)
 
     def session(self) -> PolicyBase:
         own = getattr(self._policy, "session", None)
@@ -331,6 +352,10 @@ class AsyncPolicyBase(_PolicyFacts):
         """
         return False
 
+    async def drop(self, requests: Sequence[Request]) -> None:
+        """Forget requests whose tasks were cancelled while their search goes on; returns once nothing is drawn for them
+        and what was drawn is counted. A policy whose cancelled `run` does that itself has nothing more to do."""
+
     async def next_token_logprobs(self, asks: Sequence[NextToken], words: Sequence[str]) -> list[dict[str, float]]:
         """As PolicyBase.next_token_logprobs, on the running event loop."""
         raise TypeError(_TELLS_NONE.format(type(getattr(self, "_policy", self)).__name__))
@@ -353,6 +378,7 @@ class _CompletedAsync(AsyncPolicyBase):
         self.alpha, self.tokenizer = getattr(policy, "alpha", None), getattr(policy, "tokenizer", None)
         self.takes_stop = getattr(policy, "takes_stop", False)
         self.top_tokens = getattr(policy, "top_tokens", 0)
+        self.ranks = getattr(policy, "ranks", False)
 
     @property
     def id(self) -> Hashable:

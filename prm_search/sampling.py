@@ -63,6 +63,33 @@ class Sampling:
         integer("confidence_tokens", self.confidence_tokens, 0, "an integer >= 0 (0 records none)")
 
 
+@dataclass(frozen=True)
+class Doubt:
+    """Ends children before tokens of which the policy is unsure: as a StepRule's confidence, but before their first
+    token too. A child that ends so is none.
+
+    Args:
+        below: probability in [0, 1].
+        confidence_of: "top" or "drawn"; see StepRule.
+    """
+
+    below: float
+    confidence_of: Literal["top", "drawn"] = "top"
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Ends a child while it is drawn: where the policy's confidence, over a group of tokens, falls below a bar.
+
+    Args:
+        window: tokens of a group: the last ones of the path. No shorter group ends a child.
+        bar: the least mean of their confidences (Node.confidences), nats.
+    """
+
+    window: int
+    bar: float
+
+
 @dataclass(eq=False)
 class Request:
     """Children to draw for one node.
@@ -78,6 +105,12 @@ class Request:
         merge: count identical children on one node.
         ranked: draw nothing: child i is the i-th most probable token, counted from 0, as a step of its own. Needs
             until="step".
+        doubting: its children may end before their first token, where the StepRule's confidence says so: there are
+            fewer nodes then. Needs until="step".
+        policy: which policy of a PolicyPool draws; None for the first.
+        strict: a token budget holds: all tokens drawn for a child, those of no node too, stay within its cap.
+        wasted: tokens drawn for it that are in none of its nodes; the policy counts them up, and the budget pays them.
+        floor: ends children of low confidence, with finish "weak"; None ends none.
     """
 
     node: Node
@@ -89,6 +122,11 @@ class Request:
     rollout: bool = False
     merge: bool = True
     ranked: bool = False
+    floor: Floor | None = None
+    doubting: bool = False
+    policy: str | None = None
+    strict: bool = False
+    wasted: int = 0
 
     @classmethod
     def draw(
@@ -103,6 +141,8 @@ class Request:
         rollout: bool = False,
         merge: bool = True,
         ranked: bool = False,
+        floor: Floor | None = None,
+        doubting: bool = False,
     ) -> Request:
         """The next children of a node, lineage by lineage; advances node.drawn.
 
@@ -129,6 +169,5 @@ class Request:
             )
         node.drawn += max(counts, default=0)
         reasons = tuple("length" if cap >= room else cap_reason for cap in limits)
-        return cls(
-            node, sampling, lineages, tuple(min(cap, room) for cap in limits), reasons, until, rollout, merge, ranked
-        )
+        within = tuple(min(cap, room) for cap in limits)
+        return cls(node, sampling, lineages, within, reasons, until, rollout, merge, ranked, floor, doubting)

@@ -42,7 +42,7 @@ def search(
     seed: int = 0,
     stop: str | Sequence[str] | None = None,
     include_stop_str: bool = False,
-    select: Select = "best",
+    select: Select | None = None,
     answer: str | Answer | None = None,
     prover: Scorer | None = None,
     budget: Budget | int | None = None,
@@ -70,7 +70,8 @@ def search(
         stop: strings; the first to complete ends the response, even if it spreads over several tokens or steps. Nothing
             is drawn behind it, and no text behind it is scored.
         include_stop_str: keep it in the texts. Else they end before it; it is one of the tokens in any case.
-        select: "best", "majority" or "weighted" (see answers.select). Responses that a length or a budget cut are
+        select: "best", "majority" or "weighted" (see answers.select); None for the strategy's own, which is "best"
+            unless it is made for votes (SelfConsistency, DeepConf). Responses that a length or a budget cut are
             chosen only where none is complete.
         answer: finds the final answer in a response: "boxed", "####", "number", a function, or None.
         prover: a second scorer. Unless a value says otherwise, nodes are then ranked by Advantage(prover=prover.name).
@@ -143,7 +144,7 @@ async def asearch(
     settings = SearchSettings.make(**options)
     prompt_list = _listed(prompts)
     require("policy", policy, AsyncPolicy)
-    if isinstance(settings.strategy, Steer):
+    if isinstance(settings.strategy, Steer) and settings.strategy.candidates is None:
         raise ValueError("strategy=Steer(...) needs token by token access to the policy: use search, not asearch")
     loop = AsyncSearchLoop(policy, scorer, prover, on_event=on_event)
     searches = [

@@ -181,16 +181,17 @@ class StepMatcher:
             return True
         return False
 
-    def uncertain(self, top_prob: float, drawn_prob: float = 1.0) -> bool:
+    def uncertain(self, top_prob: float, drawn_prob: float = 1.0, *, first: bool = False) -> bool:
         """Return True if the step ends before the next token; if so, and it is ended, call `cut`.
 
         Args:
             top_prob: probability of the most probable next token, in [0, 1], before temperature and filters.
             drawn_prob: that of the token that was drawn.
+            first: ask it of a step's first token too; else that is always taken.
         """
         rule = self._rule
         probability = top_prob if rule.confidence_of == "top" else drawn_prob
-        return rule.confidence is not None and self._tokens > 0 and probability < rule.confidence
+        return rule.confidence is not None and (first or self._tokens > 0) and probability < rule.confidence
 
     def cut(self) -> None:
         """The step ended before a token; the matcher is ready for the next step."""

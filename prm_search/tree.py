@@ -7,7 +7,7 @@ are the truth and text is a rendering of them, so what was sampled is what is sc
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,8 @@ class Node:
         reward_ids: pair name -> the tokens that its rewards speak of, for a pair with another tokenizer only.
         value: the number a strategy ranks the node by; None until scored.
         finish: "step" (a StepRule ended it), "stop" (end of sequence or a stop condition), "length" (the
-            response or the context is full), "budget" (the search's budget ended it), None for the root.
+            response or the context is full), "budget" (the search's budget ended it), "weak" (it was ended while it
+            was drawn, because the policy was not sure enough: DeepConf), None for the root.
         depth: steps from the root.
         lineages: the random streams that reached this node, one per merged duplicate.
         drawn: children already drawn from each lineage; the next draw goes on from there.
@@ -101,7 +102,7 @@ class Node:
     @property
     def finished(self) -> bool:
         """Return True if nothing may follow: the response ended, is full, or the budget is spent."""
-        return self.finish in ("stop", "length", "budget")
+        return self.finish in ("stop", "length", "budget", "weak")
 
     def set_rewards(
         self,
@@ -202,6 +203,7 @@ class SearchTree:
         primary: the pair that Node.reward, .q and .token_rewards speak of.
         meter: token counts by model, read out as Result.usage.
         seed: of the search, for strategies that draw numbers of their own.
+        answer: finds the final answer in a text, for strategies that vote while they draw; None takes whole texts.
         notes: what a reader of the result should know, in sentences; scorers add to it.
         log_z: estimate of log sum_y policy(y) exp(value(y) / temperature), nats, where a strategy makes one.
         vocabularies: the bytes of token ids, for who shows tokens: the policy's by the name "", which a policy's draws
@@ -214,6 +216,7 @@ class SearchTree:
         self.primary = "prm"
         self.meter = Meter()
         self.seed = 0
+        self.answer: Callable[[str], str | None] | None = None
         self.log_z: float | None = None
         self.notes: list[str] = []
         self.vocabularies: dict[str, Vocabulary] = {}
@@ -285,6 +288,19 @@ class SearchTree:
         node.logprobs = None if logprobs is None else np.asarray(logprobs, np.float32)
         node.lineages = (lineage,)
         return self._append(node)
+
+    def discard(self, node: Node) -> None:
+        """Take a node without children out again, one of the newest; the nodes after it move up.
+
+        Raises:
+            ValueError: it is the root, has children, or is no node of this tree.
+        """
+        if node.parent is None or node.children or self.nodes[node.index] is not node:
+            raise ValueError(f"{node!r} cannot be discarded: a node of this tree without children is needed")
+        for later in self.nodes[node.index + 1 :]:
+            later.index -= 1
+        del self.nodes[node.index]
+        node.parent.children.remove(node)
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-FINISHES = ("step", "stop", "length", "budget")
+FINISHES = ("step", "stop", "length", "budget", "weak")
 
 Check = tuple[str, Callable[[Any], bool]]  # what is needed, in words, and whether a value is that
 

@@ -160,6 +160,7 @@ class FakePolicy:
 
     takes_stop = True
     top_tokens = 4
+    ranks = True
 
     def __init__(
         self,
@@ -209,6 +210,11 @@ class FakePolicy:
     def interrupt(self, request: Request) -> list[Node]:
         return interrupt(request, self.requests.pop(request), self.id)
 
+    def drop(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            drawn = sum(child.sampled for child in self.requests.pop(request))
+            request.node.tree.meter.add("sampled", self.id, drawn)
+
     def release(self, tree: SearchTree) -> None:
         self.trees.discard(tree)
         self.requests = {r: children for r, children in self.requests.items() if r.node.tree is not tree}
@@ -219,6 +225,7 @@ class FakeBlockingPolicy(BlockingPolicy):
 
     takes_stop = True
     top_tokens = 4
+    ranks = True
 
     def __init__(self, lm: ToyLM | None = None, *, id: Hashable = "toy") -> None:
         super().__init__()
@@ -331,6 +338,7 @@ class FakeAsyncPolicy:
 
     takes_stop = True
     top_tokens = 4
+    ranks = True
 
     def __init__(
         self,

@@ -14,7 +14,20 @@ from prm_search.driver.records import Outcome, chain
 from prm_search.driver.result import Result
 from prm_search.protocols import Request
 from prm_search.search import search
-from prm_search.strategies import DVTS, MCTS, AdaptiveBranch, Beam, BestOfN, Lookahead, ParticleFilter, Rebase, Strategy
+from prm_search.strategies import (
+    DVTS,
+    MCTS,
+    AdaptiveBranch,
+    Beam,
+    BestOfN,
+    DeepConf,
+    Lookahead,
+    ParticleFilter,
+    Rebase,
+    SelfConsistency,
+    Steer,
+    Strategy,
+)
 from prm_search.tree import Node, Prompt, SearchTree
 
 small = st.integers(1, 3)
@@ -32,7 +45,7 @@ ALL = st.one_of(
         expansions=small,
         steps=small,
         rollouts=small,
-        reduce=st.sampled_from(["mean", "max"]),
+        reduce=st.sampled_from(["mean", "max", "policy"]),
         per_parent=cap,
         merge=merging,
     ),
@@ -64,6 +77,34 @@ ALL = st.one_of(
         batch=small,
     ),
     st.builds(Rebase, width=st.integers(1, 6), temperature=st.sampled_from([0.05, 1.0]), merge=merging),
+    st.builds(
+        SelfConsistency,
+        n=st.integers(1, 8),
+        stop=st.sampled_from([None, "adaptive", "beta"]),
+        weight=st.sampled_from([None, "confidence"]),
+        keep=st.sampled_from([0.5, 1.0]),
+        measure=st.sampled_from(["group", "tail"]),
+        window=small,
+        top=small,
+    ),
+    st.builds(
+        Steer,
+        n=small,
+        below=st.none() | st.sampled_from([0.3, 0.6]),
+        candidates=st.integers(2, 3),
+        confidence_of=st.sampled_from(["top", "drawn"]),
+    ),
+    # One at a time: of several at once, those that are given up have drawn more or less by then.
+    st.builds(
+        DeepConf,
+        warmup=small,
+        budget=st.integers(3, 6),
+        keep=st.sampled_from([0.1, 0.9]),
+        window=small,
+        top=small,
+        consensus=st.none() | st.just(0.6),
+        wave=st.just(1),
+    ),
 )
 SEEDS = st.integers(0, 2**32)
 

@@ -91,7 +91,7 @@ MADE: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: ps.BestOfN(value="quality"), ValueError, "value='quality' is unknown"),
     (lambda: ps.DVTS(subtrees=0), ValueError, "subtrees=0: an integer >= 1"),
     (lambda: ps.Lookahead(rollouts=0), ValueError, "rollouts=0: an integer >= 1"),
-    (lambda: ps.Lookahead(reduce="sum"), ValueError, "reduce='sum': it is 'mean' or 'max'"),  # type: ignore[arg-type]
+    (lambda: ps.Lookahead(reduce="sum"), ValueError, "reduce='sum': it is 'mean', 'max' or 'policy'"),  # type: ignore[arg-type]
     (lambda: ps.Steer(NAN), ValueError, "alpha=nan: a number from -1e6 to 1e6"),
     (lambda: ps.Steer("much"), TypeError, "alpha='much': a number from -1e6 to 1e6"),  # type: ignore[arg-type]
     (lambda: ps.Steer(1.0, n=0), ValueError, "n=0: an integer >= 1"),

@@ -236,6 +236,8 @@ def test_generate_gives_what_search_gives(run, folder, demo_models):
         ),
         (["--strategy", "beam", "--per-parent", 1], ps.Beam(per_parent=1)),
         (["--strategy", "steer", "--alpha", 0.5], ps.Steer(0.5)),
+        (["--strategy", '{"name": "steer", "below": 0.6, "candidates": 2}'], ps.Steer(below=0.6, candidates=2)),
+        (["--strategy", '{"name": "self_consistency", "n": 4, "stop": "beta"}'], ps.SelfConsistency(4, "beta")),
     ],
 )
 def test_every_strategy_can_be_asked_for(args, strategy, run, folder, demo_models):

@@ -22,7 +22,7 @@ from prm_search.serving.app import make_app
 from prm_search.serving.backend import ThreadEngine
 from prm_search.serving.request import Limits
 from prm_search.serving.text import whole_text
-from prm_search.strategies import DVTS, Beam, BestOfN, Lookahead, Steer, Strategy
+from prm_search.strategies import DVTS, Beam, BestOfN, DeepConf, Lookahead, SelfConsistency, Steer, Strategy
 from prm_search.tree import Node, Prompt, SearchTree
 
 PROMPT, OTHER = "=5a*7b+3c*9d+8?", "=2a+2b*6?"
@@ -106,6 +106,8 @@ def joined(stream: Any) -> tuple[str, str, list[Any]]:
         ({"strategy": "lookahead", "width": 2, "expansions": 2, "lookahead_steps": 2}, Lookahead(2, 2, 2)),
         ({"strategy": "dvts", "subtrees": 2, "expansions": 2}, DVTS(2, 1, 2)),
         ({"strategy": "steer", "alpha": 2.0, "n": 2}, Steer(2.0, 2)),
+        ({"strategy": "self_consistency", "n": 6, "stop": "beta"}, SelfConsistency(6, "beta")),
+        ({"strategy": "deep_conf", "warmup": 2, "budget": 5, "window": 4096}, DeepConf(2, 5, window=4096)),
     ],
 )
 def test_a_guided_request_is_a_search(demo: Demo, guidance: dict[str, Any], strategy: Strategy) -> None:
@@ -128,6 +130,18 @@ def test_a_guided_request_is_a_search(demo: Demo, guidance: dict[str, Any], stra
     # How many are found cached depends on what happens to be scored together.
     assert set(detail["cached_tokens"]) == set(expected.usage.cached_tokens)
     assert detail["forward_calls"]["policy"] > 0
+
+
+def test_steer_with_candidates_needs_no_steered_policy(demo: Demo) -> None:
+    guidance = {"strategy": "steer", "below": 0.6, "candidates": 2, "confidence_of": "drawn"}
+    answer = demo.ask(prm_guidance=guidance | {"return_candidates": True})
+    (facts,) = answer.prm_search
+    assert facts["stopped"] == "finished"
+    assert answer.choices[0].text == facts["candidates"][0]["text"]
+    for wrong, param in (({"alpha": 1.0}, "prm_guidance.alpha"), ({"candidates": None}, "prm_guidance.below")):
+        with pytest.raises(openai.BadRequestError) as error:
+            demo.ask(prm_guidance=guidance | wrong)
+        assert error.value.param == param
 
 
 def test_alpha_steers_any_strategy(demo: Demo) -> None:

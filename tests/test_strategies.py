@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -145,6 +146,17 @@ def test_lookahead_reduces_by_mean_or_max(reduce: str, values: list[float]) -> N
     result, _ = play(script, Lookahead(width=1, expansions=2, rollouts=2, reduce=reduce), scores)
     found = nodes_by_text(result)
     assert [found["b;"].value, found["c;"].value] == values
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_lookahead_weighs_rollouts_by_the_policys_probability(merge: bool) -> None:
+    """Each different one once: the fake's tokens have a log-probability of -1."""
+    script = {"": ["a;"], "a;": ["b;", "ddd;", "b;"]}
+    result, _ = play(
+        script, Lookahead(width=1, expansions=1, rollouts=3, reduce="policy", merge=merge), budget=Budget(depth=2)
+    )
+    value = nodes_by_text(result)["a;"].value
+    assert value == pytest.approx((1.0 * math.exp(-2) + 9.0 * math.exp(-4)) / (math.exp(-2) + math.exp(-4)))
 
 
 def test_lookahead_draws_no_rollout_twice() -> None:
@@ -313,7 +325,7 @@ def run(prompt: Sequence[int], strategy: Strategy, *, seed: int = 0, coarse: int
 
 @given(strategy=ALL, seed=SEEDS, coarse=st.integers(0, 3))
 def test_candidates_are_finished_distinct_and_the_best_wins(strategy: Strategy, seed: int, coarse: int) -> None:
-    result = run([5], strategy, seed=seed, coarse=coarse)
+    result = run([5], strategy, seed=seed, coarse=coarse, select="best")
     assert result.candidates
     assert all(node.finished and node.value is not None for node in result.candidates)
     assert len(set(result.candidates)) == len(result.candidates)

@@ -164,6 +164,12 @@ class Drawing:
             row.interrupt()
         return self.finish()
 
+    def drop(self) -> None:
+        """Count what was drawn, of which nothing is kept."""
+        meter = self.request.node.tree.meter
+        meter.add("sampled", self._facts.id, sum(row.sampled for row in self.rows))
+        meter.add("encoded", self._facts.id, sum(max(row.sampled - 1, 0) for row in self.rows))
+
     def finish(self) -> list[Node]:
         """Put what was drawn into the tree: the last node of each child's chain (twins repeated).
 

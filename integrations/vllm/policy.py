@@ -36,6 +36,7 @@ class _Base(HoldsModels, OverEngine):
     """The common part of both policies."""
 
     takes_stop = True
+    ranks = True
 
     def __init__(
         self, engine: Any, tokenizer: Any, stop_ids: Iterable[int] | None, stop: Stop | None, seeds: bool | None
@@ -224,7 +225,9 @@ class VLLMPolicy(_Base, PolicyBase):
         with self._pump.lock:
             for request in requests:
                 if request in self._jobs:
-                    self._pump.abort(self._jobs.pop(request)[1])
+                    drawing, names = self._jobs.pop(request)
+                    self._pump.abort(names)
+                    drawing.drop()
 
 
 class AsyncVLLMPolicy(_Base, AsyncPolicyBase):
@@ -292,6 +295,8 @@ class AsyncVLLMPolicy(_Base, AsyncPolicyBase):
             del self._running[request]
             interrupted = request in self._interrupted
             self._interrupted.discard(request)
+            if not (interrupted or drawing.done):
+                drawing.drop()
         failed = next((error for task in tasks if not task.cancelled() and (error := task.exception())), None)
         if failed is not None:
             raise failed

@@ -93,7 +93,7 @@ def select(
     extract = resolve_answer(answer)
     nodes = list({id(node): node for node in candidates}.values())
     # "best" needs the winner's answer alone
-    answers = [None if how == "best" else _answer(extract, node) for node in nodes]
+    answers = [None if how == "best" else answer_of(extract, node) for node in nodes]
     records = [
         Candidate(extracted, _value(node), node.count, node.weight)
         for node, extracted in zip(nodes, answers, strict=True)
@@ -103,7 +103,7 @@ def select(
     votes = tuple(Vote(b.answer, b.votes, b.weight, nodes[b.place]) for b in chosen.ballots)
     if extract is None or chosen.fallback is not None:
         return Selection(winner, None, votes, chosen.abstained, chosen.fallback)
-    return Selection(winner, votes[0].answer if votes else _answer(extract, winner), votes, chosen.abstained)
+    return Selection(winner, votes[0].answer if votes else answer_of(extract, winner), votes, chosen.abstained)
 
 
 def _value(node: Node) -> float:
@@ -112,7 +112,7 @@ def _value(node: Node) -> float:
     return node.value
 
 
-def _answer(extract: Answer | None, node: Node) -> str | None:
+def answer_of(extract: Answer | None, node: Node) -> str | None:
     """Return what a node's path votes for: the answer found in its text, or all of that without an extractor."""
     if extract is None:
         return node.path_text().strip() or None

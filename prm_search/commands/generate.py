@@ -13,7 +13,7 @@ import typer
 
 from ..answers import SELECTS
 from ..driver.search_settings import SearchSettings
-from ..strategies import STRATEGIES, BestOfN, Steer, Strategy
+from ..strategies import STRATEGIES, BestOfN, DeepConf, SelfConsistency, Steer, Strategy
 from ..tree import Prompt
 from ..values import VALUES
 from . import BadInput, groups, options, render
@@ -73,7 +73,7 @@ class Search:
     subtrees: Annotated[int | None, typer.Option(help="dvts: independent beams.", rich_help_panel=SEARCH)] = None
     steps: Annotated[int | None, typer.Option(help="lookahead: steps of a rollout.", rich_help_panel=SEARCH)] = None
     rollouts: Annotated[int | None, typer.Option(help="lookahead: rollouts of a child.", rich_help_panel=SEARCH)] = None
-    reduce: Annotated[str | None, typer.Option(help="lookahead: mean or max.", rich_help_panel=ADVANCED)] = None
+    reduce: Annotated[str | None, typer.Option(help="lookahead: mean, max or policy.", rich_help_panel=ADVANCED)] = None
     alpha: Annotated[float | None, typer.Option(help="steer: strength.", rich_help_panel=SEARCH)] = None
     value: Annotated[
         str | None,
@@ -112,7 +112,10 @@ class Draws(groups.SeededDraws):
 class Choice:
     """The choice among candidates."""
 
-    select: Annotated[str, typer.Option(help="best, majority or weighted.", rich_help_panel=CHOICE)] = "best"
+    select: Annotated[
+        str | None,
+        typer.Option(help="best, majority or weighted; default: the strategy's own.", rich_help_panel=CHOICE),
+    ] = None
     answer: Annotated[
         str | None, typer.Option(help="The answer in a text: boxed, #### or number.", rich_help_panel=CHOICE)
     ] = None
@@ -120,7 +123,8 @@ class Choice:
     weight_temperature: Annotated[float, typer.Option(help="weighted: of the weights.", rich_help_panel=ADVANCED)] = 1.0
 
     def __post_init__(self) -> None:
-        options.one_of("--select", self.select, SELECTS)
+        if self.select is not None:
+            options.one_of("--select", self.select, SELECTS)
         options.one_of("--weight", self.weight, ("softmax", "sigmoid"))
 
 
@@ -169,12 +173,12 @@ def generate(
 ) -> None:
     """Search for the answers to prompts."""
     settings = _settings(pair, search, steps, choice, draws, budget)
-    if not _blind(settings.strategy, choice.select):
+    if not _blind(settings.strategy, settings.select):
         pair.need()
     items = prompts.read()
     keys = digests(
         items, "generate", policy.policy, *pair.key(), prover.prover, place.dtype,
-        repr(settings.strategy), repr(settings.sampling), repr(settings.budget), search.value, choice.select,
+        repr(settings.strategy), repr(settings.sampling), repr(settings.budget), search.value, settings.select,
         choice.answer, choice.weight, choice.weight_temperature, shown.tree, *policy.names(),
     )  # fmt: skip
     if shown.html is not None:
@@ -355,4 +359,6 @@ def _encode(items: Sequence[Item], models: Participants[Any]) -> list[tuple[Prom
 
 def _blind(strategy: Strategy, select: str) -> bool:
     """Return True if the search needs no rewards."""
+    if isinstance(strategy, SelfConsistency | DeepConf):
+        return select != "best"
     return isinstance(strategy, BestOfN) and (strategy.n == 1 or select == "majority")

@@ -116,7 +116,7 @@ def tree_view(
         label.append(visible(node.text.strip()) or visible(node.text) or "(end)", style=weight)
         if node.count > 1:
             label.append(f"  x{node.count}", style="dim")
-        if node.finish in ("length", "budget"):
+        if node.finish in ("length", "budget", "weak"):
             label.append(f"  cut: {node.finish}", style="dim")
         note_text = None if note is None else note(node)
         if note_text is not None:

@@ -89,7 +89,7 @@ def _answer(record: Mapping[str, Any]) -> str | None:
 
 def _one(where: str, record: Mapping[str, Any]) -> Response:
     text, ids = record.get("response"), record.get("response_ids")
-    return _response(where, text, ids, record.get("label"), record.get("finish") in ("length", "budget"))
+    return _response(where, text, ids, record.get("label"), record.get("finish") in ("length", "budget", "weak"))
 
 
 def _many(where: str, record: Mapping[str, Any]) -> list[Response]:

@@ -172,6 +172,7 @@ class AsyncSearch:
                     break
                 for (request, children), new_nodes in zip(answered, fresh, strict=True):
                     driver.tell(request, children, new_nodes)
+                await self._forget(driver.given_up())
                 models.report(nodes)
             (outcome,) = driver.ended()
             await self._stop()
@@ -220,10 +221,19 @@ class AsyncSearch:
         if tasks:
             await asyncio.wait(tasks)
 
+    async def _forget(self, requests: Sequence[Request]) -> None:
+        """End requests that no run waits for any more."""
+        if requests:
+            gone = set(requests)
+            await self._cancel([task for task, request in self._running.items() if request in gone])
+            await self._loop.models.policy.drop(requests)
+
     async def _stop(self) -> None:
-        tasks = list(self._running)
-        self._running.clear()
+        await self._cancel(list(self._running))
+
+    async def _cancel(self, tasks: Sequence[asyncio.Task[list[Node]]]) -> None:
         for task in tasks:
+            del self._running[task]
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 

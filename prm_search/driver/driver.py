@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..protocols import Request, Sampling
-from ..strategies.base import Expand, Parallel, Run, Strategy, distinct
+from ..strategies.base import Expand, Parallel, Run, Strategy, distinct, strategy_confidence
 from ..tree import Node, SearchTree
 from ..values import Value
 from .budget import Budget, Purse
@@ -39,6 +39,7 @@ class Driver:
         self._clock = clock
         self._searches: dict[SearchTree, Search] = {}
         self._new: list[Request] = []
+        self._given_up: dict[Request, None] = {}
         self._ended: list[Outcome] = []
 
     @property
@@ -63,6 +64,9 @@ class Driver:
         if tree in self._searches:
             raise ValueError("this tree is being searched already")
         limits = Budget.of(budget)
+        tokens = strategy_confidence(strategy)
+        if tokens:
+            sampling = replace(sampling, confidence_tokens=tokens)
         deadline = math.inf if limits.seconds is None else self._clock() + limits.seconds
         search = Search(tree, sampling, limits, value, deadline)
         tree.seed = sampling.seed
@@ -77,6 +81,12 @@ class Driver:
         """Requests that came up since the last call."""
         new, self._new = self._new, []
         return new
+
+    def given_up(self) -> list[Request]:
+        """Requests under way that no run waits for any more, since the last call: have the policy drop them. They count
+        against a budget as if they had drawn all that they might."""
+        given_up, self._given_up = list(self._given_up), {}
+        return given_up
 
     def expired(self) -> list[Request]:
         """Requests under way whose search has no time left: interrupt them and tell what they have drawn."""
@@ -93,13 +103,16 @@ class Driver:
 
         Args:
             request: it.
-            children: of its node.
+            children: of its node. One that was given up meanwhile is left alone.
             fresh: the new nodes (`nodes_of`), where the caller has given them their values (`set_values`).
 
         Raises:
             KeyError: the request is not under way.
             ValueError: a child is missing though nothing interrupted the request, or a value is not a number.
         """
+        if request in self._given_up:
+            del self._given_up[request]
+            return
         search = self._searches[request.node.tree]
         expansion, slots = search.requests.pop(request)
         if fresh is None:
@@ -118,13 +131,18 @@ class Driver:
                     expansion.drawn[slot].append(child)
                 if child.finish == "budget":
                     search.limits.add("seconds" if late else "tokens")
+            elif request.doubting:
+                expansion.drawn[slot].append(request.node)
             elif late:
                 search.limits.add("seconds")
             else:
                 raise ValueError(f"the policy answered a request for {len(slots)} children without one of them")
-        promised = sum(request.caps)
+        promised, spent = sum(request.caps), spent + request.wasted
         expansion.task.purse.spend(spent - promised, len(fresh) - len(slots))
         expansion.left -= 1
+        expansion.answered.update(slots)
+        if expansion.decided():
+            self._give_up(search, expansion)
         if not expansion.left:
             self._resume(search, expansion.task, self._collect(search, expansion))
 
@@ -254,16 +272,25 @@ class Driver:
 
     def _expand(self, search: Search, task: Task, ask: Expand) -> Expansion:
         """Turn an Expand into one request a node, as far as the budget goes."""
-        expansion = task.waits = Expansion(task, ask, [[] for _ in ask.nodes])
         wanted = self._wanted(search, ask)
+        places = wanted[0] if ask.enough is not None else len(ask.nodes)
+        expansion = task.waits = Expansion(task, ask, [[] for _ in range(places)])
         caps = task.purse.promise(sum(wanted))
         if len(caps) < sum(wanted):
             empty = task.purse.nodes == 0
             search.limits.add("nodes" if empty else "tokens")
+        sampling = search.sampling if not ask.greedy else replace(search.sampling, temperature=0.0)
+        if ask.doubt is not None:
+            doubt = ask.doubt
+            steps = replace(sampling.steps, confidence=doubt.below, confidence_of=doubt.confidence_of)
+            sampling = replace(sampling, steps=steps)
+        if ask.enough is not None:  # each child answers by itself
+            for slot, cap in enumerate(caps):
+                self._request(search, expansion, sampling, ask.nodes[0], [1], [cap], [slot])
+            return expansion
         counts: dict[Node, list[int]] = {}
         slots: dict[Node, list[int]] = {}
         node_caps: dict[Node, list[int | None]] = {}
-        sampling = replace(search.sampling, temperature=0.0) if ask.greedy else search.sampling
         taken = 0
         for slot, (node, n) in enumerate(zip(ask.nodes, wanted, strict=True)):
             share = caps[taken : taken + n]
@@ -273,22 +300,47 @@ class Driver:
             node_caps.setdefault(node, []).extend(share)
         for node, shares in node_caps.items():
             if shares:
-                room = search.sampling.max_new_tokens - node.end
-                limits = [room if cap is None else cap for cap in shares]
-                request = Request.draw(
-                    node, counts[node], sampling,
-                    until=ask.until, caps=limits, cap_reason="budget", rollout=ask.rollout, merge=ask.merge,
-                )  # fmt: skip
-                # what a cap beyond the room had set aside is of no use to the child
-                task.purse.spend(sum(request.caps) - sum(limits), 0)
-                search.requests[request] = (expansion, slots[node])
-                expansion.left += 1
-                self._new.append(request)
+                self._request(search, expansion, sampling, node, counts[node], shares, slots[node])
         return expansion
+
+    def _request(
+        self, search: Search, expansion: Expansion, sampling: Sampling, node: Node, counts: Sequence[int],
+        caps: Sequence[int | None], slots: list[int],
+    ) -> None:  # fmt: skip
+        """Have children of a node drawn, for these slots of an Expand."""
+        ask = expansion.ask
+        room = search.sampling.max_new_tokens - node.end
+        limits = [room if cap is None else cap for cap in caps]
+        request = Request.draw(
+            node, counts, sampling, until=ask.until, caps=limits, cap_reason="budget", rollout=ask.rollout,
+            merge=ask.merge, ranked=ask.ranked, floor=ask.floor, doubting=ask.doubt is not None,
+        )  # fmt: skip
+        request.policy, request.strict = ask.policy, expansion.task.purse.tokens is not None
+        # what a cap beyond the room had set aside is of no use to the child
+        expansion.task.purse.spend(sum(request.caps) - sum(limits), 0)
+        search.requests[request] = (expansion, slots)
+        expansion.left += 1
+        self._new.append(request)
+
+    def _give_up(self, search: Search, expansion: Expansion) -> None:
+        """End an Expand with the draws that were enough: forget its later draws and its requests under way."""
+        del expansion.drawn[expansion.passed :]
+        waiting = set(self._new)
+        gone = {request for request, (waits, _) in search.requests.items() if waits is expansion}
+        for request in gone:
+            del search.requests[request]
+            if request in waiting:
+                expansion.task.purse.spend(-sum(request.caps), -len(request.caps))
+            else:
+                self._given_up[request] = None
+        self._new = [request for request in self._new if request not in gone]
+        expansion.left = 0
 
     def _wanted(self, search: Search, ask: Expand) -> list[int]:
         """Children to draw for each slot, 0 where its node can have none. Finishes nodes that are full."""
         counts = [ask.n] * len(ask.nodes) if isinstance(ask.n, int) else list(ask.n)
+        if ask.enough is not None and (len(counts) != 1 or ask.merge):
+            raise ValueError("Expand: enough= needs one place and merge=False")
         if len(counts) != len(ask.nodes) or any(n < 0 for n in counts):
             raise ValueError(f"Expand: n={ask.n!r} for {len(ask.nodes)} nodes: numbers >= 0, one a node, are needed")
         late = self._clock() >= search.deadline
@@ -313,8 +365,11 @@ class Driver:
         """An Expand's answer: the children of each slot, or its node where it could have none."""
         ask = expansion.ask
         wanted = [ask.n] * len(ask.nodes) if isinstance(ask.n, int) else ask.n
+        drawn_lists = expansion.drawn
+        if ask.enough is not None:
+            drawn_lists = [[child for drawn in drawn_lists for child in drawn]]
         answer: list[Node] = []
-        for node, n, drawn in zip(ask.nodes, wanted, expansion.drawn, strict=True):
+        for node, n, drawn in zip(ask.nodes, wanted, drawn_lists, strict=True):
             if not drawn and n:
                 full = node.end >= search.sampling.max_new_tokens
                 self._finish(search, node, None, "length" if full else "budget")

@@ -97,6 +97,7 @@ class SearchLoop:
             self.models.score(nodes)
             for request, children in answered:
                 self._driver.tell(request, children)
+            self._forget(self._driver.given_up())
             self.models.report(nodes)
             self._collect()
         except BaseException:
@@ -200,6 +201,12 @@ class SearchLoop:
                 answered.append((request, policy.interrupt(request)))
                 self._submitted.discard(request)
         return answered
+
+    def _forget(self, requests: Sequence[Request]) -> None:
+        """Have the policy drop requests that no run waits for any more."""
+        if requests:
+            self.models.policy.drop(requests)
+            self._submitted.difference_update(requests)
 
     def _collect(self) -> None:
         for outcome in self._driver.ended():

@@ -70,24 +70,27 @@ class Participants(Generic[P]):
 
     def begin(self, driver: Driver, prompt: Prompt, settings: SearchSettings, occurrence: int) -> SearchTree:
         """Plant a tree for a prompt and start its search. Raises ValueError where prompt or settings do not fit."""
-        if isinstance(settings.strategy, Steer) and self.policy.alpha != settings.strategy.alpha:
-            raise ValueError("strategy=Steer(...) here needs policy=strategy.wrap(policy, pair)")
+        strategy = settings.strategy.over(self.policy) if isinstance(settings.strategy, Steer) else settings.strategy
+        if isinstance(strategy, Steer) and not self.scorers:
+            raise ValueError("strategy=Steer(...) needs scorer=, which chooses among the candidates")
         if settings.sampling.stop and not self.policy.takes_stop:
             raise ValueError(f"stop={settings.sampling.stop!r}: this policy takes no stop strings")
         wanted, known = settings.sampling.confidence_tokens, self.policy.top_tokens
         if wanted > known:
             tells = "no probable tokens beside the drawn one" if known < 1 else f"{known} most probable tokens at most"
             raise ValueError(f"confidence_tokens={wanted}: this policy tells {tells}")
+        unknown = [name for name in getattr(strategy, "policies", ()) if name not in self.policy.names]
+        if unknown:
+            raise ValueError(f"policies={unknown[0]!r}: the search's policy is no PolicyPool with one of that name")
         tree = SearchTree(self.encode(prompt), occurrence=occurrence)
+        tree.answer = settings.answer
         if self.scorers:
             tree.primary = self.scorers[0].name
         context = min(self._contexts().values(), default=None)
         settings = settings.within(None if context is None else context - len(tree.prompt_ids))
         self._numbers[tree] = self._added
         self._added += 1
-        driver.add(
-            tree, settings.strategy, sampling=settings.sampling, budget=settings.budget, value=self._value(settings)
-        )
+        driver.add(tree, strategy, sampling=settings.sampling, budget=settings.budget, value=self._value(settings))
         return tree
 
     def finish(self, outcome: Outcome, settings: SearchSettings, selection: Selection | None = None) -> Result:
@@ -185,7 +188,7 @@ class Participants(Generic[P]):
 
     def usage(self, tree: SearchTree) -> Usage:
         """A tree's token counts by role, and the whole batch's forwards and seconds so far."""
-        roles: dict[str, Hashable] = {"policy": self.policy.id}
+        roles: dict[str, Hashable] = dict(self.policy.models)
         for index, scorer in enumerate(self.scorers):
             for role, model in scorer.models.items():
                 roles[role if index == 0 else f"{scorer.name}.{role}"] = model

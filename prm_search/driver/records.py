@@ -59,6 +59,17 @@ class Expansion:
     ask: Expand
     drawn: list[list[Node]]  # one list a slot
     left: int = 0  # requests not answered
+    answered: set[int] = field(default_factory=set)  # slots; of an Expand with `enough`, whose draws have one each
+    passed: int = 0  # leading slots that `enough` has seen
+
+    def decided(self) -> bool:
+        """Return True if what is drawn without a gap from the first draw on is enough."""
+        enough = self.ask.enough
+        while enough is not None and self.passed in self.answered:
+            self.passed += 1
+            if any(enough(child) for child in self.drawn[self.passed - 1]):
+                return True
+        return False
 
 
 @dataclass(eq=False)
@@ -78,6 +89,7 @@ class Search:
 
 def step_by_step(ask: Expand) -> Run:
     """An Expand to the end as single steps, which draw the same: for budgets that count steps."""
+    ask = replace(ask, enough=None)
     ends = yield replace(ask, until="step")
     while live := [end for end in ends if not end.finished]:
         grown = yield replace(ask, nodes=live, n=1, until="step")

@@ -12,6 +12,7 @@ from ..protocols import Sampling
 from ..steps import StepRule
 from ..stop_strings import stop_strings
 from ..strategies import Strategy, resolve_strategy
+from ..strategies.base import strategy_confidence
 from ..tree import Node
 from ..values import Value, resolve_value
 from .budget import Budget
@@ -51,7 +52,7 @@ class SearchSettings:
         stop: str | Sequence[str] | None = None,
         include_stop_str: bool = False,
         confidence_tokens: int = 0,
-        select: Select = "best",
+        select: Select | None = None,
         answer: str | Answer | None = None,
         budget: Budget | int | None = None,
         value: Value | str | None = None,
@@ -59,7 +60,9 @@ class SearchSettings:
         weight_temperature: float = 1.0,
     ) -> SearchSettings:
         """Settings from the arguments of `search`. Raises ValueError or TypeError as it does."""
-        if not is_one_of(select, SELECTS):
+        chosen_strategy = resolve_strategy(strategy)
+        chosen: Select = getattr(chosen_strategy, "select", "best") if select is None else select
+        if not is_one_of(chosen, SELECTS):
             raise ValueError(f"select={select!r} is unknown; it is one of {SELECTS}")
         if not is_one_of(weight, ("softmax", "sigmoid")):
             raise ValueError(f"weight={weight!r}: it is 'softmax' or 'sigmoid'")
@@ -76,10 +79,13 @@ class SearchSettings:
             seed=seed,
             stop=stop_strings(stop),
             include_stop_str=include_stop_str,
-            confidence_tokens=confidence_tokens,
+            confidence_tokens=strategy_confidence(chosen_strategy) or confidence_tokens,
         )
+        if confidence_tokens not in (0, sampling.confidence_tokens):
+            own = sampling.confidence_tokens
+            raise ValueError(f"confidence_tokens={confidence_tokens}: {chosen_strategy!r} reads them over {own} tokens")
         return cls(
-            resolve_strategy(strategy), sampling, Budget.of(budget), value, select, resolve_answer(answer),
+            chosen_strategy, sampling, Budget.of(budget), value, chosen, resolve_answer(answer),
             weight, weight_temperature,
         )  # fmt: skip
 

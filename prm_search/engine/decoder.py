@@ -108,11 +108,13 @@ class Decoder:
         return self._finish(request)
 
     def drop(self, requests: Sequence[Request]) -> None:
-        """Forget requests and what was drawn for them; those that are answered already are no error."""
+        """Forget requests, but count what was drawn for them; those that are answered already are no error."""
         self._forget(requests)
         for request in requests:
             self._open.pop(request, None)
-            for row in self._jobs.pop(request, []):
+            job = self._jobs.pop(request, [])
+            request.node.tree.meter.add("sampled", self.lms[0].id, sum(row.sampled for row in job))
+            for row in job:
                 for lm, branches in zip(self.lms, row.branches, strict=False):
                     for branch in reversed(branches):
                         lm.tree.release(branch)

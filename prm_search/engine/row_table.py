@@ -99,7 +99,13 @@ class RowTable:
     def _machine_of(self, row: DecodingRow) -> int:
         """Return the number of the row's automaton; -1 for a row whose own object has to see every token."""
         rule = row.request.sampling.steps
-        odd = row.stops is not None or row.request.ranked or rule.confidence is not None or not rule.finite
+        odd = (
+            row.stops is not None
+            or row.request.ranked
+            or row.request.floor is not None
+            or rule.confidence is not None
+            or not rule.finite
+        )
         if self._watch or odd:
             return -1
         machine = automaton_of(rule, row.tokens)

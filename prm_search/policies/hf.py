@@ -21,6 +21,7 @@ from ..policy import PolicyBase
 from ..sampling import Request
 from ..tokens import TokenText, encode_prompt
 from ..tree import Node, Prompt, SearchTree
+from .token_choice import TokenChoice
 
 
 class HFPolicy(HoldsModels, PolicyBase):
@@ -50,6 +51,7 @@ class HFPolicy(HoldsModels, PolicyBase):
     """
 
     takes_stop = True
+    ranks = True
 
     def __init__(
         self,
@@ -184,9 +186,12 @@ class HFPolicy(HoldsModels, PolicyBase):
         """Forget unanswered requests; see PolicyBase.drop."""
         self._decoder.drop(requests)
 
-    def steered(self, pair: Any, alpha: float) -> Steered:
+    def steered(
+        self, pair: Any, alpha: float, below: float | None = None, candidates: int | None = None,
+        confidence_of: str = "top",
+    ) -> Steered:  # fmt: skip
         """Return the policy steered by a pair; see Steered."""
-        return Steered(self, pair, alpha)
+        return Steered(self, pair, alpha, below=below, candidates=candidates, confidence_of=confidence_of)
 
     def next_token_logprobs(self, asks: Sequence[NextToken], words: Sequence[str]) -> list[dict[str, float]]:
         """See PolicyBase.next_token_logprobs. One packed forward; what texts of a tree begin with in common, a drawn
@@ -234,6 +239,7 @@ class Steered(HFPolicy):
         policy: an HFPolicy.
         pair: an ImplicitPRM with the policy's tokens.
         alpha: strength; 0 leaves the policy as it is. beta plays no part.
+        below, candidates, confidence_of: as in Steer, which checks them.
 
     Raises:
         TypeError: policy is not an HFPolicy, pair not an ImplicitPRM, or alpha no number.
@@ -242,7 +248,10 @@ class Steered(HFPolicy):
 
     alpha: float
 
-    def __init__(self, policy: HFPolicy, pair: SteeringPair, alpha: float) -> None:
+    def __init__(
+        self, policy: HFPolicy, pair: SteeringPair, alpha: float, *, below: float | None = None,
+        candidates: int | None = None, confidence_of: str = "top",
+    ) -> None:  # fmt: skip
         if not isinstance(policy, HFPolicy):
             raise TypeError(f"policy: Steered wraps an HFPolicy, got {type(policy).__name__}")
         if not isinstance(pair, SteeringPair):  # scorers of whole steps have no number for a token
@@ -251,6 +260,8 @@ class Steered(HFPolicy):
         pair.bind(policy)
         self.pair = pair
         self.alpha = float(alpha)
+        plain = below is None and candidates is None
+        self.choice = None if plain else (below, candidates, confidence_of)
         self._parts = pair.steering_models()
         super().__init__(
             policy.lm,
@@ -264,17 +275,9 @@ class Steered(HFPolicy):
     def _make_decoder(self) -> Decoder:
         prm, reference = self._parts
         lms = list(dict.fromkeys((self.lm, prm, reference)))
-        at = [lms.index(prm), lms.index(reference)]
-        strength = self.alpha  # not self: the models would stay until a garbage collection
-
-        def combine(tables: Sequence[torch.Tensor], rows: Sequence[DecodingRow]) -> torch.Tensor:
-            from ..triton_kernels import guide_logits
-
-            alpha = torch.full((len(rows),), strength, device=tables[0].device)
-            parts = [tables[i].to(tables[0].device) for i in at]
-            return guide_logits(tables[0], parts[0], parts[1], alpha)
-
-        return self._decoder_over(lms, combine)
+        at = (lms.index(prm), lms.index(reference))
+        # not self: the models would stay until a garbage collection
+        return self._decoder_over(lms, TokenChoice(at, self.alpha, *(self.choice or ()), sampler=self.sampler))
 
 
 def _stop_ids(lm: LanguageModel, tokenizer: Any) -> list[int]:

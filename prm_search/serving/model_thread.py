@@ -116,7 +116,8 @@ class ThreadPolicy(AsyncPolicyBase):
         self.base = policy
         self._policy = PolicyBase.of(policy).session()
         self.alpha, self.takes_stop = self._policy.alpha, self._policy.takes_stop
-        self.top_tokens = self._policy.top_tokens
+        self.top_tokens, self.ranks, self.choice = self._policy.top_tokens, self._policy.ranks, self._policy.choice
+        self.names = self._policy.names
         self._thread = thread
         self._waiting: dict[Request, asyncio.Future[list[Node]]] = {}  # the thread's
 
@@ -124,6 +125,11 @@ class ThreadPolicy(AsyncPolicyBase):
     def id(self) -> Hashable:
         """Id of the policy's model."""
         return self._policy.id
+
+    @property
+    def models(self) -> Mapping[str, Hashable]:
+        """See PolicyBase."""
+        return self._policy.models
 
     @property
     def context(self) -> int | None:
@@ -149,6 +155,10 @@ class ThreadPolicy(AsyncPolicyBase):
         """See AsyncPolicyBase."""
         self._thread.post(lambda: self._interrupt(request))
         return True
+
+    async def drop(self, requests: Sequence[Request]) -> None:
+        """See AsyncPolicyBase."""
+        await self._thread.call(lambda: self._drop(requests))
 
     def release(self, tree: SearchTree) -> None:
         """See Policy.release; done by the thread, as everything else."""
@@ -187,6 +197,10 @@ class ThreadPolicy(AsyncPolicyBase):
         except Exception as error:
             children = error
         self._thread.answer(self._waiting.pop(request), children)
+        self._settle()
+
+    def _drop(self, requests: Sequence[Request]) -> None:
+        self._policy.drop([request for request in requests if self._waiting.pop(request, None) is not None])
         self._settle()
 
     def _release(self, tree: SearchTree) -> None:

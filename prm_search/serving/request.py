@@ -24,6 +24,7 @@ COMPLETION_TOKENS = 16  # max_tokens of /v1/completions where a request names no
 DELIMITERS, STOPS = 64, 16  # strings of one request: what they cost is paid at every token
 LONGEST = 256  # characters of any of them
 LONGEST_PATTERN = 1000
+TOKENS = ("window", "top")  # options of strategies that count tokens, not children
 PLAIN_STEP = StepRule(delimiter=None, max_tokens=4)  # a plain answer is streamed in pieces of so many tokens
 
 
@@ -128,7 +129,7 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
         ),
     )
     if guide is not None:
-        settings = replace(settings, **_choice(guide), budget=_budget(guide.budget, limits))
+        settings = replace(settings, **_choice(guide, strategy), budget=_budget(guide.budget, limits))
     return SearchRequest(
         kind="chat" if chat else "text",
         model=body.model,
@@ -204,7 +205,7 @@ def _strategy(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | No
             raise invalid(param, f"a {type(value).__name__} is not taken here")
         if isinstance(fields[names[option]].default, bool) and not isinstance(value, bool):
             raise invalid(param, f"true or false is needed, got {value!r:.80}")
-        if isinstance(value, int) and value > limits.children:
+        if isinstance(value, int) and value > limits.children and names[option] not in TOKENS:
             raise too_large(param, f"{value}: at most {limits.children} here")
         if value is not None:
             options[names[option]] = value
@@ -212,6 +213,12 @@ def _strategy(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | No
     children = _children(strategy)
     if children > limits.children:
         raise too_large("prm_guidance", f"{children} children at once: at most {limits.children} here")
+    if isinstance(strategy, Steer) and strategy.candidates is not None:
+        if guide.alpha is not None:
+            raise invalid("prm_guidance.alpha", "steer with candidates chooses tokens, and has no use for a strength")
+        return strategy, None
+    if isinstance(strategy, Steer) and strategy.below is not None:
+        raise invalid("prm_guidance.below", "it needs candidates beside it here")
     if not isinstance(strategy, Steer):
         alpha = None if guide.alpha is None else _within("prm_guidance", lambda: Steer(guide.alpha)).alpha  # type: ignore[arg-type]
         return strategy, alpha
@@ -255,10 +262,11 @@ def _rule(steps: StepsBody | str | list[str] | None, default: StepRule, limits: 
     return _within("prm_guidance.steps", lambda: replace(default, **fields_set))
 
 
-def _choice(guide: GuidanceBody) -> dict[str, Any]:
+def _choice(guide: GuidanceBody, strategy: Strategy) -> dict[str, Any]:
     """The fields of Settings that guidance alone sets, checked as Settings.make does."""
     names = ("value", "select", "answer", "weight", "weight_temperature")
-    made = _within("prm_guidance", lambda: SearchSettings.make(**{name: getattr(guide, name) for name in names}))
+    fields_set = {name: getattr(guide, name) for name in names}
+    made = _within("prm_guidance", lambda: SearchSettings.make(strategy=strategy, **fields_set))
     return {name: getattr(made, name) for name in names}
 
 

@@ -75,7 +75,7 @@ class GuidanceBody(BaseModel):
     alpha: float | None = None
     steps: StepsBody | str | Strings | None = None
     value: str | None = None
-    select: str = "best"
+    select: str | None = None
     answer: str | None = None
     weight: str = "softmax"
     weight_temperature: float = 1.0

@@ -6,11 +6,13 @@ from .adaptive_branch import AdaptiveBranch
 from .base import Expand, Parallel, Run, Strategy
 from .beam import Beam
 from .best_of_n import BestOfN
+from .deep_conf import DeepConf
 from .dvts import DVTS
 from .lookahead import Lookahead
 from .mcts import MCTS
 from .particle_filter import ParticleFilter
 from .rebase import Rebase
+from .self_consistency import SelfConsistency
 from .steer import Steer
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -22,12 +24,14 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "mcts": MCTS,
     "adaptive_branch": AdaptiveBranch,
     "rebase": Rebase,
+    "self_consistency": SelfConsistency,
+    "deep_conf": DeepConf,
     "steer": Steer,
 }
 
 __all__ = [
-    "DVTS", "MCTS", "STRATEGIES", "AdaptiveBranch", "Beam", "BestOfN", "Expand", "Lookahead", "Parallel",
-    "ParticleFilter", "Rebase", "Run", "Steer", "Strategy", "resolve_strategy",
+    "DVTS", "MCTS", "STRATEGIES", "AdaptiveBranch", "Beam", "BestOfN", "DeepConf", "Expand", "Lookahead", "Parallel",
+    "ParticleFilter", "Rebase", "Run", "SelfConsistency", "Steer", "Strategy", "resolve_strategy",
 ]  # fmt: skip
 
 

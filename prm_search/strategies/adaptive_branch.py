@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,15 +36,20 @@ class AdaptiveBranch:
     whole answer; here it is a step. With until="end" each draw goes on to the end of a response. Scores then compare
     whole answers, and a walk chooses the step from which the next answer branches off. until="step" draws single steps.
 
+    With `policies`, several models share the search. Each of them is a GEN arm of its own at every node, which learns
+    from the children that this model drew there; the search's policy is a PolicyPool that has these names.
+
     Args:
         draws: children drawn in all.
         prior: "gaussian" or "beta".
         until: "end" or "step"; see above.
         batch: walks at once, each from the same posterior, so that batches stay full.
+        policies: names of policies, each an action; () for the search's only policy.
         value: the score; None for what the search ranks by.
 
     Raises:
-        ValueError: a number is below 1, or a name is unknown.
+        ValueError: a number is below 1, a name is unknown, or a policy is named twice.
+        TypeError: policies are not strings.
     """
 
     draws: int = 32
@@ -50,8 +57,15 @@ class AdaptiveBranch:
     until: Literal["end", "step"] = "end"
     batch: int = 4
     value: Value | str | None = None
+    policies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        names = self.policies if isinstance(self.policies, str) else tuple(self.policies)
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"policies={self.policies!r}: a list of names is needed")
+        if len(set(names)) < len(names):
+            raise ValueError(f"policies={self.policies!r}: each name once")
+        object.__setattr__(self, "policies", names)  # hashable
         at_least("draws", self.draws)
         at_least("batch", self.batch)
         if not is_one_of(self.prior, ("gaussian", "beta")):
@@ -62,19 +76,23 @@ class AdaptiveBranch:
             resolve_value(self.value)
 
     def run(self, root: Node) -> Run:
-        walks = _Walks(root, self.prior)
+        walks = _Walks(root, self.prior, self.policies or (None,))
         finished: list[Node] = []
         drawn = 0
         while drawn < self.draws and walks.root.open:
             chosen = [walks.choose() for _ in range(min(self.batch, self.draws - drawn))]
-            counts = {arms: chosen.count(arms) for arms in chosen}
             drawn += len(chosen)
-            # One request a place: its children are told apart by their parent.
-            ends = yield Expand(
-                [arms.node for arms in counts], list(counts.values()), until=self.until, merge=False, alive=[root]
-            )
-            finished += [end for end in ends if end.finished]
-            walks.learn(list(counts), ends)
+            for policy in self.policies or (None,):
+                counts = Counter(arms for arms, name in chosen if name == policy and not arms.node.finished)
+                if not counts:
+                    continue
+                # One request a place: its children are told apart by their parent.
+                places = [arms.node for arms in counts]
+                ends = yield Expand(
+                    places, list(counts.values()), until=self.until, merge=False, alive=[root], policy=policy
+                )
+                finished += [end for end in ends if end.finished]
+                walks.learn(list(counts), ends, policy)
         if not finished:
             end = walks.best_open()
             finished += yield Expand([end], 1, until="end", merge=False, alive=[end])
@@ -100,7 +118,7 @@ class _Arms:
     node: Node
     parent: _Arms | None
     own: _Moments = field(default_factory=_Moments)
-    gen: _Moments = field(default_factory=_Moments)
+    gen: defaultdict[str | None, _Moments] = field(default_factory=lambda: defaultdict(_Moments))
     cont: _Moments = field(default_factory=_Moments)
     children: list[_Arms] = field(default_factory=list)
     open: bool = True
@@ -109,7 +127,8 @@ class _Arms:
 class _Walks:
     """The arms of a search, and the walks over them."""
 
-    def __init__(self, root: Node, prior: Prior) -> None:
+    def __init__(self, root: Node, prior: Prior, policies: Sequence[str | None]) -> None:
+        self._policies = policies
         self.root = _Arms(root, None)
         self._arms = {root: self.root}
         self._prior = prior
@@ -118,17 +137,20 @@ class _Walks:
         self._numbers = np.random.Generator(np.random.Philox(key=key))
         self._low, self._high = math.inf, -math.inf
 
-    def choose(self) -> _Arms:
-        """Walk from the root to the node that gets a new child."""
+    def choose(self) -> tuple[_Arms, str | None]:
+        """Walk from the root to the node that gets a new child, and to the policy that draws it."""
         arms = self.root
-        while going := [child for child in arms.children if child.open]:
-            if self._sample(arms.gen) >= self._sample(arms.cont):
-                return arms
+        while True:
+            going = [child for child in arms.children if child.open]
+            several = going or len(self._policies) > 1
+            worth = {name: self._sample(arms.gen[name]) for name in self._policies} if several else {}
+            best = max(self._policies, key=lambda name: worth.get(name, 0.0))
+            if not going or worth[best] >= self._sample(arms.cont):
+                return arms, best
             arms = max(going, key=lambda child: self._sample(child.own))
-        return arms
 
-    def learn(self, chosen: list[_Arms], ends: list[Node]) -> None:
-        """Take in what was drawn at these places, which ends with these nodes."""
+    def learn(self, chosen: list[_Arms], ends: list[Node], policy: str | None) -> None:
+        """Take in what this policy drew at these places, which ends with these nodes."""
         for end in ends:
             score = value_of(end)
             if not math.isfinite(score):
@@ -137,7 +159,7 @@ class _Walks:
             if end in self._arms:  # the budget let its place have no child
                 self._close(self._arms[end])
                 continue
-            self._plant(end, score)
+            self._plant(end, score, policy)
         for arms in chosen:
             if not arms.children and arms.parent is not None and arms.node.finished:
                 self._close(arms)
@@ -147,12 +169,12 @@ class _Walks:
         leaves = [arms.node for arms in self._arms.values() if not arms.node.finished and not arms.children]
         return max((leaf for leaf in leaves if leaf.parent is not None), key=value_of, default=self.root.node)
 
-    def _plant(self, end: Node, score: float) -> None:
+    def _plant(self, end: Node, score: float, policy: str | None) -> None:
         """Add the chain that ends here, and tell every arm that leads to it."""
         path = end.path()
         new = [node for node in path if node not in self._arms]
         base = self._arms[new[0].parent or self.root.node]
-        base.gen.add(score)
+        base.gen[policy].add(score)
         for node in new:
             parent = self._arms[node.parent or self.root.node]
             arms = self._arms[node] = _Arms(node, parent, open=not node.finished)

@@ -3,7 +3,7 @@ gets the scored children back, and returns its candidates. It never sees a model
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ..checks import count
 from ..rng import strategy_uniforms
+from ..sampling import Doubt, Floor
 from ..tree import Node, SearchTree
 
 
@@ -35,6 +36,15 @@ class Expand:
         rollout: mark the children as rollouts (see Node.rollout).
         merge: count equal children of a node on one node.
         greedy: take the most probable token each time, whatever the search's temperature.
+        policy: which policy of a PolicyPool draws; None for the first.
+        ranked: draw nothing: the children are the n most probable next tokens, in their order, a step each.
+        doubt: end steps before tokens of which the policy is unsure, whatever the search's StepRule says of that. A
+            node whose next token is one is sent back itself, in its place, unfinished.
+        floor: ends a child that the policy is not sure enough of, while it is drawn (finish "weak").
+        enough: called with each child in the order of the draws, once it and all before it are drawn. Where it returns
+            True the answer ends there, and what is still drawn is given up. It is a hint that saves tokens: where a
+            budget has an answer drawn step by step, all children come. So a strategy has to cut the answer by the same
+            rule. One place only, without merging.
         alive: the nodes that any unfinished candidate of this run will descend from; what they share is settled and
             can be streamed. None says nothing, and nothing is streamed before the end.
     """
@@ -46,6 +56,11 @@ class Expand:
     merge: bool = True
     alive: Sequence[Node] | None = None
     greedy: bool = False
+    policy: str | None = None
+    ranked: bool = False
+    doubt: Doubt | None = None
+    floor: Floor | None = None
+    enough: Callable[[Node], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,8 @@ class Strategy(Protocol):
     """The object is config; the caller owns all state.
 
     An attribute `value` (a Value or None) is optional: what the driver sets Node.value to where `search(value=)` does
-    not say.
+    not say. So are `select`, the choice among candidates where the call names none (else "best"), and
+    `confidence_tokens`, which a strategy that reads Node.confidences has set.
     """
 
     def run(self, root: Node) -> Run:
@@ -99,6 +115,12 @@ class OwnNumbers:
 def at_least(name: str, value: object, least: int = 1) -> None:
     """Check a strategy's number. Raises ValueError naming it unless it is an integer from `least` to checks.MANY."""
     count(name, value, least)
+
+
+def strategy_confidence(strategy: Strategy) -> int:
+    """Return the Sampling.confidence_tokens that a strategy needs, 0 for one that reads no confidences."""
+    tokens: int = getattr(strategy, "confidence_tokens", 0)
+    return tokens
 
 
 def distinct(nodes: Sequence[Node]) -> list[Node]:

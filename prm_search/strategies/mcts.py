@@ -140,6 +140,9 @@ class MCTS:
         completed: list[Node] = []
         for best, tip in tips.items():
             if tip is best.node:
+                if tip.finished:  # the budget let it have no rollout
+                    tree.close(best)
+                    completed.append(tip)
                 continue
             beyond = tip.path()[best.node.depth :]
             best.outlook = max(value_of(node) for node in beyond) if self.rule == "rest" else value_of(tip)

@@ -114,6 +114,11 @@ class StatisticsTree:
         leaf.open = any(child.open for child in leaf.children)
         return leaf.children
 
+    def close(self, leaf: Statistics) -> None:
+        """Never choose a leaf again: its node is finished."""
+        leaf.open = False
+        self._refresh(leaf.parent)
+
     def back_up(self, leaf: Statistics) -> None:
         """Tell a leaf and its ancestors what its simulation found, and end its virtual loss."""
         best = leaf.best_child()
