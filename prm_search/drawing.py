@@ -193,6 +193,8 @@ class Draw:
         segment.logprobs.extend(logprobs)
         if confidences is not None and self.request.sampling.confidence_tokens:
             segment.confidences.extend(confidences)
+            if self.recent is not None:
+                self.recent.extend(np.asarray(confidences, np.float32).tolist())
         self.drawn += len(tokens)
         self.left -= len(tokens)
 
