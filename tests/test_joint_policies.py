@@ -16,6 +16,7 @@ from soak import examples
 
 import prm_search as ps
 from prm_search.driver.loop import SearchLoop
+from prm_search.policy import RequestFailed
 from prm_search.search import SearchSettings
 from prm_search.strategies import AdaptiveBranch, Beam, BestOfN, Steer, Strategy
 from prm_search.tree import Node, SearchTree
@@ -127,6 +128,30 @@ def test_time_that_is_up_keeps_what_was_drawn(forward: int) -> None:
     for part in policy.parts.values():
         assert not part._policy.requests  # type: ignore[attr-defined]
         assert not part._policy.trees  # type: ignore[attr-defined]
+
+
+class Failing(FakePolicy):
+    """Gives its first request up."""
+
+    def failures(self) -> list[tuple[Any, RequestFailed]]:
+        given_up = list(self.requests)[:1] if self.forward_calls == 2 else []
+        return [(request, RequestFailed("no answer")) for request in given_up]
+
+
+@pytest.mark.parametrize("fails", ["draft", "target", "pool"])
+def test_a_request_that_is_given_up_ends_its_search(fails: str) -> None:
+    small, large = FakePolicy(SMALL, id="small"), FakePolicy(LARGE, id="large")
+    if fails == "draft":
+        policy: Any = ps.DraftPolicy(Failing(SMALL, id="small"), large, FakeScorer(), 0.0)
+    elif fails == "target":
+        policy = ps.DraftPolicy(small, Failing(LARGE, id="large"), FakeScorer(), np.inf)
+    else:
+        policy = ps.PolicyPool({"a": Failing(SMALL, id="small"), "b": large})
+    result = look(policy, BestOfN(3))
+    assert result.stopped == "failed"
+    assert "no answer" in result.tree.notes[0]
+    for part in policy.parts.values():
+        assert not part._policy.requests
 
 
 def test_an_error_and_a_cancelled_search_leave_nothing() -> None:

@@ -200,6 +200,9 @@ class DraftPolicy(JointPolicy):
                     child.node = by_lineage.get(child.lineage, child.node)
         return self._ends(request)
 
+    def _asker(self, request: Request) -> Request:
+        return (self._proposals.get(request) or self._written[request])[0]
+
     def drop(self, requests: Sequence[Request]) -> None:
         """Forget unanswered requests; see PolicyBase.drop."""
         gone = set(requests)

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from ..checks import require
-from ..policy import Policy, PolicyBase
+from ..policy import Policy, PolicyBase, RequestFailed
 from ..sampling import Request
 from ..tree import Node, Prompt, SearchTree
 
@@ -90,6 +90,15 @@ class JointPolicy(PolicyBase):
             if policy is not self.lead:
                 policy.encode(prompt.with_ids(ids))  # refuses what has no room
         return ids
+
+    def failures(self) -> list[tuple[Request, RequestFailed]]:
+        """Requests given up on by one of them; see PolicyBase.failures."""
+        failed = [failure for policy in self.parts.values() for failure in policy.failures()]
+        return [(self._asker(request), error) for request, error in failed]
+
+    def _asker(self, request: Request) -> Request:
+        """The request of this policy's own for which one of the others was asked this."""
+        return request
 
     def release(self, tree: SearchTree) -> None:
         """Forget a tree in all of them."""
