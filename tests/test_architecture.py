@@ -21,7 +21,7 @@ PACKAGES = {
 
 # The plain records and rules: no torch, and no model.
 PLAIN = (
-    "answers", "calibration", "checks", "drawing", "files", "next_token", "pieces", "policy", "prefixes",
+    "answers", "calibration", "checks", "confidence", "drawing", "files", "next_token", "pieces", "policy", "prefixes",
     "private_tokenizer",
     "problems", "prompt", "protocols", "rng", "sampling", "steps", "stop_strings", "token_bytes", "tokens", "tree",
     "tree_record", "usage", "values",
