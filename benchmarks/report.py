@@ -2,6 +2,7 @@
 
 python benchmarks/report.py                       # everything that this machine is meant for
 python benchmarks/report.py --suite kernels,engine --quick
+python benchmarks/report.py --suite gpu --minutes 8
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import decoding
+import gpu_run
 import host
 import ops
 import scoring
@@ -160,6 +162,20 @@ SUITES: dict[str, dict[str, Table]] = {
 BY_DEFAULT = [suite for suite in SUITES if not suite.startswith("vllm")]  # which has an environment of its own
 
 
+def run_gpu(report: dict[str, Any], folder: Path, minutes: float) -> None:
+    """The stages of gpu_run; the report is written after each, and the lines as they come."""
+
+    def finished(lines: list[dict[str, Any]]) -> None:
+        report["suites"]["gpu"] = gpu_run.tables(lines)
+        report["stages"] = [line for line in lines if "stage" in line or "failed" in line or "skipped" in line]
+        write(report, folder)
+
+    lines = gpu_run.run(folder, minutes, finished)
+    for line in lines:
+        if "stage" in line:
+            print(json.dumps(line))
+
+
 def write(report: dict[str, Any], folder: Path) -> None:
     """Replace report.json and report.md. Called after every table: what is finished is kept."""
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -175,14 +191,20 @@ def progress(name: str, lines: list[Any]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default=",".join(BY_DEFAULT), help=f"comma-separated, of {', '.join(SUITES)}")
+    names = ", ".join([*SUITES, "gpu"])
+    parser.add_argument("--suite", default=",".join(BY_DEFAULT), help=f"comma-separated, of {names}")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="of the gpu suite, which ends by itself (default: 8)"
+    )
     parser.add_argument("--quick", action="store_true", help="one small line of each suite, once: does it run?")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--out", type=Path, default=None, help="folder (default: benchmarks/results/<device>)")
     given = parser.parse_args()
     chosen = given.suite.split(",")
-    if unknown := [name for name in chosen if name not in SUITES]:
-        parser.error(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    if unknown := [name for name in chosen if name not in [*SUITES, "gpu"]]:
+        parser.error(f"unknown suite {unknown[0]!r}; there are {names}")
+    if not 0 < given.minutes < float("inf"):
+        parser.error(f"--minutes {given.minutes}: a number above 0 is needed")
     if given.threads:
         torch.set_num_threads(given.threads)
     machine = Machine.here()
@@ -193,6 +215,9 @@ def main() -> None:
     if set(chosen) & {"kernels", "engine"}:
         report["ceilings"] = asdict(Ceilings.measure(machine))
     for suite in chosen:
+        if suite == "gpu":
+            run_gpu(report, folder, given.minutes)
+            continue
         tables = report["suites"][suite] = {}
         for name, table in SUITES[suite].items():
             tables[name] = table(machine, given.quick)

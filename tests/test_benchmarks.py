@@ -169,3 +169,57 @@ print(work.live(0), work.live(1), work.most_live(), work.copied())
 
 def test_live_tokens_are_those_of_distinct_path_nodes():
     assert run("-c", LIVE).stdout.split() == ["30", "40", "40", "80"]
+
+
+def test_the_gpu_run_is_rehearsed_without_a_gpu(tmp_path):
+    """Every stage is begun and told; the tests skip, the measurements are small ones. Its own clock ends it."""
+    run("report.py", "--suite", "gpu", "--minutes", "20", "--out", str(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    stages = {line["stage"]: line for line in lines if "stage" in line}
+    assert list(stages) == ["correctness", "ops", "decoding", "scoring", "host", "searching"]
+    assert [end["code"] for stage in stages.values() for end in stage["ends"]] == [0] * 7
+    assert not [line for line in lines if "failed" in line]
+    suite = json.loads((tmp_path / "report.json").read_text())["suites"]["gpu"]
+    assert set(suite) == {"ops", "decoding", "scoring", "host", "searching"}
+    assert "### decoding" in (tmp_path / "report.md").read_text()
+
+
+GPU_RUN = """
+import sys
+from pathlib import Path
+import gpu_run
+folder = Path(sys.argv[1])
+
+def stage(name, *codes):
+    return gpu_run.Stage(name, 0.3, tuple((sys.executable, "-c", code) for code in codes))
+
+line = f"import sys; sys.path.insert(0, 'benchmarks'); import gpu_run, pathlib; path = pathlib.Path({str(folder)!r})"
+line += "; gpu_run.append(path / 'lines.jsonl', {'table': 'host', 'line': {}})"
+gpu_run.stages = lambda lines: [
+    stage("dies", "import os; print('last words', flush=True); os.abort()"),
+    stage("measures", line),
+]
+if sys.argv[2] == "hang":
+    print(gpu_run._together(stage("hangs", "import time; time.sleep(1000)"), 1.5, folder)[0]["code"])
+else:
+    gpu_run.run(folder, float(sys.argv[2]))
+"""
+
+
+def test_no_stage_of_the_gpu_run_stops_the_next(tmp_path):
+    run("-c", GPU_RUN, str(tmp_path), "100")
+    dies, measured, measures = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert dies["ends"][0]["code"] not in (0, None)
+    assert "last words" in dies["ends"][0]["last"]
+    assert measured["table"] == "host"
+    assert measures["ends"][0]["code"] == 0
+
+
+def test_a_stage_that_hangs_is_killed(tmp_path):
+    assert run("-c", GPU_RUN, str(tmp_path), "hang").stdout.strip() == "None"
+
+
+def test_a_gpu_run_without_time_begins_nothing(tmp_path):
+    run("-c", GPU_RUN, str(tmp_path), "0.0001")
+    ends = [json.loads(line)["ends"] for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert ends == [[{"skipped": "no time was left"}]] * 2

@@ -54,6 +54,11 @@ class KVPool:
             self.layers.clear()
             self._made_for = made_for
 
+    @property
+    def width(self) -> int:
+        """Return the numbers of K that a token has in the first layer; 0 before anything is written."""
+        return next((keys[0].numel() for keys, _ in self.layers.values()), 0)
+
     def bytes(self) -> int:
         """Bytes of all pools, used or not."""
         return sum(t.numel() * t.element_size() for pair in self.layers.values() for t in pair)

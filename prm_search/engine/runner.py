@@ -72,7 +72,7 @@ class TokenForward:
 
     def __init__(self, run: ModuleRun, growth: Growth, tokens: np.ndarray, slots: np.ndarray) -> None:
         self._run = run
-        self._layout = RowLayout(growth, slots)
+        self._layout = RowLayout(growth, slots, run.pool.width)
         self._integers = [tokens, growth.length - 1, slots]
 
     def run(self) -> torch.Tensor:

@@ -11,6 +11,9 @@ import torch
 from .layout import Group, Operands, QueryRun, buckets, flash, group_units, one_query
 from .torch_layout import SHARED_FROM, Prefixes
 
+# Numbers of K that rows of a family would read again, from which the second attention and the merge cost less.
+WORTH_SHARING = 1 << 17
+
 if TYPE_CHECKING:
     from ..growth import Growth
 
@@ -20,17 +23,19 @@ class RowPlan:
 
     Args:
         growth: live.
+        width: numbers of K that a token has in a layer.
 
     Attributes:
         version: of the growth that it was made for.
         offset: [R] slots of each path that are read with its family, not with its own.
     """
 
-    def __init__(self, growth: Growth) -> None:
+    def __init__(self, growth: Growth, width: int) -> None:
         self.version = growth.version
         stems, places = np.unique(growth.stems, return_inverse=True)
         sizes = np.bincount(places, minlength=len(stems))
         kin = (sizes[places] > 1) & (growth.shared >= SHARED_FROM)
+        kin &= (sizes[places] - 1) * growth.shared * width >= WORTH_SHARING
         self.offset = np.where(kin, growth.shared, 0)
         self.prefixes: list[_Prefix] = []
         families = [np.flatnonzero(kin & (places == family)) for family in np.flatnonzero(sizes > 1)]
@@ -46,7 +51,6 @@ class RowPlan:
             if kind.any()
             for batch in _numbered(np.flatnonzero(kind), buckets([(1, int(n)) for n in own[kind]]))
         ]
-        self.merged = kin
 
 
 def _numbered(places: np.ndarray, batches: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -112,11 +116,12 @@ class RowLayout:
     Args:
         growth: live, with the new tokens' slots in its paths.
         slots: [R] of the new tokens.
+        width: see RowPlan.
     """
 
-    def __init__(self, growth: Growth, slots: np.ndarray) -> None:
+    def __init__(self, growth: Growth, slots: np.ndarray, width: int) -> None:
         if growth.plan is None or growth.plan.version != growth.version:
-            growth.plan = RowPlan(growth)
+            growth.plan = RowPlan(growth, width)
         self._plan: RowPlan = growth.plan
         self._growth = growth
         self._tables = [group.append(slots, growth.length) for group in self._plan.groups]
