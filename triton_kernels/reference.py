@@ -197,7 +197,9 @@ def _sample_few(logits: Tensor, uniform: Tensor, temperature: Tensor | float) ->
 
 
 def _block_sums(weights: Tensor) -> Tensor:
-    """Running sums of `[R, V]` after each block of columns, fp64 `[R, blocks]`."""
+    """Running sums of `[R, V]` after each block of columns, fp64 `[R, blocks]`; after each column of a single block."""
+    if weights.shape[1] <= _BLOCK:
+        return weights.cumsum(-1, dtype=torch.float64)
     whole = weights.shape[1] // _BLOCK * _BLOCK
     sums = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1) if whole else weights[:, :0]
     if whole < weights.shape[1]:
@@ -208,11 +210,9 @@ def _block_sums(weights: Tensor) -> Tensor:
 def _inverse_cdf(weights: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
     """The column at which the running sum of weights first exceeds uniform times their total: `[R]` int64, never one
     of weight 0. `sums`: after each block; uniform: `[R, 1]` fp64."""
-    if sums.shape[1] == 1:
-        sums = weights.cumsum(-1, dtype=torch.float64)
-        goal = _below(uniform * sums[:, -1:], sums)
-        return torch.searchsorted(sums, goal, right=True).squeeze(1).clamp_(max=weights.shape[1] - 1)
     goal = _below(uniform * sums[:, -1:], sums)
+    if weights.shape[1] <= _BLOCK:
+        return torch.searchsorted(sums, goal, right=True).squeeze(1).clamp_(max=weights.shape[1] - 1)
     block = torch.searchsorted(sums, goal, right=True).clamp(max=sums.shape[1] - 1)  # NaN has no place
     before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
     columns = block * _BLOCK + torch.arange(min(_BLOCK, weights.shape[1]), device=weights.device)

@@ -181,7 +181,7 @@ class Decoder:
                 index = np.concatenate([np.arange(grown), at])
                 (on,) = to_device([index], tables[0].device)
                 tables = [table.index_select(0, on.to(table.device)) for table in tables]
-            columns = self._columns(tables, grown).cpu().numpy()
+            columns = _to_host(self._columns(tables, grown))
             for k, lm in enumerate(self.lms):
                 if np.isnan(columns[1 + k]).any():
                     raise lm.not_numbers()
@@ -194,8 +194,8 @@ class Decoder:
                 growth.add([branches[place - grown] for place in at])
         return columns
 
-    def _columns(self, tables: list[torch.Tensor], grown: int) -> torch.Tensor:
-        """The numbers that the host waits for, in one transfer: [C, R] fp64.
+    def _columns(self, tables: list[torch.Tensor], grown: int) -> list[torch.Tensor]:
+        """The numbers that the host waits for: C columns [R] on one device.
 
         The rows' tokens, their log-prob under each model, and the confidence_columns where a row asks for them.
 
@@ -227,7 +227,7 @@ class Decoder:
         if asks:
             normal = tables[0] if self._normalised else log_softmax(tables[0])
             columns += [column.to(tokens.device) for column in confidence_columns(normal, rows)]
-        return torch.stack([column.double() for column in columns])
+        return columns
 
     # --- what was drawn --------------------------------------------------------------------------------------------
 
@@ -319,3 +319,10 @@ class Decoder:
         if gone:
             self._let_go([place for place, row in enumerate(self._table.rows) if id(row) in gone])
             self._waiting = deque(row for row in self._waiting if id(row) not in gone)
+
+
+def _to_host(columns: Sequence[torch.Tensor]) -> np.ndarray:
+    """Columns [R] of one device on the host, in one transfer: [C, R] fp64."""
+    if columns[0].device.type == "cpu":
+        return np.stack([column.numpy() for column in columns], dtype=np.float64, casting="unsafe")
+    return torch.stack([column.double() for column in columns]).cpu().numpy()

@@ -50,9 +50,11 @@ class Runner:
             growth: live.
             tokens, slots: [R] int64.
         """
-        run = self.run
-        by_torch = run.backend == "torch" or (run.backend == "auto" and not run.on_gpu)
-        return TokenForward(run, growth, tokens, slots) if by_torch and not self.token_steps.static else None
+        run, device = self.run, self.run.device
+        gpu = device.type == "cuda"
+        if run.backend == "triton" or (run.backend == "auto" and gpu) or self.token_steps.static(gpu):
+            return None
+        return TokenForward(run, device, growth, tokens, slots)
 
 
 def layout_of(run: ModuleRun, units: Sequence[QueryRun]) -> TorchLayout | KernelLayout:
@@ -67,18 +69,21 @@ class TokenForward:
 
     Args:
         run: of the module.
+        device: its.
         growth, tokens, slots: as Runner.plan_rows.
     """
 
-    def __init__(self, run: ModuleRun, growth: Growth, tokens: np.ndarray, slots: np.ndarray) -> None:
-        self._run = run
+    def __init__(
+        self, run: ModuleRun, device: torch.device, growth: Growth, tokens: np.ndarray, slots: np.ndarray
+    ) -> None:
+        self._run, self._device = run, device
         self._layout = RowLayout(growth, slots, run.pool.width)
         self._integers = [tokens, growth.length - 1, slots]
 
     def run(self) -> torch.Tensor:
         """Launch the forward; nothing is waited for. Returns [R, D] last hidden rows."""
-        ids, positions, slots = to_device(self._integers, self._run.device)
-        return self._run.hidden(ids.long(), positions.long(), Packed(self._run.pool, slots, self._layout))
+        ids, positions, slots = to_device(self._integers, self._device)
+        return self._run.hidden(ids.long(), positions.long(), Packed(self._run.pool, slots, self._layout, whole=True))
 
 
 class PackedForward:

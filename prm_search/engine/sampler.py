@@ -11,6 +11,7 @@ import torch
 from ..rng import counters_of, uniforms_at
 from ..sampling import Sampling
 from ..triton_kernels import Drawn, sample_rows
+from ..triton_kernels.launch import Backend
 from ..triton_kernels.reference import COLDEST
 from .decoding_row import DecodingRow
 from .to_device import number_to_device
@@ -110,7 +111,8 @@ class Sampler:
         if own:
             logits, heat = self.scores(logits, rows), (heat > 0).astype(float)
         temperature = number_to_device(heat, logits.device) if (heat != heat[0]).any() else float(heat[0])
-        return sample_rows(logits, number_to_device(draws, logits.device), temperature), not own
+        backend: Backend = "auto" if logits.is_cuda else "torch"
+        return sample_rows(logits, number_to_device(draws, logits.device), temperature, backend=backend), not own
 
 
 def _filters(sampling: Sampling) -> bool:

@@ -79,14 +79,13 @@ class TokenSteps:
         captured = any(self.graphs.has(one) for one in both)
         return TokenStepChoice("graph", "a CUDA device", f"{detail}, {'captured' if captured else 'not captured yet'}")
 
-    @property
-    def static(self) -> bool:
-        """Return True if token steps may run from static tensors here."""
-        return self.mode != "packed" and (self.mode != "auto" or self._run.on_gpu)
+    def static(self, gpu: bool) -> bool:
+        """Return True if token steps may run from static tensors, on a GPU or elsewhere."""
+        return self.mode != "packed" and (self.mode != "auto" or gpu)
 
     def plan(self, wave: Sequence[Piece], slots: Sequence[np.ndarray]) -> StaticForward | None:
         """The step that these pieces are, or None where they run packed. Arguments as Runner.plan."""
-        if not self.static or not self._step.serves(wave):
+        if not self.static(self._run.on_gpu) or not self._step.serves(wave):
             return None
         longest = max(piece.branch.start + piece.end for piece in wave)
         if self.choice(len(wave), longest).way == "packed":
