@@ -53,6 +53,8 @@ _PUBLIC = {
     "PRMGuidance": ".guidance",
     "Policy": ".protocols",
     "Prompt": ".tree",
+    "ReplayPolicy": ".policies.replay",
+    "ReplayScorer": ".scorers.replay",
     "Sampling": ".protocols",
     "Scorer": ".protocols",
     "Scores": ".scorers.implicit.implicit_prm",
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from .policies.endpoint.retry import Backoff as Backoff
     from .policies.hf import HFPolicy as HFPolicy, Steered as Steered
     from .policies.joint import PolicyPool as PolicyPool
+    from .policies.replay import ReplayPolicy as ReplayPolicy
     from .protocols import Policy as Policy, Sampling as Sampling, Scorer as Scorer
     from .scorers.ensemble import Ensemble as Ensemble
     from .scorers.explicit.formats import PRMFormat as PRMFormat
@@ -112,6 +115,7 @@ if TYPE_CHECKING:
         ImplicitPRM as ImplicitPRM,
         Scores as Scores,
     )
+    from .scorers.replay import ReplayScorer as ReplayScorer
     from .steps import StepRule as StepRule
     from .strategies import (
         DVTS as DVTS,

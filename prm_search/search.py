@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from os import PathLike
 from typing import Any, Literal
 
 from .answers import Answer, Select
@@ -15,6 +17,7 @@ from .driver.result import Event, Result
 from .driver.search_settings import SearchSettings
 from .prompt import numbered
 from .protocols import AsyncPolicy, Policy, Scorer
+from .recording import Recorder, told_by
 from .steps import StepRule
 from .strategies import Steer, Strategy
 from .tree import Prompt
@@ -50,6 +53,7 @@ def search(
     weight: Literal["softmax", "sigmoid"] = "softmax",
     weight_temperature: float = 1.0,
     confidence_tokens: int = 0,
+    record: str | PathLike[str] | None = None,
     on_event: Callable[[Event], object] | None = None,
 ) -> list[Result]:
     """Sample reasoning steps for each prompt, score every step, keep the good ones.
@@ -80,6 +84,7 @@ def search(
         weight, weight_temperature: of a weighted vote.
         confidence_tokens: record how sure the policy was of each token, over so many of the most probable ones (20 in
             DeepConf), as Node.confidences; 0 records nothing and costs nothing.
+        record: a file to write every draw and score to, each prompt's as its search ends; see recording.Recorder.
         on_event: called with every Event, in this thread.
 
     Returns:
@@ -113,10 +118,17 @@ def search(
     require("policy", policy, Policy)
     if isinstance(settings.strategy, Steer):
         policy = settings.strategy.wrap(policy, scorer)
+    if record is not None and getattr(policy, "alpha", None) is not None:
+        raise ValueError("record: a recording keeps a policy's own draws, and this one is steered")
     with SearchLoop(policy, scorer, prover, on_event=on_event) as loop:
         encoded = encode_all(prompt_list, loop.models.encode)
         jobs = [Job(prompt, settings, occurrence, index) for index, (prompt, occurrence) in enumerate(encoded)]
-        results = {job.place: result for job, result in loop.run(jobs, len(jobs))}
+        results = {}
+        with nullcontext() if record is None else Recorder(record) as recorder:
+            for job, result in loop.run(jobs, len(jobs)):
+                results[job.place] = result
+                if recorder is not None:
+                    recorder.add(result.tree, settings.sampling, **told_by(policy, scorer, prover))
         for result in results.values():
             loop.models.read_batch(result.usage)
     return [results[job.place] for job in jobs]

@@ -22,9 +22,8 @@ PACKAGES = {
 # The plain records and rules: no torch, and no model.
 PLAIN = (
     "answers", "calibration", "checks", "confidence", "drawing", "files", "next_token", "pieces", "policy", "prefixes",
-    "private_tokenizer",
-    "problems", "prompt", "protocols", "rng", "sampling", "steps", "stop_strings", "token_bytes", "tokens", "tree",
-    "tree_record", "usage", "values",
+    "private_tokenizer", "problems", "prompt", "protocols", "recording", "rng", "sampling", "steps", "stop_strings",
+    "token_bytes", "tokens", "tree", "tree_record", "usage", "values",
 )  # fmt: skip
 # The order of docs/development.md: a room, and the rooms that it may know beside itself. Each stands above those.
 ORDER: dict[str, tuple[str, ...]] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,10 @@ from ..answers import Answer
 from ..evaluation.plan import Plan, Unit
 from ..evaluation.report import PLOTS_NEED, table, write_report
 from ..evaluation.samples import Judge
+from ..policies.replay import ReplayPolicy
 from ..problems import Problem
+from ..recording import Recorder, Recording, told_by
+from ..scorers.replay import ReplayScorer
 from . import BadInput, options
 from .groups import Engine, Place
 from .problems import at_lines, encoded
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from ..evaluation.responses import Answered
 
 RECORDS, RUN = "records.jsonl", "run.json"
+OnResult = Callable[["Unit", "Result"], object]
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class NamedModels:
     dtype: str
     engine: Engine
     scorers: Sequence[tuple[str, str | None]] = ()  # with what each is; None to find out
+    replay: str | None = None  # a recording, in place of the policy
 
     def __post_init__(self) -> None:
         if len(set(self.pairs)) < len(self.pairs):
@@ -59,7 +65,21 @@ class NamedModels:
     def names(self) -> list[str]:
         """Names of the pairs and the other scorers, in order."""
         pairs = list(self.pairs) or ([] if self.prm is None else [self.prm])
-        return [*pairs, *(name for name, _ in self.scorers)]
+        named = [*pairs, *(name for name, _ in self.scorers)]
+        return named if named or self.replay is None else list(self.recording.scorers)
+
+    @cached_property
+    def recording(self) -> Recording:
+        """The recording. Raises BadInput where the file holds none."""
+        try:
+            return Recording(str(self.replay))
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--replay {reason(error)}") from error
+
+    @property
+    def recorded(self) -> bool:
+        """Return True if the scorers are those of the recording."""
+        return self.replay is not None and not (self.pairs or self.prm or self.scorers)
 
     @property
     def cards(self) -> list[str]:
@@ -74,6 +94,8 @@ class NamedModels:
             "reference": self.reference,
             "beta": self.beta,
         }
+        if self.replay is not None:
+            models["replay"] = self.replay
         if self.scorers:
             models["formats"] = {name: format for name, format in self.scorers if format is not None}
         if self.engine.remote:
@@ -87,7 +109,7 @@ class NamedModels:
         from ..scorers.base import BETA
 
         models = self.card()
-        pairs = self.names[: len(self.names) - len(self.scorers)]
+        pairs = [] if self.recorded else self.names[: len(self.names) - len(self.scorers)]
         cards = {name: options.pair_card(name) or {} for name in pairs}
         for field, default in (("reference", None), ("beta", BETA)):
             if models[field] is None and cards:
@@ -97,7 +119,13 @@ class NamedModels:
 
     def load(self) -> tuple[Any, list[Any]]:
         """The policy, or None without one, and the scorers."""
-        return None if self.policy is None else self.load_policy(), [self.load_scorer(name) for name in self.names]
+        if self.replay is not None:
+            policy: Any = ReplayPolicy(self.recording)
+        else:
+            policy = None if self.policy is None else self.load_policy()
+        if self.recorded:
+            return policy, [ReplayScorer(self.recording, name) for name in self.names]
+        return policy, [self.load_scorer(name) for name in self.names]
 
     def load_policy(self) -> Any:
         """The policy, which there is."""
@@ -135,6 +163,7 @@ class EvalRun:
         answered: the same with their responses, where those exist already; otherwise empty.
         plan, judge, answer: see evaluation.evaluate.
         models: see Models.
+        record: a file for every draw and score, or None.
     """
 
     items: Sequence[Item]
@@ -143,6 +172,7 @@ class EvalRun:
     judge: Judge
     answer: Answer | str | None
     models: NamedModels
+    record: str | None = None
 
     @property
     def units(self) -> list[Unit]:
@@ -193,14 +223,35 @@ class EvalRun:
         }  # fmt: skip
         with at_lines(self.items):
             if self.answered:
-                flow = evaluate_responses(self.answered, **how)
+                yield from map(self._named, evaluate_responses(self.answered, **how))
             else:
                 problems = [encoded(item, policy) for item in self.items]
-                flow = evaluate(
-                    problems, policy=policy, batch=batch, on_result=on_result,
-                    on_failure=lambda unit, result: failures.lost(unit.problem, str(result.failure)), **how,
-                )  # fmt: skip
-            yield from map(self._named, flow)
+                with self._recorder(bool(done), policy, scorers, on_result) as told:
+                    flow = evaluate(
+                        problems, policy=policy, batch=batch, on_result=told,
+                        on_failure=lambda unit, result: failures.lost(unit.problem, str(result.failure)), **how,
+                    )  # fmt: skip
+                    yield from map(self._named, flow)
+
+    @contextmanager
+    def _recorder(
+        self, resumed: bool, policy: Any, scorers: Sequence[Any], on_result: OnResult | None
+    ) -> Iterator[OnResult | None]:
+        """Return `on_result`, with a recorder before it where one is asked for."""
+        if self.record is None:
+            yield on_result
+            return
+        with Recorder(self.record, resume=resumed) as recorder:
+
+            def told(unit: Unit, result: Result) -> None:
+                sampling = self.plan.sampling(unit.seed or 0)
+                if unit.kind == "greedy":
+                    sampling = replace(sampling, temperature=0.0)
+                recorder.add(result.tree, sampling, **told_by(policy, *scorers))
+                if on_result is not None:
+                    on_result(unit, result)
+
+            yield told
 
     def records_of_workers(
         self, done: Mapping[int, dict[str, Any]], batch: int, workers: Workers, failures: Failures

@@ -173,6 +173,22 @@ class Output(groups.OutFolder):
     ] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """Draws and scores on disk."""
+
+    record: Annotated[
+        str | None, typer.Option(help="Write every draw and score here, for --replay.", rich_help_panel=OUTPUT)
+    ] = None
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --policy, and of scorers unless named: answer from such a file, without a model.",
+            rich_help_panel=MODELS,
+        ),
+    ] = None
+
+
 @grouped
 def evaluate(
     policy: groups.MaybePolicy,
@@ -184,6 +200,7 @@ def evaluate(
     steps: groups.Steps,
     draws: groups.Draws,
     workers: Workers,
+    recorded: Recorded,
     output: Output,
     common: Common,
 ) -> None:
@@ -196,9 +213,9 @@ def evaluate(
         return
     models = NamedModels(
         policy.policy, pairs.pair or (), pairs.prm, pairs.reference, pairs.beta, place.device, place.dtype, policy,
-        pairs.scorers(),
+        pairs.scorers(), recorded.replay,
     )  # fmt: skip
-    _check_source(policy, problems, compared)
+    _check_source(policy, problems, compared, recorded, workers)
     if output.html is not None and (problems.responses is not None or workers.ray is not None):
         raise BadInput("--html shows the searches of this process: there are none with --responses, nor with --ray")
     label, answer = labels.label, labels.answer
@@ -210,7 +227,7 @@ def evaluate(
         raise BadInput(f"a pair is needed for {', '.join(plan.ranked or plan.strategies)}: --pair, --prm or --scorer")
     if answered and compared.budgets is None:
         _say_what_limits(items, answered, plan)
-    run = EvalRun(items, answered, plan, judge, _extractor(answer), models)
+    run = EvalRun(items, answered, plan, judge, _extractor(answer), models, recorded.record)
     card = {**models.about(), "data": problems.data or problems.responses}
     about = {**card, "label": label, "answer": answer, "plan": plan.card()}
     keys = run.keys(models.card(), place.dtype, label, answer, plan.card())
@@ -257,11 +274,19 @@ def _report(folder: Path, html: str | None) -> None:
         trees_page(folder, html, about["title"], about["expected"])
 
 
-def _check_source(policy: groups.MaybePolicy, problems: Problems, compared: Compared) -> None:
+def _check_source(
+    policy: groups.MaybePolicy, problems: Problems, compared: Compared, recorded: Recorded, workers: Workers
+) -> None:
     """Raises BadInput where neither problems nor responses are given, or an option is of the other kind."""
     existing = problems.responses is not None
-    if (policy.policy is None) != existing or (problems.data is None) != existing:
-        raise BadInput("--policy and --data are needed, or else --responses")
+    sources = [policy.policy is not None, recorded.replay is not None, existing]
+    if sum(sources) != 1 or (problems.data is None) != existing:
+        raise BadInput("--policy and --data are needed, or --replay and --data, or else --responses")
+    if recorded.record is not None:
+        writable("--record", recorded.record)
+    for option, file in (("record", recorded.record), ("replay", recorded.replay)):
+        if file is not None and (existing or workers.ray is not None):
+            raise BadInput(f"--{option} is of searches of this process: there are none with --responses or --ray")
     of_data = {
         "data-config": problems.data_config, "template": problems.template, "seeds": compared.seeds,
         "search-values": compared.search_values, "shape": compared.shape,
