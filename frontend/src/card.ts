@@ -25,7 +25,7 @@ export function stepCard(item: Item, look: CardLook): HTMLElement {
   const own = tree.scorers[scorer];
   const reward = own?.reward[step] ?? null;
   const finish = tree.finish[step];
-  const text = step === 0 ? brief(tree.promptText, CLIPPED) : brief(tree.text[step], CLIPPED);
+  const text = step === 0 ? (tree.promptText ? brief(tree.promptText, CLIPPED) : "…") : brief(tree.text[step], CLIPPED);
   const classes = ["card"];
   if (step === 0) classes.push("root");
   if (tree.onPath[step]) classes.push("chosen");

@@ -46,7 +46,7 @@ export interface ToldStep {
   count: number;
   finish: string | null;
   rollout: boolean;
-  pieces?: string[];
+  pieces?: (string | number)[];
   token_rewards?: Num[];
 }
 

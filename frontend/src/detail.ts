@@ -100,8 +100,8 @@ const COSTS: Record<string, string> = {
 };
 
 /** What each model has cost: tokens, forwards, seconds. */
-export function costTable(usage: Record<string, Record<string, number>>): HTMLElement | null {
-  const columns = Object.keys(COSTS).filter((cost) => Object.keys(usage[cost] ?? {}).length);
+export function costTable(usage: Record<string, Record<string, number>>, costs = Object.keys(COSTS)): HTMLElement | null {
+  const columns = costs.filter((cost) => Object.keys(usage[cost] ?? {}).length);
   if (!columns.length) return null;
   const models = [...new Set(columns.flatMap((cost) => Object.keys(usage[cost])))];
   const head = h("tr", {}, h("th", { scope: "col" }, "model"));

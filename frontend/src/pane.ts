@@ -135,6 +135,11 @@ export class Pane {
     this.select(after, true);
   }
 
+  /** Scroll so that a step is seen, where it is shown. */
+  follow(step: number): void {
+    this.bring(`s${step}`);
+  }
+
   setScale(scale: Scale): void {
     this.scale = scale;
     this.redraw();

@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prm_search.scorers.kinds import AUTO
@@ -22,6 +24,7 @@ from prm_search.serving.errors import RequestError
 from prm_search.serving.metrics import Metrics
 from prm_search.serving.routes import ROUTES, outcome, path_of, read_body, refused, respond
 from prm_search.serving.service import Service
+from prm_search.serving.ui import PATH, ui_response
 
 NAME = "prm_search"
 
@@ -35,6 +38,7 @@ class PRMSearchEndpoint:
     def attach_router(self, app: Any) -> None:
         """Put GuidedRoutes before vLLM's routes, and behind its middleware: API keys are checked before."""
         app.add_middleware(GuidedRoutes)
+        app.router.routes.append(Route(PATH, ui, methods=["GET"]))
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Load the scorer and make the service, over the server's own engine.
@@ -56,6 +60,7 @@ class PRMSearchEndpoint:
 
         scorer = await asyncio.to_thread(load_scorer, config)
         names = args.served_model_name or [args.model]
+        state.prm_search_ui = config.ui
         state.prm_search = Service(
             AsyncEngine(policy, scorer, policy.token_text, steered if can_steer(engine_client) else None),
             [names] if isinstance(names, str) else names,
@@ -63,6 +68,14 @@ class PRMSearchEndpoint:
             steps=config.steps,
             metrics=Metrics(REGISTRY),  # which vLLM's /metrics tells
         )
+
+
+async def ui(request: Request) -> Response:
+    """The page /ui, unless the configuration has it switched off."""
+    state = request.app.state
+    if not state.prm_search_ui:
+        return refused(RequestError(404, f"{PATH} is switched off on this server", code="unknown_route"))
+    return ui_response(state.prm_search)
 
 
 def chat_tokenizer(tokenizer: Any, args: Any) -> Any:

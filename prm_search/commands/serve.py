@@ -61,6 +61,9 @@ class Server:
             rich_help_panel=_SERVER,
         ),
     ] = None
+    ui: Annotated[
+        bool, typer.Option("--ui/--no-ui", help="Serve the page /ui, to watch searches.", rich_help_panel=_SERVER)
+    ] = True
 
     def __post_init__(self) -> None:
         options.one_of("--engine", self.engine, ("hf", "vllm"))
@@ -148,7 +151,7 @@ def serve(
 
     config = ServeConfig(
         pair.pair, pair.prm, pair.reference, pair.beta, place.device, place.dtype, rule, bounds.make(),
-        scorer=pair.scorer, format=pair.prm_format,
+        scorer=pair.scorer, format=pair.prm_format, ui=server.ui,
     )  # fmt: skip
     if server.api_key is not None or _KEY in os.environ:  # a variable that is set to nothing is no option for typer
         check_key(f"--api-key or ${_KEY}", server.api_key or "")
@@ -193,6 +196,7 @@ def _app(server: Server, pair: groups.Scorer, place: groups.Place, config: Serve
         limits=config.limits,
         steps=config.steps,
         api_keys=[server.api_key] if server.api_key else [],
+        ui=config.ui,
     )
 
 

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 
 from ..steps import StepRule
+from . import ui as ui_page
 from .backend import Backend
 from .errors import RequestError
 from .keys import BearerKeys, check_key
@@ -28,6 +29,7 @@ def make_app(
     limits: Limits | None = None,
     steps: StepRule | None = None,
     api_keys: Sequence[str] = (),
+    ui: bool = True,
 ) -> FastAPI:
     """An app that makes its engine when it starts, on its own event loop, and closes it when it ends.
 
@@ -37,6 +39,7 @@ def make_app(
         limits: None for the defaults.
         steps: the StepRule of requests that give none; None for StepRule().
         api_keys: if any, requests of /v1 need one of them as a bearer token.
+        ui: serve the page /ui. It is told to all, as /health is; what it asks of /v1 needs a key as any request does.
 
     Returns:
         the app; while it runs, `app.state.service` is its Service.
@@ -64,6 +67,8 @@ def make_app(
         app.add_api_route(
             path, _searching(route), methods=["POST"], openapi_extra=request_body(route), responses=errors(*STATUSES)
         )
+    if ui:
+        app.add_api_route(ui_page.PATH, ui_page.ui, methods=["GET"], include_in_schema=False)
     for path, answer, responses in READS:
         app.add_api_route(path, answer, methods=["GET"], responses=responses)
         app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)

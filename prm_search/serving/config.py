@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ..checks import beta, non_empty
+from ..checks import beta, flag, non_empty
 from ..models.placement import DEMO, shipped
 from ..scorers.kinds import check_kind
 from ..steps import StepRule
@@ -32,6 +32,7 @@ class ServeConfig:
         steps: the StepRule of requests that give none; `of` ends its steps as the pair's card says where it names
             neither a delimiter nor a regex.
         limits: see Limits.
+        ui: serve the page /ui.
     """
 
     pair: str | None = None
@@ -44,6 +45,7 @@ class ServeConfig:
     limits: Limits = field(default_factory=Limits)
     scorer: str | None = None
     format: str | None = None
+    ui: bool = True
 
     def __post_init__(self) -> None:
         if [self.pair, self.prm, self.scorer].count(None) != 2:
@@ -61,6 +63,7 @@ class ServeConfig:
                 non_empty(name, getattr(self, name))
         if self.beta is not None:
             beta("beta", self.beta)
+        flag("ui", self.ui)
 
     @classmethod
     def of(cls, settings: Any) -> ServeConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -187,14 +187,7 @@ def _strategy(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | No
     if name not in STRATEGIES:
         raise invalid("prm_guidance.strategy", f"{name!r} is unknown; it is one of {', '.join(STRATEGIES)}")
     made = STRATEGIES[name]
-    fields = {field.name: field for field in dataclasses.fields(made)}  # type: ignore[arg-type]
-    own = [
-        field_name for field_name in fields if field_name != "value" and (made is not Steer or field_name != "alpha")
-    ]
-    names = {
-        f"{name}_{field_name}" if field_name in GuidanceBody.model_fields else field_name: field_name
-        for field_name in own
-    }  # lookahead_steps
+    fields, names = _fields(name)
     options = {}
     for option, value in (guide.model_extra or {}).items():
         param = f"prm_guidance.{option}"
@@ -224,6 +217,40 @@ def _strategy(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | No
         return strategy, alpha
     alpha = 1.0 if guide.alpha is None else guide.alpha
     return BestOfN(strategy.n), _within("prm_guidance", lambda: Steer(alpha)).alpha
+
+
+def _fields(name: str) -> tuple[dict[str, dataclasses.Field[Any]], dict[str, str]]:
+    """The fields of a strategy, and what a request calls those that it may set: "lookahead_steps" is "steps"."""
+    made = STRATEGIES[name]
+    fields = {field.name: field for field in dataclasses.fields(made)}  # type: ignore[arg-type]
+    own = [
+        field_name for field_name in fields if field_name != "value" and (made is not Steer or field_name != "alpha")
+    ]
+    names = {
+        f"{name}_{field_name}" if field_name in GuidanceBody.model_fields else field_name: field_name
+        for field_name in own
+    }
+    return fields, names
+
+
+def strategy_options(name: str) -> Iterator[tuple[str, str, Any]]:
+    """The options of a strategy that a plain value can say: what a request calls each, its kind, its default.
+
+    Args:
+        name: of the strategy.
+
+    Yields:
+        (option, "bool", "number" or "text", default).
+    """
+    fields, names = _fields(name)
+    for option, field_name in names.items():
+        default, declared = fields[field_name].default, str(fields[field_name].type)
+        if isinstance(default, bool):
+            yield option, "bool", default
+        elif isinstance(default, int | float) or (default is None and declared.startswith(("int", "float"))):
+            yield option, "number", default
+        elif isinstance(default, str):
+            yield option, "text", default
 
 
 def _children(strategy: Strategy) -> int:

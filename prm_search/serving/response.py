@@ -12,6 +12,7 @@ from ..driver.result import Event, Result
 from ..tree import Node
 from ..usage import Usage
 from ..values import step_rewards
+from ..viewer.page_tree import token_texts
 from .logprobs import TokenLogprobs
 from .request import SearchRequest
 from .service import Job, answered, failure
@@ -157,6 +158,8 @@ def _step(node: Node) -> dict[str, Any]:
         "count": node.count,
         "finish": node.finish,
         "rollout": node.rollout,
+        "token_rewards": list(map(finite, node.token_rewards.tolist())),
+        "pieces": list(token_texts(node, node.tree.primary)),
     }
 
 

@@ -162,12 +162,12 @@ def _step(node: Node) -> PageStep:
         rewards={name: node.reward_of(name) for name in names},
         q={name: node.q_of(name) for name in names},
         token_rewards={name: node.rewards[name].tolist() for name in names},
-        pieces={name: _pieces(node, name) for name in names},
+        pieces={name: token_texts(node, name) for name in names},
     )
 
 
-def _pieces(node: Node, name: str) -> Sequence[Piece]:
-    """The tokens that a scorer's rewards of a node speak of."""
+def token_texts(node: Node, name: str) -> Sequence[Piece]:
+    """The tokens that a scorer's rewards of a node speak of: their texts, or their ids where nobody knows those."""
     own = node.reward_ids.get(name)
     ids = node.token_ids if own is None else own
     vocabulary = node.tree.vocabularies.get(POLICY if own is None else name)
