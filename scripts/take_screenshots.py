@@ -66,6 +66,47 @@ def picture(browser: Any, url: str, file: Path, act: Act, *, width: int, height:
     print(f"{file}: {file.stat().st_size / 1024:.0f} kB")
 
 
+@contextmanager
+def server() -> Iterator[str]:
+    """A server over the demo pair, at a free port: the address of its /ui."""
+    import asyncio
+    import threading
+
+    import uvicorn
+
+    from prm_search import HFPolicy, ImplicitPRM, StepRule
+    from prm_search.demo import pair_dir
+    from prm_search.serving.app import make_app
+    from prm_search.serving.backend import ThreadEngine
+    from prm_search.serving.run import listen
+
+    policy = HFPolicy.from_pretrained(pair_dir() / "policy")
+    pair = ImplicitPRM.from_pretrained(pair_dir())
+    app = make_app(lambda: ThreadEngine.of_hf(policy, pair), ["demo"], steps=StepRule(";"))
+    running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    sock = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=asyncio.run, args=[running.serve(sockets=[sock])])
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}/ui"
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+def search(page: Any) -> None:
+    """Search on the page of a server, and wait for the end."""
+    page.wait_for_selector("option >> text=demo", state="attached")
+    page.get_by_role("textbox", name="Prompt").fill(PROMPT)
+    page.get_by_text("Steps, sampling, choice").click()
+    for label, value in (("Temperature", "1.3"), ("Seed", "3")):
+        page.get_by_label(label, exact=True).fill(value)
+    page.get_by_label("Rank by").select_option("min")
+    page.get_by_role("button", name="Search").click()
+    page.wait_for_selector("text=Finished:")
+    page.locator(".side").evaluate("(side) => side.scrollTo(0, 0)")
+
+
 def step(page: Any, text: str) -> Any:
     return page.locator(".card", has_text=text).first
 
@@ -80,6 +121,9 @@ def take(folder: Path) -> None:
         picture(browser, made["both"], folder / "view.png", both, **wide)
         picture(browser, made["alone"], folder / "view-dark.png", unfolded, **wide, dark=True)
         picture(browser, made["alone"], folder / "view-phone.png", lambda page: step(page, "c*3=1").click(), **phone)
+        with server() as address:
+            picture(browser, address, folder / "ui.png", search, **wide)
+            picture(browser, address, folder / "ui-phone.png", search, **phone, dark=True)
         picture(browser, made["score"], folder / "score.png", lambda page: None, width=900, height=620)
 
 

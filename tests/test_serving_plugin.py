@@ -38,7 +38,9 @@ def core() -> Iterator[Served]:
         policy.takes_stop = False  # type: ignore[misc]
         engine = AsyncEngine(policy, FakeScorer(), Spelling())  # type: ignore[arg-type]
         limits = Limits(body_bytes=LIMIT)
+        app.state.prm_search_ui = True
         app.state.prm_search = app.state.service = Service(engine, ["m"], limits=limits, steps=RULE, metrics=Metrics())
+        app.state.prm_search.state_of_app = app.state
         yield
 
     app = FastAPI(lifespan=lifespan)
@@ -99,6 +101,14 @@ def test_other_routes_and_streams_pass(core: Served) -> None:
     assert "own" in json.loads(core.send("/v1/embeddings", {"prm_guidance": {}})[2])
     assert core.send("/v1/completions", {"stream": True})[2] == b"one two"
     assert core.send("/v1/completions", method="GET")[0] == 405
+
+
+def test_the_page_is_served_unless_it_is_switched_off(core: Served) -> None:
+    assert core.send("/ui", method="GET")[0] == 200
+    state = core.service.state_of_app  # type: ignore[attr-defined]
+    state.prm_search_ui = False
+    assert core.send("/ui", method="GET")[0] == 404
+    state.prm_search_ui = True
 
 
 def test_what_is_guided_is_searched(core: Served) -> None:
