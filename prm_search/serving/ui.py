@@ -19,7 +19,7 @@ ANSWERS = ("boxed", "####", "number")
 
 
 def ui_settings(service: Service) -> dict[str, Any]:
-    """What the page's form is made of. Nothing of it is private: models are listed for who has a key."""
+    """The settings that the page's form is made of. Nothing of them is private: models are listed for who has a key."""
     tokenizer = getattr(service.engine.token_text, "tokenizer", None)
     return {
         "chat": bool(getattr(tokenizer, "chat_template", None)),
