@@ -64,8 +64,8 @@ class Load:
     batch: int = 32
     load: float = 60.0
     lifetime: float = float("inf")
-    message: float = 0.5e-3
-    record: float = 0.15e-3
+    message: float = 1.0e-3
+    record: float = 0.3e-3
     network: float = 1e-3
 
 
@@ -213,14 +213,21 @@ def table(load: Load, counts: Sequence[int]) -> Iterator[str]:
 
 
 class Echo:
-    """Work that costs nothing: records of a rollout's size, to measure the driver."""
+    """Work that costs nothing: records of a rollout's size, to measure the driver.
+
+    Args:
+        pause: seconds between records, each of which then is a message; 0 for records in large messages.
+        size: tokens of a response.
+    """
 
     forward_calls = 0
 
-    def __init__(self, group: float, size: int) -> None:
+    def __init__(self, pause: float, size: int) -> None:
         from prm_search.distributed import worker
 
-        worker.GROUP_SECONDS = group
+        self.pause = pause
+        if pause:
+            worker.GROUP_SECONDS = 0.0
         self.record = {"prompt_ids": list(range(100)), "response_ids": list(range(size)), "response": "a" * 3 * size}
 
     def encode(self, prompt: Any) -> tuple[int, ...]:
@@ -230,6 +237,7 @@ class Echo:
         while True:
             for task in feed.take(32, wait=True):
                 for index in task.wanted:
+                    time.sleep(self.pause)
                     yield Entry(task.place, index, self.record | {"index": index})
 
 
@@ -244,11 +252,11 @@ def measure(problems: int, rows: int = 8, size: int = 300) -> dict[str, float]:
 
     taken = {}
     with Cluster("local", workers=1, gpus_per_worker=0) as cluster, tempfile.TemporaryDirectory() as folder:
-        for name, group in (("single", 0.0), ("grouped", GROUP_SECONDS)):
+        for name, pause in (("single", 0.005), ("grouped", 0.0)):
             tasks = {i: Task(i, tuple(range(i * rows, (i + 1) * rows)), None) for i in range(problems)}
             keys = [f"{index:016x}" for index in range(problems * rows)]
             with (
-                Crew(cluster, partial(Echo, group, size)) as crew,
+                Crew(cluster, partial(Echo, pause, size)) as crew,
                 RecordFile(f"{folder}/{name}", keys, resume=False) as file,
             ):
                 crew.encode([])
@@ -260,14 +268,14 @@ def measure(problems: int, rows: int = 8, size: int = 300) -> dict[str, float]:
                 taken[f"{name} wall"] = (time.perf_counter() - began) / len(keys)
     return {
         "record seconds": taken["grouped"], "message seconds": taken["single"] - taken["grouped"],
-        "single wall seconds": taken["single wall"], "grouped wall seconds": taken["grouped wall"],
+        "records a second, in large messages": 1 / taken["grouped wall"],
     }  # fmt: skip
 
 
 LOADS = (
     Load("long answers, 64 problems a worker (40 s each, 8 records, 32 under way)", 64),
     Load("long answers, 256 problems a worker", 256),
-    Load("short answers, 2048 problems a worker (1 s each)", 2048, seconds=1.0),
+    Load("short answers, 512 problems a worker (1 s each)", 512, seconds=1.0),
     Load("12,000 problems in all (40 s each)", 12_000, fixed=True),
     Load("256 problems a worker, a worker lives 30 minutes", 256, lifetime=1800.0),
 )

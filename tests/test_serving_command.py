@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points
 from typing import Any
 
 import openai
@@ -212,6 +212,24 @@ def test_the_command_for_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         vllm_command("model", config, **options | {"api_key": "schlüssel"}, extra=[])
     _, environment = vllm_command("model", config, **options, extra=[], environment={"VLLM_PLUGINS": "x,prm_search"})
     assert environment["VLLM_PLUGINS"] == "x,prm_search"
+
+
+@pytest.mark.parametrize("word", ["--api-server-count=2", "--headless"])
+def test_several_api_servers_are_of_vllms_own_command(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    """vLLM's server module would take the word, and start one server all the same."""
+    options: dict[str, Any] = {"host": "127.0.0.1", "port": 1, "name": "tiny", "api_key": None, "environment": {}}
+    monkeypatch.setattr("prm_search.serving.vllm_command.find_spec", lambda name: name)
+    monkeypatch.setattr("prm_search.serving.vllm_command.version", lambda name: "0.32.0")
+    words, _ = vllm_command("model", ServeConfig(pair="demo"), **options, extra=[word])
+    assert words[2:6] == ["-m", "vllm.entrypoints.cli.main", "serve", "model"]
+    assert words[-1] == word
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("prm_search.serving.vllm_command.version", missing)
+    with pytest.raises(ImportError, match=rf"^{word} needs the package vllm itself"):
+        vllm_command("model", ServeConfig(pair="demo"), **options, extra=[word])
 
 
 def test_the_plugin_is_an_entry_point() -> None:

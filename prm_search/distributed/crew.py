@@ -68,6 +68,8 @@ class Crew:
         )
         self._slots = [_Slot(number) for number in range(cluster.workers)]
 
+        self._homeless = 0  # workers that were said not to be ready
+
     def __enter__(self) -> Crew:
         for slot in self._slots:
             self._start(slot)
@@ -215,8 +217,9 @@ class Crew:
             if ready:
                 break
             homeless = sum(slot.about is None for slot in busy)
-            if homeless:
+            if homeless and homeless != self._homeless:
                 self._cluster.notice(f"{homeless} workers are loading, or wait for a machine with room for them")
+            self._homeless = homeless
         ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
         names = {id(reference) for reference in ready}
         return [slot for slot in busy if id(slot.awaited) in names]
