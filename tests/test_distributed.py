@@ -133,6 +133,14 @@ def test_without_on_failure_the_run_ends_with_the_failed_problems(crew, tmp_path
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_problem_that_kills_its_only_worker_three_times_is_not_the_workers_fault(crew, tmp_path):
+    with crew(1) as cluster:
+        policy = partial(Poisoned, str(tmp_path), None)
+        with pytest.raises(FailedProblems, match=r"problems\[0\] failed: worker 0 on 127.0.0.1: died"):
+            next(distributed.rollout([PROBLEMS[5]], cluster=cluster, policy=policy, **HOW))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_an_unfit_prompt_is_refused_by_its_place_before_anything_is_drawn(crew, notices):
     with crew(2) as cluster, pytest.raises(ValueError, match=r"^problems\[9\]: zz is no prompt$"):
         next(distributed.rollout(PROBLEMS, cluster=cluster, policy=Strict, **HOW))
@@ -145,9 +153,9 @@ def test_workers_that_cannot_load_end_the_run_with_one_line(crew, notices):
         with pytest.raises(ClusterError, match=r"^worker \d: no such folder$"):
             next(flow)
         flow = distributed.rollout(PROBLEMS, cluster=cluster, policy=killed_while_loading, **HOW)
-        with pytest.raises(ClusterError, match=r"^every worker was lost 3 times in a row: died"):
+        with pytest.raises(ClusterError, match=r"^every worker was lost 5 times in a row: died"):
             next(flow)
-    assert sum("while it loaded its models" in line for line in notices) == 3
+    assert sum("while it loaded its models" in line for line in notices) == 5
 
 
 # -- evaluation and scores ---------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from .cluster import Cluster, ClusterError, Failure, import_ray
 from .schedule import TRIES, Schedule
 from .worker import About, Message, OpenWork, Refusal, Task, Worker, versions
 
-IN_A_ROW = 3  # losses of one worker without a record between them, after which it is not replaced
+IN_A_ROW = 5  # losses of one worker without a record between them, after which it is not replaced
 PATIENCE = 30.0  # seconds without news, after which workers that have no machine yet are spoken of
 
 
@@ -67,7 +67,6 @@ class Crew:
             scheduling_strategy="SPREAD",
         )
         self._slots = [_Slot(number) for number in range(cluster.workers)]
-
         self._homeless = 0  # workers that were said not to be ready
 
     def __enter__(self) -> Crew:
@@ -98,7 +97,7 @@ class Crew:
                     return encoded
                 except self._ray.exceptions.RayTaskError as error:
                     raise ValueError(_reason(error)) from error
-                except self._ray.exceptions.RayActorError as error:
+                except self._ray.exceptions.RayError as error:
                     self._lost(slot, _reason(error))
             ready = [slot for slot in self._slots if slot.about is not None]
             if ready and not any(slot.awaited is not None for slot in ready):
@@ -144,8 +143,11 @@ class Crew:
             self._take_back(slot, schedule, _reason(error))
             if not isinstance(error.cause, ValueError | TypeError):  # the models may be in no state to go on
                 self._replace(slot)
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayError as error:  # the process died, or its machine with a message
+            alone = len(schedule.held(slot.number)) == 1
             self._take_back(slot, schedule, _reason(error))
+            if alone:  # which was the problem's fault, then, and not the worker's
+                slot.losses = 0
             self._lost(slot, _reason(error))
         else:
             slot.losses = 0
@@ -179,7 +181,7 @@ class Crew:
             slot.about = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             raise ClusterError(f"{slot}: {_reason(error)}") from error
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayError as error:
             self._cluster.notice(f"{slot}: {_reason(error)} while it loaded its models")
             self._lost(slot, _reason(error))
 
@@ -189,8 +191,8 @@ class Crew:
         if slot.losses < IN_A_ROW:
             self._replace(slot)
             return
-        self._kill(slot)
         self._cluster.notice(f"{slot} is not replaced: it was lost {IN_A_ROW} times without a record between")
+        self._kill(slot)
         if all(other.actor is None for other in self._slots):
             raise ClusterError(f"every worker was lost {IN_A_ROW} times in a row: {reason}")
 
@@ -199,14 +201,14 @@ class Crew:
         self._start(slot)
 
     def _start(self, slot: _Slot) -> None:
-        slot.about, slot.forwards, slot.runs = None, 0, 0
+        slot.forwards = slot.runs = 0
         slot.actor = self._kind.remote()
         slot.awaited = slot.actor.load.remote(self._open_work, self._versions, self._cluster.gpus_per_worker)
 
     def _kill(self, slot: _Slot) -> None:
         if slot.actor is not None:
             self._ray.kill(slot.actor)
-        slot.actor = slot.awaited = None
+        slot.actor = slot.awaited = slot.about = None
 
     def _news(self) -> list[_Slot]:
         """Wait until a worker has something to say. Returns all that have."""

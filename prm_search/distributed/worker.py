@@ -186,8 +186,9 @@ class Worker:
             try:
                 for entry in work.run(feed):
                     made.put(entry)
-            except Exception as error:
-                made.put(error)
+                made.put(RuntimeError("the work ended by itself"))
+            except BaseException as error:  # also an exit that a library asks for: the driver has to hear of it
+                made.put(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
         threading.Thread(target=drive, daemon=True).start()
         sent = float("-inf")
