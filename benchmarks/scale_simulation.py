@@ -177,13 +177,13 @@ class Simulation:
 
     def _arrive(self, now: float, worker: int, places: list[int]) -> None:
         records = len(places) * self.load.rows
-        self.out.records += records
         self.out.messages += 1
         self._at(self._serve(now, self.load.message + records * self.load.record), "read", worker, places)
 
     def _read(self, now: float, worker: int, places: list[int]) -> None:
         for place in places:
             self.schedule.finished(worker, place)
+        self.out.records += len(places) * self.load.rows
         self.out.makespan = now
         self._hand_out(now, worker)
 

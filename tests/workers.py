@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,17 @@ def two_machines(cpus: int, gpus: int = 0) -> Iterator[str]:
 
         machine = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": 80 << 20}
         with loopback(ray):
-            cluster = Cluster(initialize_head=True, head_node_args=machine | {"include_dashboard": False})
+            cluster = started(lambda: Cluster(True, head_node_args=machine | {"include_dashboard": False}))
             try:
-                cluster.add_node(**machine)
+                started(lambda: cluster.add_node(**machine))
                 yield cluster.address
             finally:
                 cluster.shutdown()
+
+
+def started(start: Callable[[], Any], attempts: int = 5) -> Any:
+    """What `start` gives: on a busy machine Ray gives its own processes up after half a minute."""
+    for _ in range(attempts - 1):
+        with suppress(Exception):
+            return start()
+    return start()

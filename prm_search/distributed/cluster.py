@@ -133,7 +133,7 @@ class Cluster:
         try:
             with loopback(ray) if address == LOCAL else nullcontext():
                 ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        except Exception as error:  # Ray raises this very class where a process of its own does not start in time
             self._close()
             raise ClusterError(f"address={address!r}: {_one_line(error)}") from error
 
