@@ -81,9 +81,17 @@ def calibrate(scored: Scored, fit: Fit, common: Common) -> None:
     print(
         f"{fit.out}: {made.right} of {made.responses} right; crossed between {fit.folds} parts of "
         f"{len(set(problems))} problems: calibration error {crossed.error:.3f}, Brier score {crossed.brier:.3f} "
-        f"(without a scorer {crossed.base_brier:.3f})",
+        f"(without a scorer {crossed.base_brier:.3f}){_even(made)}",
         file=sys.stderr,
     )
+
+
+def _even(made: Calibration) -> str:
+    """The value at which right and wrong are equally probable, where one has that probability."""
+    try:
+        return f"; even at {made.threshold(0.5):.4g}"
+    except ValueError:
+        return ""
 
 
 def read_scored(scores: str, labels: str, value: str) -> tuple[list[float], list[bool], list[object]]:
