@@ -71,8 +71,12 @@ def measured(folder: Path, rows: Sequence[LabelledResponse]) -> tuple[float, flo
 
 
 def one_seed(seed: int, work: Path) -> dict[str, Any]:
-    """Train everything of one seed and measure it."""
+    """Train everything of one seed and measure it, unless that is done."""
     folder = work / f"seed-{seed}"
+    result = folder / "result.json"
+    if result.exists():
+        done: dict[str, Any] = json.loads(result.read_text())
+        return done
     folder.mkdir(parents=True, exist_ok=True)
     began = time.process_time()
     asked = [p for length, n in LENGTHS for p in problems(n, split="prm", seed=seed, length=length)]
@@ -114,7 +118,9 @@ def one_seed(seed: int, work: Path) -> dict[str, Any]:
         add(f"self-training, round {number}{chosen}", out / f"round-{number}", labels, **more)
     share = float(np.mean([row.label for row in rows]))
     seconds = time.process_time() - began
-    return {"seed": seed, "right": share, "entries": entries, "ended": rounds[-1].get("ended"), "seconds": seconds}
+    run = {"seed": seed, "right": share, "entries": entries, "ended": rounds[-1].get("ended"), "seconds": seconds}
+    result.write_text(json.dumps(run))
+    return run
 
 
 HEAD = """# Self-training: few labels against all labels
