@@ -94,9 +94,11 @@ def test_votes_weigh_by_the_probability_and_searches_rank_by_it() -> None:
     assert {vote.answer: vote.weight for vote in chosen.votes} == pytest.approx(by_hand)
 
 
-def test_ensembles_take_it_as_a_scale() -> None:
+@pytest.mark.parametrize("file", [False, True])
+def test_ensembles_take_it_as_a_scale(tmp_path: Path, file: bool) -> None:
     made = ps.Calibration("platt", slope=2.0, offset=-1.0)
-    ensemble = ps.Ensemble([FakeScorer(name="pair")], scales={"pair": made})
+    made.save(tmp_path / "c.json")
+    ensemble = ps.Ensemble([FakeScorer(name="pair")], scales={"pair": str(tmp_path / "c.json") if file else made})
     (result,) = ps.search(["q"], policy=FakePolicy(), scorer=ensemble, steps=RULE)
     for node in result.node.path():
         assert node.reward == pytest.approx(made(node.reward_of("pair")))

@@ -189,7 +189,12 @@ def test_a_pair_a_step_prm_and_a_judge_together(tmp_path: Path) -> None:
         ([Table("one", ONE)], {"weights": [0]}, ValueError, r"weights\['one'\]=0"),
         ([Table("one", ONE)], {"weights": [1], "reduce": "min"}, ValueError, "weights: reduce='min'"),
         ([Table("one", ONE)], {"scales": {"one": (1, 0)}}, ValueError, "low < high"),
-        ([Table("one", ONE)], {"scales": {"one": "sigmoid"}}, TypeError, r"\(low, high\) or a function is needed"),
+        (
+            [Table("one", ONE)],
+            {"scales": {"one": "sigmoid"}},
+            TypeError,
+            r"\(low, high\), a function, or a calibration's file",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(

@@ -224,6 +224,8 @@ def test_what_does_not_fit_is_refused_by_name(policy: ps.HFPolicy) -> None:
     tree = SearchTree(Prompt(token_ids=(5,)))
     with pytest.raises(ValueError, match="given only as token ids"):
         judge.score_nodes([grow(tree, tree.root, "a")])
+    with pytest.raises(ValueError, match="given only as token ids"):  # before anything is sampled
+        ps.search([[5, 6]], policy=policy, scorer=judge)
     with pytest.raises(ValueError, match="no token of the policy's vocabulary spells 'incomprehensible'"):
         ps.Judge(policy, format=ps.JudgeFormat("{question}{step}", {"incomprehensible": 1, "n": 0})).score(["a"], ["b"])
     with pytest.raises(TypeError, match="FakePolicy does not"):

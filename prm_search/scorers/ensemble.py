@@ -6,11 +6,13 @@ import asyncio
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from .. import checks
+from ..calibration import Calibration
 from ..protocols import Scorer, ScorerDefaults
 from ..tokens import TokenizerMatch
 from ..tree import Node, Prompt, SearchTree
@@ -69,7 +71,8 @@ class Ensemble(ScorerBase):
         reduce: see above.
         k: standard deviations of "lcb".
         weights: of the members, > 0: a list in their order, or a dict by name; None for equal ones. "min" takes none.
-        scales: by member's name, in place of the rules above: (low, high), or a function of a reward.
+        scales: by member's name, in place of the rules above: (low, high), a function of a reward, or the file of a
+            Calibration, whose name ends with ".json".
         name: key of the rewards in Node.rewards.
 
     Attributes:
@@ -92,7 +95,7 @@ class Ensemble(ScorerBase):
         *,
         k: float = 1.0,
         weights: Sequence[float] | Mapping[str, float] | None = None,
-        scales: Mapping[str, Scale | tuple[float, float]] | None = None,
+        scales: Mapping[str, Scale | tuple[float, float] | str | PathLike[str]] | None = None,
         name: str = "ensemble",
     ) -> None:
         self.scorers = _members(scorers, name)
@@ -337,7 +340,9 @@ def _scale(member: ScorerDefaults) -> Scale:
     return _sigmoid if member.reward_range is None else _linear(*member.reward_range)
 
 
-def _scales(given: Mapping[str, Scale | tuple[float, float]] | None, names: Sequence[str]) -> dict[str, Scale]:
+def _scales(
+    given: Mapping[str, Scale | tuple[float, float] | str | PathLike[str]] | None, names: Sequence[str]
+) -> dict[str, Scale]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -347,6 +352,8 @@ def _scales(given: Mapping[str, Scale | tuple[float, float]] | None, names: Sequ
     for name, scale in given.items():
         if callable(scale):
             scales[name] = scale
+        elif isinstance(scale, str | PathLike) and str(scale).endswith(".json"):
+            scales[name] = Calibration.load(scale)
         elif isinstance(scale, Sequence) and len(scale) == 2 and not isinstance(scale, str):
             for end in scale:
                 checks.number(f"scales[{name!r}]", end, "a finite number", lambda x: abs(x) < math.inf)
@@ -354,7 +361,9 @@ def _scales(given: Mapping[str, Scale | tuple[float, float]] | None, names: Sequ
                 raise ValueError(f"scales[{name!r}]={scale!r}: low < high is needed")
             scales[name] = _linear(*scale)
         else:
-            raise TypeError(f"scales[{name!r}]={checks.shown(scale)}: (low, high) or a function is needed")
+            raise TypeError(
+                f"scales[{name!r}]={checks.shown(scale)}: (low, high), a function, or a calibration's file (.json)"
+            )
     return scales
 
 

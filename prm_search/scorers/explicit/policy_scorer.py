@@ -118,6 +118,10 @@ class PolicyScorer(HoldsModels, ScorerBase):
         """Tokens of question and verdict together, in the policy's tokens."""
         return self.policy.context
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise ValueError for a prompt of token ids alone: its text is needed."""
+        question_of(self.name, prompt, self._plain)
+
     # --- scoring -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
