@@ -24,8 +24,6 @@ from prm_search.driver.result import Result
 from prm_search.driver.search_settings import SearchSettings
 from prm_search.integrations.vllm import AsyncVLLMPolicy, VLLMImplicitPRM, VLLMPolicy
 from prm_search.policies.hf import HFPolicy
-from prm_search.scorers.explicit.judge import Judge
-from prm_search.scorers.explicit.judge_formats import JudgeFormat
 from prm_search.scorers.implicit.implicit_prm import ConstantReference, ImplicitPRM
 from prm_search.search import SearchLoop, asearch, search
 from prm_search.steps import StepRule
@@ -259,20 +257,3 @@ def test_rollouts_by_the_command_line(engines: Engines, tmp_path: Path, capsys: 
         (p, n) for p in (0, 1) for n in range(3)
     ]
     assert all(record["response"] == engines.hf.token_text.text(record["response_ids"]) for record in records)
-
-
-def test_a_judge_says_what_it_says_on_the_hf_engine(engines: Engines) -> None:
-    format = JudgeFormat("{question}{answer}", {str(digit): digit for digit in range(10)}, chat=False)
-    over = VLLMPolicy(engines.policy)
-    mine, theirs = Judge(engines.hf, format=format), Judge(over, format=format)
-    answers = ["a*3=1;", "a*3=1;b+2=", "a*3=2;"]
-    one, other = (judge.score([LONG] * 3, [[answer] for answer in answers]) for judge in (mine, theirs))
-    assert [a.reward for a in one] == pytest.approx([b.reward for b in other], abs=1e-3)
-    tree = SearchTree(Prompt(text=LONG))
-    nodes = [tree.add(tree.root, [1], text=text) for text in answers]
-    theirs.score_nodes(nodes)
-    counts = tree.meter.counts
-    prompts = [tuple(over.encode(format.prompt([{"content": LONG}], [answer]))) for answer in answers]
-    assert counts["encoded", over.id] <= len({p[:end] for p in prompts for end in range(1, len(p) + 1)})
-    assert counts["cached", over.id] > 0
-    theirs.release(tree)
