@@ -7,7 +7,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -45,8 +45,8 @@ class Cluster:
     A process that is connected to Ray already keeps that connection. Otherwise one is made, and closed at the end.
 
     Args:
-        address: "HOST:PORT" of a running cluster; "auto" for the one on this machine; None or "local" for RAY_ADDRESS
-            where that is set, else a cluster of this process's own: on 127.0.0.1, gone at the end.
+        address: "HOST:PORT" of a running cluster; "auto" for the one on this machine; "local" for a cluster of this
+            process's own, on 127.0.0.1 and gone at the end; None for RAY_ADDRESS where that is set, else "local".
         workers: processes with models; None: as many as there are GPUs for, without GPUs one a machine.
         gpus_per_worker: may be a fraction, for workers that share one; None: 1 where the cluster has GPUs, else 0.
         notice: called with a line on what became of workers.
@@ -117,7 +117,7 @@ class Cluster:
             self._folder = None
 
     def _connect(self, ray: Any) -> None:
-        address = self.address if self.address not in (None, LOCAL) else os.environ.get("RAY_ADDRESS", LOCAL)
+        address = self.address or os.environ.get("RAY_ADDRESS", LOCAL)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if address == LOCAL:
             # Sockets lie in this folder, and their paths must be short.
@@ -134,6 +134,8 @@ class Cluster:
             with loopback(ray) if address == LOCAL else nullcontext():
                 ray.init(address=address, **options)
         except Exception as error:  # Ray raises this very class where a process of its own does not start in time
+            with suppress(Exception):  # of what was started already
+                ray.shutdown()
             self._close()
             raise ClusterError(f"address={address!r}: {_one_line(error)}") from error
 
