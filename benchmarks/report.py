@@ -97,7 +97,7 @@ def run_searching(machine: Machine, quick: bool) -> list[dict[str, Any]]:
 def run_step_prms(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     """S swept, because re-encoding grows with it."""
     shape, prompt, length = ("1.5b", 512, 64) if machine.device == "cuda" else ("small", 150, 25)
-    lines = [(shape, prompt, length, steps, rounds) for steps, rounds in ((5, 5), (10, 5), (20, 3), (40, 3))]
+    lines = [(shape, prompt, length, steps, rounds) for steps, rounds in ((5, 3), (10, 3), (20, 3), (40, 1))]
     if quick:
         lines = [("small", 30, 8, 3, 1)]
     return [step_prms.compare(machine, *line) for line in progress("step_prms", lines)]

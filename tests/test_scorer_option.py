@@ -16,8 +16,10 @@ from servers import serving
 from prm_search.cli import main
 from prm_search.commands.models import load_policy, load_scorer
 from prm_search.demo.chains import problems
+from prm_search.scorers.explicit.step_prm import StepPRM
 from prm_search.serving.app import make_app
 from prm_search.serving.backend import ThreadEngine
+from prm_search.serving.config import ServeConfig
 from prm_search.steps import StepRule
 
 ASKED = problems(3, length=3)
@@ -227,6 +229,29 @@ def test_a_server_searches_by_a_step_prm(folder: Path) -> None:
         ):
             status, _, body = served.send("/v1/completions", {**ask, "prm_guidance": guided, **refused})
             assert (status, json.loads(body)["error"]["param"]) == (400, field)
+
+
+def test_the_plugin_behind_vllm_loads_what_the_configuration_names(folder: Path) -> None:
+    from prm_search.integrations.vllm.endpoint import load_scorer as load
+
+    config = ServeConfig(scorer="prm", format="qwen_math", device="cpu")
+    assert ServeConfig.of(json.loads(config.json())) == config
+    scorer = load(config)
+    assert isinstance(scorer, StepPRM)
+    assert (scorer.format.name, scorer.too_long) == ("qwen_math", "keep")
+    assert load(ServeConfig(scorer="demo", device="cpu")).kind == "pair"
+    assert ServeConfig.of({"scorer": "demo"}).steps.delimiter == ServeConfig.of({"pair": "demo"}).steps.delimiter
+    with pytest.raises(ValueError, match="format is needed beside the URL of a step PRM"):
+        load(ServeConfig(scorer="http://127.0.0.1:1"))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"scorer": "a", "pair": "b"}, "one of pair and prm, or scorer, is needed"),
+        ({"scorer": "a", "format": "qwen"}, "format='qwen' is unknown"),
+        ({"pair": "a", "format": "trl"}, "format='trl' is of a scorer, and there is none"),
+        ({"scorer": "a", "beta": 0.1}, "reference and beta are for prm and pair"),
+    ]
+    for settings, said in wrong:
+        with pytest.raises(ValueError, match=said):
+            ServeConfig(**settings)
 
 
 def test_the_demo_takes_another_reward_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

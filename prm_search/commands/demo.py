@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,71 +21,95 @@ from ..driver.result import Result
 from ..evaluation import Unit
 from ..evaluation.plan import OWN
 from . import BadInput, demo_screen, options, render
+from .grouped import grouped
 from .records import writable
 
 
-def demo(
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """The task, and where figures go. Raises BadInput for a number out of range."""
+
     count: Annotated[
         int | None,
         typer.Option("--problems", help="How many; default: 50, with --train 300, with --model smollm2 3."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Which problems, and every draw.")] = 0,
-    json_path: Annotated[
-        str | None, typer.Option("--json", help="Write the figures here; - is standard output.")
-    ] = None,
+    ] = None
+    seed: Annotated[int, typer.Option(help="Which problems, and every draw.")] = 0
+    json_path: Annotated[str | None, typer.Option("--json", help="Write the figures here; - is standard output.")] = (
+        None
+    )
     model: Annotated[
         str, typer.Option(help="chains: the shipped pair on its task; smollm2: a real LM, SmolLM2-135M.")
-    ] = "chains",
+    ] = "chains"
     data: Annotated[
         str | None, typer.Option(help='With smollm2: JSON Lines with "question" and "answer", as GSM8K has them.')
-    ] = None,
+    ] = None
+
+    def __post_init__(self) -> None:
+        options.one_of("--model", self.model, ("chains", "smollm2"))
+        if self.count is not None:
+            options.at_least("--problems", self.count)
+        if self.json_path is not None and self.json_path != "-":
+            writable("--json", self.json_path)
+
+    def problems(self, default: int) -> int:
+        """Return how many problems."""
+        return default if self.count is None else self.count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """Models in place of those that ship. Raises BadInput for options that make no sense together."""
+
     train: Annotated[
         bool, typer.Option("--train", help="Make policy and PRM from nothing first: minutes, on one core.")
-    ] = False,
+    ] = False
     out: Annotated[
         str | None, typer.Option(help="With --train: folder for them; a stage that is finished there is not repeated.")
-    ] = None,
+    ] = None
     scorer: Annotated[
         str | None,
         typer.Option(help="In place of the pair: a step PRM, outcome model or pair: hub id, folder or JSON."),
-    ] = None,
-    prm_format: Annotated[str | None, typer.Option(help=options.FORMAT_HELP, show_default="auto")] = None,
-    debug: options.Debug = False,
-) -> None:
+    ] = None
+    prm_format: Annotated[str | None, typer.Option(help=options.FORMAT_HELP, show_default="auto")] = None
+
+    def __post_init__(self) -> None:
+        if self.train and self.out is None:
+            raise BadInput("--train needs --out, a folder for the policy and the PRM")
+        if self.out is not None and not self.train:
+            raise BadInput("--out needs --train")
+        options.check_scorer(self.scorer, self.prm_format)
+        if self.train and self.scorer is not None:
+            raise BadInput("--scorer is in place of the pair that --train makes: give one of them")
+
+    @property
+    def named(self) -> tuple[str, str | None] | None:
+        """The reward model in place of the pair, and what it is."""
+        return None if self.scorer is None else (self.scorer, self.prm_format)
+
+
+@grouped
+def demo(shown: Shown, rewards: Rewards, debug: options.Debug = False) -> None:
     """Show the main job: search by rewards, on a pair that ships. Offline, in seconds."""
-    options.one_of("--model", model, ("chains", "smollm2"))
-    if count is not None:
-        options.at_least("--problems", count)
-    if train and out is None:
-        raise BadInput("--train needs --out, a folder for the policy and the PRM")
-    if out is not None and not train:
-        raise BadInput("--out needs --train")
-    if train and model != "chains":
-        raise BadInput(f"--train makes the models of its own task, not of --model {model}")
-    options.check_scorer(scorer, prm_format)
-    if train and scorer is not None:
-        raise BadInput("--scorer is in place of the pair that --train makes: give one of them")
-    if json_path is not None and json_path != "-":
-        writable("--json", json_path)
-    named = None if scorer is None else (scorer, prm_format)
+    if rewards.train and shown.model != "chains":
+        raise BadInput(f"--train makes the models of its own task, not of --model {shown.model}")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    screen = render.console(stderr=json_path == "-")
-    if model == "smollm2":
+    screen = render.console(stderr=shown.json_path == "-")
+    if shown.model == "smollm2":
         from .smollm2 import run as run_smollm2
 
-        record = run_smollm2(3 if count is None else count, seed, data, screen, named)
-    elif data is not None:
+        record = run_smollm2(shown.problems(3), shown.seed, shown.data, screen, rewards.named)
+    elif shown.data is not None:
         raise BadInput("--data needs --model smollm2: the shipped pair knows its own task only")
     else:
-        trained = None if out is None else make_pair(Path(out), seed)
-        default = 50 if trained is None else 300
-        record = run(default if count is None else count, seed, screen, out, named)
+        trained = None if rewards.out is None else make_pair(Path(rewards.out), shown.seed)
+        count = shown.problems(50 if trained is None else 300)
+        record = run(count, shown.seed, screen, rewards.out, rewards.named)
         if trained is not None:
             record["trained"] = trained
-    if json_path == "-":
+    if shown.json_path == "-":
         print(json.dumps(record, indent=2))
-    elif json_path is not None:
-        Path(json_path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    elif shown.json_path is not None:
+        Path(shown.json_path).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def make_pair(out: Path, seed: int) -> dict[str, Any]:
