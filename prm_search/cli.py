@@ -20,6 +20,7 @@ from .commands.rollout import rollout
 from .commands.score import score
 from .commands.serve import serve
 from .commands.train import train
+from .commands.tune import tune
 from .commands.view import view
 
 app = typer.Typer(
@@ -31,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
 )
-for command in (demo, generate, score, rollout, train, export_tree, eval_steps, calibrate, view):
+for command in (demo, generate, score, rollout, train, export_tree, eval_steps, calibrate, tune, view):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command(context_settings={"allow_extra_args": True})(serve)  # what follows -- is for the engine's own server

@@ -130,3 +130,45 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise ValueError(f"{where}: JSON that is nested too deep") from None
     except ValueError as error:  # of integers with more digits than Python converts
         raise ValueError(f"{where}: {str(error).partition(';')[0]}") from error
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """A value of YAML text, which may hold no key twice.
+
+    Args:
+        text: the YAML.
+        where: what to call it in messages.
+
+    Raises:
+        ValueError: it is not YAML; the message says in which line.
+    """
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_loader())
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise ValueError(f"{where}{line}: not YAML ({error.problem or error.context})") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
+    except RecursionError:
+        raise ValueError(f"{where}: YAML that is nested too deep") from None
+
+
+def _loader() -> Any:
+    """PyYAML's safe loader, which refuses a key that stands twice instead of dropping one."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses doubled keys."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            """A mapping, unless a key stands in it twice."""
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                seen.add(str(key.value))
+            return super().construct_mapping(node, deep)
+
+    return Loader

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from os import PathLike
 from typing import Any, Literal
 
 from .answers import Answer, Select
 from .checks import HoldsModels, require
 from .driver.budget import Budget
+from .driver.guidance_file import read_guidance
 from .driver.search_settings import SearchSettings
 from .protocols import Scorer
 from .steps import StepRule
@@ -68,6 +70,23 @@ class PRMGuidance(HoldsModels):
         if self.prompts is not None:
             object.__setattr__(self, "prompts", _rendered(self.prompts))
         self.settings(max_new_tokens=1, seed=0)
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str], pair: Scorer, **fields: Any) -> PRMGuidance:
+        """The guidance of a file, such as `prm-search tune` writes.
+
+        Args:
+            path: of a guidance.yaml; see driver.guidance_file.
+            pair: the reward model that it was found for, which the file names but does not hold.
+            fields: in place of the file's.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError, TypeError: a field of it, or of `fields`, makes no sense; which is said.
+        """
+        file = read_guidance(path)
+        own: dict[str, Any] = {"strategy": file.strategy, "steps": file.steps, "budget": file.budget, **file.choice}
+        return cls(pair, **(own | fields))
 
     def settings(
         self,

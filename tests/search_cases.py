@@ -20,6 +20,7 @@ from prm_search.strategies import (
     AdaptiveBranch,
     Beam,
     BestOfN,
+    ByDifficulty,
     DeepConf,
     Lookahead,
     ParticleFilter,
@@ -34,10 +35,18 @@ small = st.integers(1, 3)
 cap = st.none() | small
 merging = st.booleans()
 BEAMS = st.builds(Beam, width=small, expansions=small, per_parent=cap, merge=merging)
+BY_DIFFICULTY = st.builds(
+    lambda probe, threshold, hard, easy: ByDifficulty(probe, (threshold,), (hard, easy)),
+    small,
+    st.sampled_from([-1.0, 0.0, 1.0]),
+    BEAMS,
+    st.one_of(st.builds(BestOfN, n=st.integers(1, 6)), st.builds(DVTS, subtrees=small, width=small, expansions=small)),
+)
 DVTSS = st.builds(DVTS, subtrees=small, width=small, expansions=small, per_parent=cap, merge=merging)
 ALL = st.one_of(
     st.builds(BestOfN, n=st.integers(1, 6)),
     BEAMS,
+    BY_DIFFICULTY,
     DVTSS,
     st.builds(
         Lookahead,

@@ -25,15 +25,15 @@ def scores(table: dict[str, float]) -> Callable[[Node], float]:
 
 @pytest.mark.parametrize("rule", ["puct", "uct"])
 def test_mcts_goes_where_the_value_is_and_never_twice(rule: str) -> None:
-    result, policy = play(TWO_WAYS, MCTS(10, 2, rule=rule, exploration=0.0, leaves=1))
+    result, policy = play(TWO_WAYS, MCTS(10, 2, rule=rule, exploration=0.0, leaves=1, widening=0.0))
     assert policy.asked == [("", 2), ("d;", 2), ("a;", 2)]  # all is finished then: three simulations of ten
     assert (result.text, result.value) == ("d;b", 4.0)
     assert texts(result.candidates) == ["d;b", "d;a", "a;d", "a;c"]
 
 
 def test_leaves_are_expanded_together_under_virtual_loss() -> None:
-    alone, _ = play(TWO_WAYS, MCTS(10, 2, leaves=1))
-    together, policy = play(TWO_WAYS, MCTS(10, 2, leaves=2))
+    alone, _ = play(TWO_WAYS, MCTS(10, 2, leaves=1, widening=0.0))
+    together, policy = play(TWO_WAYS, MCTS(10, 2, leaves=2, widening=0.0))
     assert sorted(policy.asked) == [("", 2), ("a;", 2), ("d;", 2)]
     assert texts(together.candidates) == texts(alone.candidates)
     assert (alone.usage.forward_calls["policy"], together.usage.forward_calls["policy"]) == (3, 2)
@@ -44,8 +44,8 @@ def test_exploration_visits_what_the_value_would_leave() -> None:
     script = {"": ["a;", "d;"], "a;": ["d.", "d."], "d;": ["a;", "a;"]}
     script |= {"d;" + "a;" * k: ["a;", "a;"] for k in range(1, 5)}
     for rule in ("puct", "uct"):
-        _, shy = play(script, MCTS(5, 2, rule=rule, exploration=0.0, leaves=1), max_new_tokens=10)
-        _, curious = play(script, MCTS(5, 2, rule=rule, exploration=8.0, leaves=1), max_new_tokens=10)
+        _, shy = play(script, MCTS(5, 2, rule=rule, exploration=0.0, leaves=1, widening=0.0), max_new_tokens=10)
+        _, curious = play(script, MCTS(5, 2, rule=rule, exploration=8.0, leaves=1, widening=0.0), max_new_tokens=10)
         assert ("a;", 2) not in shy.asked[:3]
         assert ("a;", 2) in curious.asked[:3]
 
@@ -62,7 +62,7 @@ def test_rollouts_are_drawn_once_and_their_answers_count() -> None:
     assert policy.asked == [("", 2), ("d;", 1)]
     assert texts(result.candidates) == ["d;b"]
     assert not any(node.rollout for node in result.candidates[0].path())
-    result, policy = play(script, MCTS(4, 2, rollout_steps=1, leaves=1))
+    result, policy = play(script, MCTS(4, 2, rollout_steps=1, leaves=1, widening=0.0))
     drawn = Counter[str]()
     for text, count in policy.asked:
         drawn[text] += count
@@ -74,10 +74,24 @@ def test_the_rule_of_rest_mcts_stops_at_its_gate_and_wants_scores() -> None:
     gated, policy = play(TWO_WAYS, MCTS(10, 2, rule="rest", leaves=1), value=value)
     assert policy.asked == [("", 2), ("d;", 2)]
     assert gated.text == "d;b"
-    _, policy = play(TWO_WAYS, MCTS(10, 2, rule="rest", end_gate=1.0, leaves=1), value=value)
+    _, policy = play(TWO_WAYS, MCTS(10, 2, rule="rest", end_gate=1.0, leaves=1, widening=0.0), value=value)
     assert policy.asked == [("", 2), ("d;", 2), ("a;", 2)]
     with pytest.raises(ValueError, match=r"rule='rest' needs values in \[0, 1\]"):
         play(TWO_WAYS, MCTS(rule="rest"))
+
+
+def test_a_node_that_is_walked_through_often_draws_again_and_knows_what_is_there() -> None:
+    # the answer is the third child of "a;": two draws do not show it
+    script = {"": ["a;", "b;"], "a;": ["e;", "e;", "d."], "b;": ["e;", "e;"]}
+    script |= {path + "e;" * k: ["e;", "e;"] if k < 4 else ["e.", "e."] for path in ("a;", "b;") for k in range(1, 5)}
+    narrow, _ = play(script, MCTS(12, 2, leaves=1, widening=0.0))
+    wide, policy = play(script, MCTS(12, 2, leaves=1, widening=1.0))
+    assert "a;d" not in texts(narrow.candidates)
+    assert "a;d" in texts(wide.candidates)
+    assert policy.asked.count(("a;", 2)) > 1
+    # a node may have expansions * floor(N ** widening) children: of 9 simulations through the root, 3 widen it by .5
+    _, policy = play({"": ["a.", "b.", "c.", "d."]}, MCTS(9, 1, leaves=1, widening=0.5))
+    assert policy.asked == [("", 1)] * 9  # all is finished below, so every simulation draws again
 
 
 def test_a_thousand_simulations_are_no_quadratic_walk() -> None:

@@ -24,6 +24,9 @@ def main() -> int:
     )
     parser.add_argument("--seeds", help="only these, separated by commas: their stages, and no tables")
     parser.add_argument(
+        "--part", choices=("method", "strategies"), help="only this page: the method's, or the comparison of strategies"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="tiny sizes: does everything run? The figures mean nothing"
     )
     args = parser.parse_args()
@@ -31,6 +34,7 @@ def main() -> int:
     import protocol
     import torch
     from stages import Seed
+    from strategies import write_strategies
     from write import write_report
 
     from prm_search.demo.learn import PolicyRecipe
@@ -43,13 +47,21 @@ def main() -> int:
     try:
         seeds = sizes.seeds if args.seeds is None else tuple(int(seed) for seed in args.seeds.split(","))
         for seed in seeds:
-            Seed(seed, args.work / f"seed-{seed}", sizes, recipe, lambda line: print(line, file=sys.stderr)).run()
+            made = Seed(seed, args.work / f"seed-{seed}", sizes, recipe, lambda line: print(line, file=sys.stderr))
+            if args.part != "strategies":
+                made.run()
+            if args.part != "method":
+                made.strategies()
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     if args.seeds is None:
-        write_report(args.work, args.out, sizes)
-        print(args.out / "report.md")
+        if args.part != "strategies":
+            write_report(args.work, args.out, sizes)
+            print(args.out / "report.md")
+        if args.part != "method":
+            write_strategies(args.work, args.out, sizes, sizes.seeds)
+            print(args.out / "strategies.md")
     return 0
 
 

@@ -7,12 +7,14 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import lineup
 import numpy as np
 import torch
+from lineup import Entry
 from protocol import WITHOUT, Protocol, Run
 from transformers import AutoModelForCausalLM
 
@@ -21,8 +23,15 @@ from prm_search.cli import main as command
 from prm_search.commands.models import load_pair, load_policy
 from prm_search.demo import tokenizer
 from prm_search.demo.chains import DELIMITER, Problem, answer, problems
+from prm_search.demo.comparison import as_problems, judge
 from prm_search.demo.learn import PolicyRecipe, train_policy
+from prm_search.evaluation.tuning.guidance import plain_config, read_config
+from prm_search.evaluation.tuning.pick import Table, pick_within
+from prm_search.evaluation.tuning.run import Bench
+from prm_search.evaluation.tuning.trials import Trial
+from prm_search.protocols import Sampling
 from prm_search.scorers.implicit.card import CARD
+from prm_search.strategies import BestOfN
 from prm_search.training.data import read_rollouts
 from prm_search.training.logprobs import response_forward, row_logprobs
 from prm_search.training.run import train
@@ -190,6 +199,71 @@ class Seed:
                     right.append(ended and answer(result.text) == each.answer)
                     tokens.append(result.usage.sampled_tokens["policy"])
             note |= {"right": right, "policy_tokens": tokens}
+
+    # -- all strategies -----------------------------------------------------------------------------------------------
+
+    def strategies(self) -> None:
+        """Everything that the comparison of strategies needs: policy, one PRM, every line, and what tune finds."""
+        p = self.protocol
+        self.policy()
+        self.rollouts(*next(self.rollout_files()))
+        run = p.runs(self.seed)[0]
+        self.prm(run)
+        self.asked = self.test_problems()
+        for entry in lineup.entries(p.test_length * p.tokens_per_step, p.test_length):
+            self.line(entry, self.path(run))
+        self.tuned(self.path(run))
+
+    def bench(self, model: Path) -> Bench:
+        """The models of the comparison, ready to search."""
+        sampling = Sampling(StepRule(DELIMITER, max_tokens=8), max_new_tokens=48, temperature=1.0, seed=self.seed)
+        policy = load_policy(str(self.folder / "policy"), device="cpu")
+        pair = load_pair(str(model), None, None, device="cpu")
+        return Bench(policy, {"prm": pair}, judge, answer, sampling, batch=CHUNK)
+
+    def line(self, entry: Entry, model: Path) -> None:
+        """One line at one size: outcomes, tokens, and CPU seconds of a problem."""
+        asked = self.asked[: min(lineup.SIZES.get(entry.size, 60), self.protocol.strategy_problems)]
+        settings = [repr(entry.trial), len(asked)]
+        with self._stage(f"strategy {entry.name.replace(',', '')} {entry.size}", settings) as note:
+            if note is None:
+                return
+            bench = self.bench(model)
+            began = time.process_time()
+            records = sorted(bench.records([entry.trial], as_problems(asked), {}), key=lambda r: r["problem"])
+            seconds = (time.process_time() - began) / len(records)
+            note["ways"] = {
+                name: {key: [record["ways"][way][key] for record in records] for key in records[0]["ways"][way]}
+                | {"seconds": seconds}
+                for way, name in enumerate(entry.names)
+            }
+
+    def tuned(self, model: Path) -> None:
+        """What `tune` picks for each budget on other problems, and how that does on the test problems."""
+        p = self.protocol
+        grid = lineup.grid() if p.strategy_budgets is None else replace(lineup.grid(), budgets=p.strategy_budgets)
+        other = as_problems(problems(p.tuned_on, split="gate", seed=self.seed, length=p.test_length))
+        with self._stage("tune", [repr(grid), len(other)]) as note:
+            if note is not None:
+                bench = self.bench(model)
+                scale = bench.scale(other, grid.values)
+                trials = grid.trials(scale, ["prm"])
+                table = Table.of(trials, bench.records(trials, other, {}), len(other))
+                note["scale"], note["tried"] = scale.card(), len(table.configs)
+                note["picks"] = []
+                for budget in grid.budgets:
+                    choice, judged = pick_within(table, scale, tokens=budget)
+                    note["picks"].append({"budget": budget, "title": choice.config.title(), "judged": judged,
+                                          "config": plain_config(choice.config)})  # fmt: skip
+        picks = json.loads((self.folder / "stages" / "tune.json").read_text(encoding="utf-8"))["picks"]
+        for found in picks:
+            config = read_config(found["config"])
+            whole = isinstance(config.strategy, BestOfN)
+            trial = Trial(
+                config.strategy, None if whole else "prm", None if whole else config.value,
+                None if whole else config.tokens, (config,),
+            )  # fmt: skip
+            self.line(Entry("tune", found["budget"], trial, ("tune",)), model)
 
     def _stage(self, name: str, settings: Any) -> Stage:
         return Stage(self.folder / "stages" / f"{name.replace(' ', '-')}.json", name, settings, self.log)

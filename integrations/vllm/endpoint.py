@@ -67,6 +67,7 @@ class PRMSearchEndpoint:
             limits=config.limits,
             steps=config.steps,
             metrics=Metrics(REGISTRY),  # which vLLM's /metrics tells
+            tuned=config.tuned(),
         )
 
 

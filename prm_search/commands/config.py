@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..files import parse_json
+from ..files import parse_json, parse_yaml
 from . import BadInput
 from .records import reason
 
@@ -161,33 +161,4 @@ def _read(path: str) -> Any:
         raise BadInput(f"--config {path} cannot be read: {reason(error)}") from error
     if path.endswith(".json"):
         return parse_json(text, path)
-    import yaml
-
-    try:
-        return yaml.load(text, Loader=_loader())
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
-        raise BadInput(f"{path}{line}: not YAML ({error.problem or error.context})") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise BadInput(f"{path}: not YAML ({reason(error)})") from error
-    except RecursionError:
-        raise BadInput(f"{path}: YAML that is nested too deep") from None
-
-
-def _loader() -> Any:
-    """PyYAML's safe loader, which refuses a key that stands twice instead of dropping one."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Refuses doubled keys."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            """A mapping, unless a key stands in it twice."""
-            seen: set[str] = set()
-            for key, _ in node.value:
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
-                seen.add(str(key.value))
-            return super().construct_mapping(node, deep)
-
-    return Loader
+    return parse_yaml(text, path)

@@ -221,7 +221,7 @@ def evaluate(
     label, answer = labels.label, labels.answer
     judge = make_judge(label, answer if ":" not in label else None)
     items, answered = problems.read()
-    rule = steps.rule(_card_delimiter(models.cards, steps.delimiter, steps.step_regex))
+    rule = steps.rule(card_delimiters(models.cards, steps.delimiter, steps.step_regex))
     plan = compared.plan(answered, bool(models.scorers), steps=rule, **draws.fields())
     if (plan.ranked or problems.responses is not None) and not models.names:
         raise BadInput(f"a pair is needed for {', '.join(plan.ranked or plan.strategies)}: --pair, --prm or --scorer")
@@ -327,7 +327,7 @@ def _shapes(texts: Sequence[str]) -> dict[int, tuple[int, int]]:
     return shapes
 
 
-def _card_delimiter(pairs: Sequence[str], delimiter: object, regex: object) -> str | None:
+def card_delimiters(pairs: Sequence[str], delimiter: object, regex: object) -> str | None:
     """Return what ends a step by the pairs' cards. Raises BadInput where they disagree and no option decides."""
     delimiters = {options.card_delimiter(pair) for pair in pairs} - {None}
     if len(delimiters) > 1 and delimiter is None and regex is None:

@@ -14,8 +14,9 @@ from .options import ADVANCED
 
 # Options that name files, which may have any bytes in their names.
 NAMES = (
-    "arguments", "config", "data", "fit", "html", "json_path", "labels", "model", "out", "pair", "plot", "policy",
-    "prm", "prompts_file", "prover", "reference", "responses", "rollouts", "scorer", "scores", "trees", "unlabelled",
+    "arguments", "config", "data", "fit", "guidance", "html", "json_path", "labels", "model", "out", "pair", "plot",
+    "policy", "prm", "prompts_file", "prover", "reference", "responses", "rollouts", "scorer", "scores", "trees",
+    "unlabelled",
 )  # fmt: skip
 
 

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from ..driver.budget import Budget
+from ..driver.guidance_file import read_guidance, read_values
 from ..files import parse_json
 from ..models.placement import DEMO, shipped
 from ..scorers.kinds import KINDS
 from ..steps import StepRule
-from ..strategies import STRATEGIES, Strategy, resolve_strategy
+from ..strategies import STRATEGIES, Strategy, named_strategy, resolve_strategy
 from . import BadInput
 from .config import SECTIONS
 
@@ -134,7 +135,7 @@ def make_strategy(name: str, values: Mapping[str, Any]) -> Strategy:
     for field in fields:
         if field not in own or field in chosen:
             raise BadInput(f"--strategy: {field} is {'given twice' if field in chosen else f'no field of {key}'}")
-    return STRATEGIES[key](**chosen, **fields)
+    return named_strategy({"name": key, **chosen, **fields})
 
 
 @contextmanager
@@ -194,6 +195,21 @@ def make_budget(tokens: int | None, nodes: int | None, depth: int | None, second
     """A Budget from options. Raises ValueError as Budget does."""
     with named({argument: _flag(option) for argument, option in SECTIONS["budget"].items()}):
         return Budget(tokens=tokens, nodes=nodes, depth=depth, seconds=seconds)
+
+
+def guidance_content(path: str | None) -> dict[str, Any] | None:
+    """The content of a guidance file, checked; None for none. Raises BadInput where it cannot be read or makes no
+    sense."""
+    if path is None:
+        return None
+    try:
+        read_guidance(path)
+        content: dict[str, Any] = read_values(path)
+    except OSError as error:
+        raise BadInput(f"--guidance {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise BadInput(f"--guidance {error}") from error
+    return content
 
 
 def card_delimiter(pair: str | None) -> str | None:

@@ -65,6 +65,15 @@ class Server:
         bool, typer.Option("--ui/--no-ui", help="Serve the page /ui, to watch searches.", rich_help_panel=_SERVER)
     ] = True
 
+    guidance: Annotated[
+        str | None,
+        typer.Option(
+            help="guidance.yaml, as tune writes it, for requests without prm_guidance or with strategy: tuned.",
+            metavar="FILE",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None
+
     def __post_init__(self) -> None:
         options.one_of("--engine", self.engine, ("hf", "vllm"))
         if self.base_url is not None and not is_endpoint(self.policy):
@@ -152,6 +161,7 @@ def serve(
     config = ServeConfig(
         pair.pair, pair.prm, pair.reference, pair.beta, place.device, place.dtype, rule, bounds.make(),
         scorer=pair.scorer, format=pair.prm_format, ui=server.ui,
+        guidance=options.guidance_content(server.guidance),
     )  # fmt: skip
     if server.api_key is not None or _KEY in os.environ:  # a variable that is set to nothing is no option for typer
         check_key(f"--api-key or ${_KEY}", server.api_key or "")
@@ -195,6 +205,7 @@ def _app(server: Server, pair: groups.Scorer, place: groups.Place, config: Serve
         [server.served_model_name or server.policy],
         limits=config.limits,
         steps=config.steps,
+        tuned=config.tuned(),
         api_keys=[server.api_key] if server.api_key else [],
         ui=config.ui,
     )

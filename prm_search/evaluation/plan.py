@@ -110,9 +110,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, allowed in (("strategies", STRATEGIES), ("values", PLANNED), ("weights", WEIGHTS)):
-            object.__setattr__(self, name, _words(name, getattr(self, name), allowed))
+            object.__setattr__(self, name, listed_names(name, getattr(self, name), allowed))
         if self.search_values is not None:
-            object.__setattr__(self, "search_values", _words("search_values", self.search_values, PLANNED))
+            object.__setattr__(self, "search_values", listed_names("search_values", self.search_values, PLANNED))
         for name, least, most in (("budgets", 1, MANY), ("seeds", 0, (1 << 64) - 1)):
             numbers = tuple(getattr(self, name))
             for value in numbers:
@@ -211,7 +211,8 @@ def shape(n: int) -> tuple[int, int]:
     return n // expansions, expansions
 
 
-def _words(name: str, names: Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
+def listed_names(name: str, names: Sequence[str], allowed: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple. Raises TypeError or ValueError, naming the argument, unless each is allowed, once."""
     if isinstance(names, str):
         raise TypeError(f"{name} must be a list of names, got the string {names!r}")
     chosen = tuple(names)

@@ -151,7 +151,7 @@ class EvaluationPart:
         for (kind, _, cell), group in groupby(units.items(), _together):
             jobs = [self._job(index, unit, tokens) for index, unit in group if self._measured(unit, tokens)]
             scorer = None if cell is None or cell.pair is None else self.scorers[cell.pair]
-            for job, result in _searches(self.policy, scorer, jobs, self.batch):
+            for job, result in run_searches(self.policy, scorer, jobs, self.batch):
                 unit, seconds = units[job.place], job.seconds
                 if result.failure is not None:
                     if self.on_failure is None:
@@ -198,26 +198,11 @@ class EvaluationPart:
         return Job(prompt, settings, occurrence, index)
 
     def _samples(self, unit: Unit, result: Result, seconds: float) -> Record:
-        tree, judging = result.tree, self.judgings[unit.problem]
-        by_lineage = {lineage: node for node in result.candidates for lineage in node.lineages}
-        root = tree.root
-        ends = [by_lineage[child_lineage(root.lineages[0], root.end, k)] for k in range(self.plan.most)]
-        costs = {name: _score(scorer, self.policy, tree, ends) for name, scorer in self.scorers.items()}
-        fresh = new_tokens([(node, len(node.token_ids)) for node in end.path()] for end in ends)
-        judged = {end: (text := end.path_text(), *judging(text, end.finish)) for end in dict.fromkeys(ends)}
-        values = {end: self._values(end) for end in judged}
-        samples = [
-            Sample(*judged[end], end.end, new, str(end.finish), values[end])
-            for end, new in zip(ends, fresh, strict=True)
-        ]
-        return record_of(samples, costs, self.plan, seconds=seconds, prompt_tokens=len(tree.prompt_ids))
-
-    def _values(self, end: Node) -> dict[str, dict[str, float]]:
-        by_scorer = {}
-        for name, scorer in self.scorers.items():
-            end.tree.primary = name
-            by_scorer[name] = {value: float(own_value(value, scorer)(end)) for value in self.plan.values}
-        return by_scorer
+        samples, costs = read_samples(
+            result, self.plan.most, policy=self.policy, scorers=self.scorers, values=self.plan.values,
+            judging=self.judgings[unit.problem],
+        )  # fmt: skip
+        return record_of(samples, costs, self.plan, seconds=seconds, prompt_tokens=len(result.tree.prompt_ids))
 
     def _search(self, unit: Unit, job: Job, result: Result, seconds: float) -> Record:
         node, usage = result.node, result.usage
@@ -241,12 +226,57 @@ class EvaluationPart:
         }
 
 
+def read_samples(
+    result: Result,
+    n: int,
+    *,
+    policy: Policy,
+    scorers: Mapping[str, Scorer],
+    values: Sequence[str],
+    judging: Judging,
+) -> tuple[list[Sample], dict[str, Cost]]:
+    """The n whole samples of a BestOfN's result, in the order in which they were drawn, scored by each scorer.
+
+    Args:
+        result: of a search without a scorer.
+        n: samples of that search.
+        policy: it drew them.
+        scorers: by name.
+        values: names of values.VALUES.
+        judging: labels them.
+
+    Returns:
+        The samples, and what it took each scorer to score them all.
+    """
+    tree, root = result.tree, result.tree.root
+    by_lineage = {lineage: node for node in result.candidates for lineage in node.lineages}
+    ends = [by_lineage[child_lineage(root.lineages[0], root.end, k)] for k in range(n)]
+    costs = {name: _score(scorer, policy, tree, ends) for name, scorer in scorers.items()}
+    fresh = new_tokens([(node, len(node.token_ids)) for node in end.path()] for end in ends)
+    judged = {end: (text := end.path_text(), *judging(text, end.finish)) for end in dict.fromkeys(ends)}
+    by_end = {end: _values(end, scorers, values) for end in judged}
+    return [
+        Sample(*judged[end], end.end, new, str(end.finish), by_end[end]) for end, new in zip(ends, fresh, strict=True)
+    ], costs
+
+
+def _values(end: Node, scorers: Mapping[str, Scorer], values: Sequence[str]) -> dict[str, dict[str, float]]:
+    """A response's values under each scorer."""
+    by_scorer = {}
+    for name, scorer in scorers.items():
+        end.tree.primary = name
+        by_scorer[name] = {value: float(own_value(value, scorer)(end)) for value in values}
+    return by_scorer
+
+
 def _together(entry: tuple[int, Unit]) -> tuple[Any, ...]:
     """Return what the units of one batch have in common."""
     return entry[1].kind, entry[1].seed, entry[1].cell
 
 
-def _searches(policy: Policy, scorer: Scorer | None, jobs: Sequence[Job], batch: int) -> Iterator[tuple[Job, Result]]:
+def run_searches(
+    policy: Policy, scorer: Scorer | None, jobs: Sequence[Job], batch: int
+) -> Iterator[tuple[Job, Result]]:
     """Run searches, at most `batch` at a time; each with its result, as it ends."""
     if jobs:
         with SearchLoop(policy, scorer) as loop:

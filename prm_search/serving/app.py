@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
 
+from ..driver.guidance_file import GuidanceFile
 from ..steps import StepRule
 from . import ui as ui_page
 from .backend import Backend
@@ -28,6 +29,7 @@ def make_app(
     *,
     limits: Limits | None = None,
     steps: StepRule | None = None,
+    tuned: GuidanceFile | None = None,
     api_keys: Sequence[str] = (),
     ui: bool = True,
 ) -> FastAPI:
@@ -38,6 +40,7 @@ def make_app(
         models: names of the policy; see Service.
         limits: None for the defaults.
         steps: the StepRule of requests that give none; None for StepRule().
+        tuned: the guidance of requests that bring none; see Service.
         api_keys: if any, requests of /v1 need one of them as a bearer token.
         ui: serve the page /ui. It is told to all, as /health is; what it asks of /v1 needs a key as any request does.
 
@@ -54,7 +57,7 @@ def make_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = make_engine()
         app.state.service = Service(
-            engine, models, limits=limits or Limits(), steps=steps or StepRule(), metrics=Metrics()
+            engine, models, limits=limits or Limits(), steps=steps or StepRule(), metrics=Metrics(), tuned=tuned
         )
         try:
             yield

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..checks import beta, flag, non_empty
+from ..driver.guidance_file import GuidanceFile, guidance_of
 from ..models.placement import DEMO, shipped
 from ..scorers.kinds import check_kind
 from ..steps import StepRule
@@ -33,6 +34,8 @@ class ServeConfig:
             neither a delimiter nor a regex.
         limits: see Limits.
         ui: serve the page /ui.
+        guidance: content of a guidance file (see driver.guidance_file), by which requests are searched that bring no
+            prm_guidance, and those whose strategy is "tuned"; None for none.
     """
 
     pair: str | None = None
@@ -46,6 +49,7 @@ class ServeConfig:
     scorer: str | None = None
     format: str | None = None
     ui: bool = True
+    guidance: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if [self.pair, self.prm, self.scorer].count(None) != 2:
@@ -64,6 +68,11 @@ class ServeConfig:
         if self.beta is not None:
             beta("beta", self.beta)
         flag("ui", self.ui)
+        self.tuned()
+
+    def tuned(self) -> GuidanceFile | None:
+        """The guidance that requests without one get. Raises ValueError where it makes no sense."""
+        return None if self.guidance is None else guidance_of(self.guidance, "guidance")
 
     @classmethod
     def of(cls, settings: Any) -> ServeConfig:

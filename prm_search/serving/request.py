@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from ..driver.budget import Budget
+from ..driver.guidance_file import GuidanceFile, within
 from ..driver.search_settings import SearchSettings
 from ..steps import StepRule
 from ..strategies import STRATEGIES, Beam, BestOfN, Expand, Parallel, Run, Steer, Strategy
@@ -83,13 +84,17 @@ class SearchRequest:
         return self.stream and self.n == 1 and self.settings.select == "best"
 
 
-def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
+TUNED = "tuned"  # the strategy of a server's guidance file
+
+
+def make_ask(body: Body, limits: Limits, *, steps: StepRule, tuned: GuidanceFile | None = None) -> SearchRequest:
     """Return what a body asks for.
 
     Args:
         body: see schema.parse.
         limits: of the server.
         steps: the server's rule, for what `prm_guidance.steps` leaves open.
+        tuned: by which a request is searched that brings no prm_guidance, or whose strategy is "tuned".
 
     Raises:
         RequestError: 400 for what cannot be, 413 for what is too much, each with the field's name.
@@ -100,6 +105,8 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
     n = body.n or 1
     if n > limits.children:
         raise too_large("n", f"{n}: at most {limits.children} here")
+    if tuned is not None and (guide.strategy == TUNED if guide else "prm_guidance" not in body.model_fields_set):
+        return _tuned(body, limits, tuned, steps)
     tokens = getattr(body, named) or (limits.max_tokens if chat else min(COMPLETION_TOKENS, limits.max_tokens))
     if tokens > limits.max_tokens:
         raise invalid(named, f"{tokens}: at most {limits.max_tokens} here")
@@ -142,6 +149,55 @@ def make_ask(body: Body, limits: Limits, *, steps: StepRule) -> SearchRequest:
         token_ids=bool(body.return_token_ids),
         continues=isinstance(body, ChatBody) and _continues(body),
         stream=stream,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        progress=guide is not None and guide.progress,
+        candidates=guide is not None and guide.return_candidates,
+    )
+
+
+def _tuned(body: Body, limits: Limits, tuned: GuidanceFile, steps: StepRule) -> SearchRequest:
+    """Return what a body asks for that leaves the search to the server's guidance file."""
+    guide = body.prm_guidance
+    for option in (guide.model_extra or {}) if guide is not None else ():
+        param = f"prm_guidance.{option}"
+        raise RequestError(400, f"{param}: strategy 'tuned' has no options", param=param, code="unknown_parameter")
+    chat = isinstance(body, ChatBody)
+    asked = getattr(body, "max_completion_tokens", None) or body.max_tokens
+    if asked is not None and asked > limits.max_tokens:
+        raise invalid("max_tokens", f"{asked}: at most {limits.max_tokens} here")
+    strategy, alpha = tuned.strategy, None
+    if isinstance(strategy, Steer):
+        alpha, strategy = strategy.alpha, BestOfN(strategy.n)
+    if _children(strategy) > limits.children:
+        raise too_large("prm_guidance", f"{_children(strategy)} children at once: at most {limits.children} here")
+    draws = {name: getattr(body, name) for name in ("temperature", "top_p", "min_p")} | {
+        "top_k": None if body.top_k is None else max(body.top_k, 0),
+        "max_new_tokens": asked or min(tuned.draws.get("max_new_tokens", limits.max_tokens), limits.max_tokens),
+    }
+    own = {name: value for name, value in draws.items() if value is not None}
+    if own.get("temperature") == 0 and _children(strategy) > 1:
+        raise invalid("temperature", "at 0 every child of a step is the same: a search needs a temperature above 0")
+    settings = _within(
+        None,
+        lambda: SearchSettings.make(
+            strategy=strategy, steps=tuned.steps or steps, stop=_stop(body.stop),
+            include_stop_str=bool(body.include_stop_str_in_output), **tuned.choice,
+            seed=secrets.randbits(63) if body.seed is None else body.seed, budget=tuned.budget,
+            **{"temperature": 1.0, **tuned.draws, **own},
+        ),
+    )  # fmt: skip
+    return SearchRequest(
+        kind="chat" if chat else "text",
+        model=body.model,
+        prompts=_prompts(body, limits),
+        settings=within(settings, Budget(tokens=limits.sampled_tokens, seconds=limits.seconds)),
+        guided=True,
+        alpha=alpha,
+        n=body.n or 1,
+        logprobs=_logprobs(body),
+        token_ids=bool(body.return_token_ids),
+        continues=isinstance(body, ChatBody) and _continues(body),
+        stream=bool(body.stream),
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         progress=guide is not None and guide.progress,
         candidates=guide is not None and guide.return_candidates,

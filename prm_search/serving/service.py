@@ -11,6 +11,7 @@ from time import time
 from uuid import uuid4
 
 from ..driver.async_loop import AsyncSearch
+from ..driver.guidance_file import GuidanceFile
 from ..driver.result import Event, Result
 from ..prompt import numbered
 from ..steps import StepRule
@@ -34,12 +35,21 @@ class Service:
         models: names by which requests may call the policy; the first is the one that answers carry.
         limits: see Limits.
         steps: the StepRule of requests that give none.
+        tuned: the guidance of requests that bring none; None to sample for them plainly.
         metrics: counts what happens.
     """
 
     def __init__(
-        self, engine: Backend, models: Sequence[str], *, limits: Limits, steps: StepRule, metrics: Metrics
+        self,
+        engine: Backend,
+        models: Sequence[str],
+        *,
+        limits: Limits,
+        steps: StepRule,
+        metrics: Metrics,
+        tuned: GuidanceFile | None = None,
     ) -> None:
+        self.tuned = tuned
         self.engine, self.models, self.limits, self.steps, self.metrics = engine, tuple(models), limits, steps, metrics
         self.started = int(time())
         self.jobs: set[Job] = set()
@@ -52,7 +62,7 @@ class Service:
         Raises:
             RequestError: it cannot be served, or not now.
         """
-        ask = make_ask(body, self.limits, steps=self.steps)
+        ask = make_ask(body, self.limits, steps=self.steps, tuned=self.tuned)
         self.need_model(ask.model)
         if self.draining:
             raise RequestError(503, "the server is shutting down", code="shutting_down")

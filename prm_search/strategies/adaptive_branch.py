@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from ..checks import is_one_of
-from ..rng import strategy_lineage
 from ..tree import Node
 from ..values import Value, resolve_value
 from .base import Expand, Run, at_least, distinct
 from .beam import value_of
+from .thompson import Moments, Thompson
 
 Prior = Literal["gaussian", "beta"]
 
@@ -99,29 +96,35 @@ class AdaptiveBranch:
         return distinct(finished)
 
 
-@dataclass
-class _Moments:
-    """The scores that an arm has given: number, sum and sum of squares of scores, in the unit of the values."""
-
-    n: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-
-    def add(self, score: float) -> None:
-        self.n, self.total, self.squares = self.n + 1, self.total + score, self.squares + score * score
+CONT, GEN = 0, 1  # rows of a node's arms: below a child; a new child, one row a policy; and then the children
 
 
-@dataclass(eq=False)
 class _Arms:
-    """A node's arms. `own` is its parent's arm for it; `open` says whether anything below can still be drawn."""
+    """A node's arms.
 
-    node: Node
-    parent: _Arms | None
-    own: _Moments = field(default_factory=_Moments)
-    gen: defaultdict[str | None, _Moments] = field(default_factory=lambda: defaultdict(_Moments))
-    cont: _Moments = field(default_factory=_Moments)
-    children: list[_Arms] = field(default_factory=list)
-    open: bool = True
+    Attributes:
+        node, parent, children: the tree; children are in order of creation.
+        row: of its own arm among its parent's.
+        moments: what each of its arms has given, by row.
+        open: whether anything below can still be drawn.
+    """
+
+    __slots__ = ("children", "moments", "node", "open", "parent", "row")
+
+    def __init__(self, node: Node, parent: _Arms | None, policies: int) -> None:
+        self.node, self.parent = node, parent
+        self.children: list[_Arms] = []
+        self.moments = Moments(rows=GEN + policies)
+        self.open = not node.finished
+        self.row = 0 if parent is None else parent.moments.add_row(barred=not self.open)
+        if parent is not None:
+            parent.children.append(self)
+
+    def close(self) -> None:
+        """Draw nothing below any more."""
+        self.open = False
+        if self.parent is not None:
+            self.parent.moments.bar(self.row)
 
 
 class _Walks:
@@ -129,40 +132,34 @@ class _Walks:
 
     def __init__(self, root: Node, prior: Prior, policies: Sequence[str | None]) -> None:
         self._policies = policies
-        self.root = _Arms(root, None)
+        self.root = _Arms(root, None, len(policies))
         self._arms = {root: self.root}
-        self._prior = prior
-        tree = root.tree
-        key = (tree.seed ^ tree.stream ^ strategy_lineage(2)) & (2**64 - 1)
-        self._numbers = np.random.Generator(np.random.Philox(key=key))
-        self._low, self._high = math.inf, -math.inf
+        self._thompson = Thompson(root.tree, prior)
 
     def choose(self) -> tuple[_Arms, str | None]:
         """Walk from the root to the node that gets a new child, and to the policy that draws it."""
-        arms = self.root
+        arms, draw, policies = self.root, self._thompson, self._policies
+        first = GEN + len(policies)
         while True:
-            going = [child for child in arms.children if child.open]
-            several = going or len(self._policies) > 1
-            worth = {name: self._sample(arms.gen[name]) for name in self._policies} if several else {}
-            best = max(self._policies, key=lambda name: worth.get(name, 0.0))
-            if not going or worth[best] >= self._sample(arms.cont):
-                return arms, best
-            arms = max(going, key=lambda child: self._sample(child.own))
+            moments = arms.moments
+            going = moments.barred < len(arms.children)
+            worth = [draw.sample(moments, row) for row in range(GEN, first)] if going or len(policies) > 1 else [0.0]
+            best = worth.index(max(worth))
+            if not going or worth[best] >= draw.sample(moments, CONT):
+                return arms, policies[best]
+            arms = arms.children[draw.best(moments, first) - first]
 
-    def learn(self, chosen: list[_Arms], ends: list[Node], policy: str | None) -> None:
+    def learn(self, chosen: Iterable[_Arms], ends: Sequence[Node], policy: str | None) -> None:
         """Take in what this policy drew at these places, which ends with these nodes."""
         for end in ends:
-            score = value_of(end)
-            if not math.isfinite(score):
-                score = (self._low if score < 0 else self._high) if self._low <= self._high else 0.0
-            self._low, self._high = min(self._low, score), max(self._high, score)
+            score = self._thompson.seen(value_of(end))
             if end in self._arms:  # the budget let its place have no child
-                self._close(self._arms[end])
+                self._arms[end].close()
                 continue
             self._plant(end, score, policy)
         for arms in chosen:
             if not arms.children and arms.parent is not None and arms.node.finished:
-                self._close(arms)
+                arms.close()
 
     def best_open(self) -> Node:
         """The unfinished node without children of the largest value; the root where there is none."""
@@ -171,39 +168,20 @@ class _Walks:
 
     def _plant(self, end: Node, score: float, policy: str | None) -> None:
         """Add the chain that ends here, and tell every arm that leads to it."""
-        path = end.path()
-        new = [node for node in path if node not in self._arms]
-        base = self._arms[new[0].parent or self.root.node]
-        base.gen[policy].add(score)
-        for node in new:
-            parent = self._arms[node.parent or self.root.node]
-            arms = self._arms[node] = _Arms(node, parent, open=not node.finished)
-            parent.children.append(arms)
-            arms.own.add(score)
-            if parent is not base:
-                parent.cont.add(score)
-        above = base
-        while above.parent is not None:
-            above.own.add(score)
-            above.parent.cont.add(score)
-            above = above.parent
-
-    def _close(self, arms: _Arms) -> None:
-        arms.open = False
-
-    def _sample(self, moments: _Moments) -> float:
-        """Return what an arm may give: one draw from its posterior, scores on the scale of [0, 1]."""
-        n, width = moments.n, self._high - self._low
-        if n == 0 or width <= 0:
-            mean, spread = 0.5 * (n > 0), 0.0
-        else:
-            mean = (moments.total / n - self._low) / width
-            spread = max(0.0, moments.squares / n - (moments.total / n) ** 2) / width**2
-        if self._prior == "beta":
-            good = n * min(max(mean, 0.0), 1.0)
-            return float(self._numbers.beta(0.5 + good, 0.5 + n - good))
-        kappa, nu = 1.0 + n, 1.0 + n
-        centre = n * mean / kappa
-        scale = (0.1 + n * spread + n * mean**2 / kappa) / nu
-        variance = nu * scale / float(self._numbers.chisquare(nu))
-        return centre + math.sqrt(variance / kappa) * float(self._numbers.standard_normal())
+        new: list[Node] = []
+        node: Node | None = end
+        while node is not None and node not in self._arms:
+            new.append(node)
+            node = node.parent
+        base = arms = self._arms[node or self.root.node]
+        base.moments.add(GEN + self._policies.index(policy), score)
+        for node in reversed(new):
+            if arms is not base:
+                arms.moments.add(CONT, score)
+            child = self._arms[node] = _Arms(node, arms, len(self._policies))
+            arms.moments.add(child.row, score)
+            arms = child
+        while base.parent is not None:
+            base.parent.moments.add(base.row, score)
+            base.parent.moments.add(CONT, score)
+            base = base.parent

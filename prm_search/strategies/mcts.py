@@ -24,8 +24,13 @@ class MCTS:
     A simulation draws `expansions` children of one leaf; each child counts as visited once, with its own value. The
     result of a simulation is the best new child's value, or the value at the end of a rollout from that child.
     Ancestors back the result up by their mean or their maximum. Finished children are never walked to again, nor are
-    subtrees in which all is finished, so that no simulation is spent on what is known. The answer is chosen among all
-    finished nodes; where no simulation reached one, the best leaf is sampled to the end.
+    subtrees in which all is finished. The answer is chosen among all finished nodes; where no simulation reached one,
+    the best leaf is sampled to the end.
+
+    A node that N simulations went through may have expansions * floor(N ** widening) children (progressive widening:
+    R. Coulom, "Computing Elo ratings of move patterns in the game of Go", 2007): the next of them draws `expansions`
+    more. So does one below which all is finished. Steps of a language model are drawn, not listed, so the right one may
+    not be among the first few, and a tree that never draws again cannot find it.
 
     Values enter the rules on a scale of [0, 1]: Q = (v - low) / (high - low) between the lowest and the highest value
     seen in the tree so far (J. Schrittwieser et al., "MuZero", arXiv 1911.08265, eq. 5), whatever the scorer. Prefixes
@@ -50,6 +55,7 @@ class MCTS:
         rollout_steps: greedy steps beyond the best new child of each leaf; 0 for none.
         leaves: leaves expanded at once. Each leaf that is chosen counts as a visit without a value until its children
             are there (virtual loss: G. Chaslot et al., 2008), so that the next choice differs and batches stay full.
+        widening: in [0, 1]; see above. 0: a node's children are drawn once.
         alpha: of the rule "rest".
         end_gate: of the rule "rest".
         merge: count equal children on one node.
@@ -68,6 +74,7 @@ class MCTS:
     backup: Literal["mean", "max"] = "mean"
     rollout_steps: int = 0
     leaves: int = 4
+    widening: float = 0.5
     alpha: float = 0.5
     end_gate: float = 0.9
     merge: bool = True
@@ -84,25 +91,25 @@ class MCTS:
             raise ValueError(f"backup={self.backup!r}: it is 'mean' or 'max'")
         if self.exploration is not None:
             number("exploration", self.exploration, "a finite number >= 0", lambda value: 0 <= value < math.inf)
-        for name in ("alpha", "end_gate"):
+        for name in ("alpha", "end_gate", "widening"):
             number(name, getattr(self, name), "a number in [0, 1]", lambda value: 0 <= value <= 1)
         if self.value is not None:
             resolve_value(self.value)
 
     def run(self, root: Node) -> Run:
-        tree = StatisticsTree(
-            root, self.rule, EXPLORATION[self.rule] if self.exploration is None else self.exploration, self.backup
-        )
+        exploration = EXPLORATION[self.rule] if self.exploration is None else self.exploration
+        tree = StatisticsTree(root, self.rule, exploration, self.backup, self.widening)
         finished: list[Node] = []
         done = 0
         while done < self.simulations and tree.root.open:
             leaves = tree.choose(min(self.leaves, self.simulations - done))
             done += len(leaves)
-            finished += yield from self._expand(tree, leaves)
-            finished += yield from self._roll_out(tree, leaves)
+            fresh = yield from self._expand(tree, leaves)
+            fresh += yield from self._roll_out(tree, leaves)
+            finished += fresh
             for leaf in leaves:
                 tree.back_up(leaf)
-            if self.rule == "rest" and any(value_of(node) >= self.end_gate for node in finished):
+            if self.rule == "rest" and any(value_of(node) >= self.end_gate for node in fresh):
                 break
         if not finished:
             end = tree.best_leaf().node
@@ -115,7 +122,7 @@ class MCTS:
         for node in nodes:
             for child in node.children:
                 child.rollout = False
-        missing = [max(0, self.expansions - node.drawn) for node in nodes]
+        missing = [max(0, self.expansions * (leaf.rounds + 1) - leaf.node.drawn) for leaf in leaves]
         yield Expand(nodes, missing, merge=self.merge, alive=[tree.root.node])
         finished: list[Node] = []
         for leaf in leaves:
@@ -127,7 +134,7 @@ class MCTS:
 
     def _roll_out(self, tree: StatisticsTree, leaves: Sequence[Statistics]) -> Run:
         """Go on greedily from the best new child of each leaf, and return the answers that this completed."""
-        begun = [best for leaf in leaves if (best := leaf.best_child()) is not None and best.open]
+        begun = [best for leaf in leaves if (best := leaf.best_new()) is not None and best.open]
         tips = {best: best.node for best in begun} if self.rollout_steps else {}
         for _ in range(self.rollout_steps):
             going = {best: tip for best, tip in tips.items() if not tip.finished}

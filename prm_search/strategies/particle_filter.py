@@ -205,15 +205,18 @@ class _Growth:
         self.numbers: list[int] = []
         self.alive: list[Node] = []
         self._places: dict[Node, list[int]] = {}
+        self._asked: dict[Node, int] = {}
 
     def add(self, node: Node, n: int) -> None:
         """Ask for n more children of a node, spread evenly over its lineages."""
         places = self._places.setdefault(node, [])
-        for _ in range(n):
-            if len(places) < node.count:
+        asked = self._asked.get(node, 0)
+        self._asked[node] = asked + n
+        for turn in range(asked, asked + n):
+            if turn < node.count:
                 places.append(len(self.nodes))
                 self.nodes.append(node)
                 self.numbers.append(1)
                 self.alive.append(node)
             else:
-                self.numbers[min(places, key=self.numbers.__getitem__)] += 1
+                self.numbers[places[turn % node.count]] += 1

@@ -1,0 +1,218 @@
+"""tune's pick and confirmation on tables that are worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import RULE, FakePolicy, FakeScorer
+
+from prm_search.evaluation.tuning.confirm import Limit, confirming, contests, verdicts
+from prm_search.evaluation.tuning.guidance import plain_config, read_config
+from prm_search.evaluation.tuning.pick import Table, affordable, baseline, pick, pick_within
+from prm_search.evaluation.tuning.run import Bench
+from prm_search.evaluation.tuning.trials import Config, Grid, Scale, Trial
+from prm_search.problems import Problem
+from prm_search.protocols import Sampling
+from prm_search.strategies import Beam, BestOfN, ByDifficulty, Steer
+from prm_search.tree import Prompt
+
+SCALE = Scale(tokens=32.0, steps=8.0, seconds=0.001, spread={"prm": {"q": 1.0, "min": 0.25}})
+
+
+def config(strategy: Any, tokens: int = 512, **fields: Any) -> Config:
+    return Config(strategy, "prm", "q", **({"select": "best", "weight_temperature": 1.0, "tokens": tokens} | fields))
+
+
+def table(rows: Sequence[tuple[Config, Sequence[int], float]], difficulty: Sequence[float]) -> Table:
+    """Configs with their outcomes and the policy tokens of a problem; a second is a thousand tokens."""
+    tokens = np.array([[cost] * len(right) for _, right, cost in rows], float)
+    costs = {"policy_tokens": tokens, "prm_tokens": tokens, "reference_tokens": 0 * tokens, "seconds": tokens / 1000}
+    return Table(
+        tuple(one for one, _, _ in rows), np.array([right for _, right, _ in rows], bool), costs,
+        {("prm", "q"): np.array(difficulty)},
+    )  # fmt: skip
+
+
+# Easy problems (a high mean value) are for best-of-N, hard ones for a beam; and so it is in both halves.
+EASY, HARD = [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]
+DIFFICULTY = [2.0, 2.1, 2.2, 2.3, 0.1, 0.2, 0.3, 0.4]
+PLAIN, BEAM = config(BestOfN(16)), config(Beam(3, 4), tokens=384)
+BY_BIN = table([(PLAIN, EASY, 512), (BEAM, HARD, 384)], DIFFICULTY)
+
+
+def test_bins_are_used_where_they_hold_up_on_the_other_half() -> None:
+    choice, judged = pick_within(BY_BIN, SCALE, tokens=512, bins=2)
+    assert judged == {"uniform": 0.5, "bins": 1.0}
+    strategy = choice.config.strategy
+    assert isinstance(strategy, ByDifficulty)
+    assert strategy.strategies == (Beam(3, 4), BestOfN(16))  # the hardest first
+    assert 0.4 <= strategy.thresholds[0] <= 2.0
+    assert (choice.bins, choice.config.tokens) == ((1, 0), 512)
+
+
+def test_bins_that_fit_one_half_alone_are_not_used() -> None:
+    noise = [0, 1, 0, 1, 1, 0, 1, 0]  # of the problems of one half
+    rows = [(PLAIN, [1, 1, 0, 1, 1, 1, 0, 1], 512.0), (BEAM, noise, 384.0)]
+    choice, judged = pick_within(table(rows, DIFFICULTY), SCALE, tokens=512, bins=2)
+    assert judged["bins"] <= judged["uniform"]
+    assert choice.config == PLAIN
+
+
+def test_a_bin_has_to_leave_room_for_the_probe() -> None:
+    full = config(Beam(4, 4))
+    choice, judged = pick_within(table([(PLAIN, EASY, 512), (full, HARD, 512)], DIFFICULTY), SCALE, tokens=512, bins=2)
+    assert "bins" not in judged  # 512 and 4 x 28 tokens of the probe are more than 512
+    assert choice.config in (PLAIN, full)
+
+
+def test_equals_go_to_the_cheaper_one_and_then_to_the_first() -> None:
+    dear, cheap, twin = config(Beam(4, 4)), config(Beam(2, 4), tokens=256), config(Beam(1, 8), tokens=256)
+    rows = [(PLAIN, [0] * 8, 512.0), (dear, EASY, 512.0), (cheap, EASY, 256.0), (twin, EASY, 256.0)]
+    choice, _ = pick(table(rows, DIFFICULTY), range(4), "policy_tokens", [])
+    assert choice.config == cheap
+
+
+def test_a_budget_keeps_what_was_made_for_it_or_took_no_longer() -> None:
+    assert affordable(BY_BIN, tokens=512) == [0, 1]
+    assert affordable(BY_BIN, seconds=0.6) == [0, 1]
+    with pytest.raises(ValueError, match="no best-of-N is within 400 tokens a problem"):
+        affordable(BY_BIN, tokens=400)
+    with pytest.raises(ValueError, match=r"no best-of-N is within 0\.4 seconds"):
+        affordable(BY_BIN, seconds=0.4)
+    with pytest.raises(ValueError, match="one of them is needed"):
+        affordable(BY_BIN)
+
+
+def test_plain_best_of_n_is_the_largest_under_its_best_value() -> None:
+    small = config(BestOfN(8), tokens=256)
+    other = Config(BestOfN(16), "prm", "min", "best", 1.0, 512)
+    vote = config(BestOfN(16), select="majority")
+    rows = [(small, [1] * 8, 256.0), (PLAIN, EASY, 512.0), (other, [1] * 5 + [0] * 3, 512.0), (vote, [1] * 8, 512.0)]
+    assert baseline(table(rows, DIFFICULTY), range(4), "policy_tokens") == 2
+
+
+def records(trials: Sequence[Trial], right: dict[Config, Sequence[int]]) -> list[dict[str, Any]]:
+    """What a run of these trials would have written."""
+    return [
+        {
+            "index": number * len(next(iter(right.values()))) + place,
+            "ways": [
+                {"right": bool(right[one][place]), "policy_tokens": 500, "prm_tokens": 80, "reference_tokens": 0,
+                 "seconds": 0.1}
+                for one in trial.configs
+            ],
+            "difficulty": {"prm": {"q": 0.0}},
+        }
+        for number, trial in enumerate(trials)
+        for place in range(len(next(iter(right.values()))))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "beats"), [(12, 0, True), (12, 10, False), (4, 0, False)], ids=["clear", "even", "few"]
+)
+def test_the_verdict_says_with_an_interval_whether_anything_beats_best_of_n(
+    wins: int, losses: int, beats: bool
+) -> None:
+    full = config(Beam(4, 4))
+    found = contests(table([(PLAIN, EASY, 512), (full, [1] * 8, 512)], DIFFICULTY), SCALE, [Limit(512)], bins=1)
+    assert (found[0].plain, found[0].pick.config) == (PLAIN, full)
+    trials = confirming(found)
+    assert [trial.strategy for trial in trials] == [BestOfN(16), Beam(4, 4)]
+    rest = 40 - wins - losses
+    right = {PLAIN: [0] * wins + [1] * losses + [1] * rest, full: [1] * wins + [0] * losses + [1] * rest}
+    (verdict,) = verdicts(found, trials, records(trials, right), 40)
+    assert verdict.comparison.difference == pytest.approx((wins - losses) / 40)
+    assert verdict.beats is beats
+    assert verdict.chosen == (full if beats else PLAIN)
+    assert verdict.sentence.startswith(f"512 tokens: {'beam' if beats else 'nothing beats plain best-of-N'}")
+    assert (
+        f"[{verdict.comparison.low:+.3f}, {verdict.comparison.high:+.3f}] on 40 held-out problems" in verdict.sentence
+    )
+
+
+def test_a_table_needs_every_record() -> None:
+    trials = [Trial(BestOfN(16), None, None, None, (PLAIN,))]
+    with pytest.raises(ValueError, match="1 records are missing"):
+        Table.of(trials, records(trials, {PLAIN: [1, 0]})[:1], 2)
+
+
+def test_a_grid_tries_shapes_of_each_budget_and_reads_votes_off_the_same_trees() -> None:
+    trials = Grid((128, 512), ("best_of_n", "beam", "dvts", "steer"), ("q", "min")).trials(SCALE, ["prm"])
+    samples, *searches = trials
+    assert (samples.strategy, samples.scorer) == (BestOfN(16), None)  # drawn once, at the largest budget
+    assert {one.strategy for one in samples.configs} == {BestOfN(4), BestOfN(16)}
+    assert {(one.select, one.value) for one in samples.configs} == {
+        ("best", "q"), ("best", "min"), ("weighted", "q"), ("weighted", "min"), ("majority", None)
+    }  # fmt: skip
+    assert {t.strategy for t in searches if t.tokens == 512 and isinstance(t.strategy, Beam)} == {
+        Beam(1, 16), Beam(2, 8), Beam(4, 4), Beam(8, 2)
+    }  # fmt: skip
+    assert {t.strategy for t in searches if isinstance(t.strategy, Steer)} == {
+        Steer(alpha, n) for alpha in (0.5, 1.0) for n in (4, 16)
+    }
+    assert [len(t.configs) for t in searches if isinstance(t.strategy, Beam)] == [1] * 12
+    for one in (each for trial in trials for each in trial.configs):
+        assert read_config(plain_config(one)) == one
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budgets": (0,)}, "budgets"), ({"budgets": ()}, "budgets"), ({"budgets": (8, 8)}, "none twice"),
+        ({"budgets": (8,), "strategies": ["beams"]}, "strategies: 'beams' is unknown"),
+        ({"budgets": (8,), "values": ["best"]}, "values: 'best' is unknown"),
+        ({"budgets": (8,), "alphas": (-1.0,)}, "alphas"),
+    ],
+)  # fmt: skip
+def test_a_grid_names_what_makes_no_sense(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Grid(**fields)
+
+
+def bench(**given: Any) -> Bench:
+    return Bench(
+        FakePolicy(), {"prm": FakeScorer()}, lambda text, answer: (text, text.endswith(answer)), lambda text: text[-1:],
+        Sampling(RULE, max_new_tokens=24, seed=1), **given,
+    )  # fmt: skip
+
+
+def test_a_run_goes_on_where_it_was_stopped_and_batches_change_nothing() -> None:
+    problems = [Problem(Prompt(token_ids=(5, place)), "a") for place in range(5)]
+    scale = bench().scale(problems, ("q", "min"))
+    assert scale.tokens > 1
+    trials = Grid((60,), ("best_of_n", "beam", "particle_filter"), ("q", "min")).trials(scale, ["prm"])
+    whole = {record["index"]: record for record in bench(batch=5).records(trials, problems, {})}
+    assert set(whole) == set(range(len(trials) * 5))
+    half = {index: record for index, record in whole.items() if index % 2}
+    rest = {record["index"]: record for record in bench(batch=2).records(trials, problems, half)}
+    assert set(rest) == set(whole) - set(half)
+
+    def told(record: dict[str, Any]) -> Any:
+        ways = [{name: value for name, value in way.items() if name != "seconds"} for way in record["ways"]]
+        return record | {"ways": ways}
+
+    assert all(told(rest[index]) == told(whole[index]) for index in rest)
+    found = Table.of(trials, [*half.values(), *rest.values()], 5)
+    searches = np.array([config.name != "best_of_n" for config in found.configs])
+    assert (found.costs["policy_tokens"][searches] <= 60).all()
+
+
+def test_fewer_samples_are_the_first_of_more() -> None:
+    problems = [Problem(Prompt(token_ids=(5, place)), "a") for place in range(6)]
+    few, many = (config(BestOfN(n), tokens=n) for n in (2, 6))
+    alone = Trial(BestOfN(2), None, None, None, (few,))
+    together = Trial(BestOfN(6), None, None, None, (few, many))
+    one, both = (sorted(bench().records([t], problems, {}), key=lambda r: r["problem"]) for t in (alone, together))
+    for a, b in zip(one, both, strict=True):
+        for name in ("right", "policy_tokens"):
+            assert a["ways"][0][name] == b["ways"][0][name]
+        assert b["ways"][0]["policy_tokens"] < b["ways"][1]["policy_tokens"]
+
+
+def test_a_bench_needs_a_scorer() -> None:
+    with pytest.raises(ValueError, match="scorers is empty"):
+        Bench(FakePolicy(), {}, lambda text, answer: (text, True), str, Sampling(RULE))
