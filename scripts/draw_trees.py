@@ -31,7 +31,7 @@ STRATEGIES: Mapping[str, ps.Strategy] = {
 
 
 def places(node: ps.Node, row: Iterator[int]) -> dict[ps.Node, tuple[float, float]]:
-    """Where each node below this one stands: leaves one below the other, a parent beside the middle of its children."""
+    """The place of each node below this one: leaves one below the other, a parent beside the middle of its children."""
     found: dict[ps.Node, tuple[float, float]] = {}
     for child in node.children:
         found |= places(child, row)

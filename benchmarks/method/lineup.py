@@ -80,5 +80,5 @@ def entries(tokens_per_answer: int, steps: int) -> list[Entry]:
 
 
 def grid() -> Grid:
-    """What `tune` tries, on other problems."""
+    """The grid that `tune` tries, on other problems."""
     return Grid(BUDGETS, values=(VALUE,))

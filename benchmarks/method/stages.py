@@ -239,7 +239,7 @@ class Seed:
             }
 
     def tuned(self, model: Path) -> None:
-        """What `tune` picks for each budget on other problems, and how that does on the test problems."""
+        """The picks of `tune` for each budget on other problems, and how they do on the test problems."""
         p = self.protocol
         grid = lineup.grid() if p.strategy_budgets is None else replace(lineup.grid(), budgets=p.strategy_budgets)
         other = as_problems(problems(p.tuned_on, split="gate", seed=self.seed, length=p.test_length))

@@ -87,7 +87,7 @@ class TuneRun:
 
     @cached_property
     def sampling(self) -> Sampling:
-        """How tokens are drawn."""
+        """The rule by which tokens are drawn."""
         return Sampling(self.rule, seed=self.seed, **self.draws)
 
     @cached_property
@@ -180,7 +180,7 @@ class TuneRun:
         return scale
 
     def _trials(self, scale: Scale) -> list[Trial]:
-        """What is tried: within the budgets in tokens, or within what seconds seem to pay for."""
+        """The trials: within the budgets in tokens, or within what seconds seem to pay for."""
         budgets = self.tried.tokens
         if self.tried.budget_seconds is not None:
             whole = self.tried.budget_seconds / scale.seconds

@@ -34,7 +34,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Contest:
-    """What is confirmed for one budget.
+    """The contestants for one budget.
 
     Attributes:
         limit: the budget.
@@ -101,7 +101,7 @@ class Verdict:
 
 
 def contests(table: Table, scale: Scale, limits: Sequence[Limit], *, bins: int) -> list[Contest]:
-    """What is to be confirmed. Raises ValueError where a budget does not pay for one whole sample."""
+    """The contests to be held. Raises ValueError where a budget does not pay for one whole sample."""
     found = []
     for limit in limits:
         choice, judged = pick_within(table, scale, tokens=limit.tokens, seconds=limit.seconds, bins=bins)

@@ -84,7 +84,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Pick:
-    """What is to answer.
+    """The choice of what answers.
 
     Attributes:
         config: of a uniform choice; of bins, a ByDifficulty over the configs of the bins.
