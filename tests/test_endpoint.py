@@ -377,6 +377,16 @@ def test_what_would_fail_again_is_not_tried_again() -> None:
             policy.expand([tree.root], 2, sampling=Sampling(StepRule()))
 
 
+def test_what_a_request_drew_before_it_was_given_up_is_counted() -> None:
+    server = Server(keeps=True)
+    with server.policy(backoff=Backoff(tries=1)) as policy:
+        server.faults.append("cut")
+        result = answer_of(policy)
+    assert result.stopped == "failed"
+    assert "the stream ended before its answers did" in result.failure
+    assert result.usage.sampled_tokens == {"policy": 2}
+
+
 @pytest.mark.parametrize("count", [0, -3, 10**9, "missing"])
 def test_wrong_counts_are_not_believed(count: Any) -> None:
     with Server(logprobs=False, usage=count, completions=True, chat=False).policy() as policy:

@@ -253,6 +253,10 @@ class Drawing:
             row.interrupt()
         return self.finish()
 
+    def drop(self) -> None:
+        """Count what was drawn, of which nothing is kept."""
+        self.request.node.tree.meter.add("sampled", self.id, sum(row.sampled for row in self.rows))
+
     def finish(self) -> list[Node]:
         """Put what was drawn into the tree: the last node of each child's chain (twins repeated)."""
         meter = self.request.node.tree.meter

@@ -229,6 +229,8 @@ class OpenAIPolicy(HoldsModels, PolicyBase):
             del self._running[request]
             interrupted = request in self._interrupted
             self._interrupted.discard(request)
+            if not interrupted and (task.cancelled() or task.exception() is not None):
+                drawing.drop()
         if interrupted:
             return drawing.interrupt()
         task.result()
@@ -276,6 +278,7 @@ class OpenAIPolicy(HoldsModels, PolicyBase):
             if error is None:
                 answered.append((request, drawing.finish()))
             elif isinstance(error, RequestFailed):
+                drawing.drop()
                 self._failures.append((request, error))
             else:
                 raise error
@@ -305,7 +308,7 @@ class OpenAIPolicy(HoldsModels, PolicyBase):
         """Forget unanswered requests; see PolicyBase.drop."""
         for request in requests:
             if request in self._jobs:
-                self._end(request)
+                self._end(request).drop()
 
     def release(self, tree: SearchTree) -> None:
         """Drop a tree's requests."""
