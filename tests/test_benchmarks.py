@@ -173,7 +173,7 @@ def test_live_tokens_are_those_of_distinct_path_nodes():
 
 def test_the_gpu_run_is_rehearsed_without_a_gpu(tmp_path):
     """Every stage is begun and told; the tests skip, the measurements are small ones. Its own clock ends it."""
-    run("report.py", "--suite", "gpu", "--minutes", "20", "--out", str(tmp_path))
+    run("report.py", "--suite", "gpu", "--minutes", "60", "--out", str(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     stages = {line["stage"]: line for line in lines if "stage" in line}
     assert list(stages) == ["correctness", "ops", "decoding", "scoring", "host", "searching"]
