@@ -118,8 +118,39 @@ def test_static_steps_of_rows_draw_the_same(mode: Any) -> None:
     check(plain, decoded(policy)[0])
 
 
-def test_a_round_that_fails_takes_its_slots_back() -> None:
+@pytest.mark.parametrize("mode", ["auto", "static", "packed"])
+def test_a_forward_ahead_of_the_host_changes_no_draw_and_no_count(mode: Any) -> None:
+    plain, counts = decoded(policy_of(4096))
     policy = policy_of(4096)
+    policy.lm.token_steps.set_mode(mode)
+    policy._decoder.ahead = True
+    again, ahead = decoded(policy)
+    check(plain, again)
+    assert [n for (kind, _), n in sorted(counts.items(), key=str)] == [n for _, n in sorted(ahead.items(), key=str)]
+    assert 0 < policy.lm.wasted <= 6 + 3 + 2 * (3 + 6)
+
+
+def test_slots_are_asked_back_between_forwards_that_are_ahead() -> None:
+    plain, _ = decoded(policy_of(4096))
+    policy = policy_of(4096)
+    policy._decoder.ahead = True
+    tree = policy.lm.tree
+
+    def stored(turn: int) -> None:
+        with tree.lock:
+            if turn % 3 == 1:
+                tree.reserve(tree.capacity)
+
+    check(plain, decoded(policy, stored)[0])
+    tight = policy_of(len(PROMPT) + 30)
+    tight._decoder.ahead = True
+    check(plain, decoded(tight)[0])
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_round_that_fails_takes_its_slots_back(ahead: bool) -> None:
+    policy = policy_of(4096, stop_ids=[])
+    policy._decoder.ahead = ahead
     tree = SearchTree(Prompt(token_ids=PROMPT))
     policy.submit([Request.draw(tree.root, 3, Sampling(ps.StepRule(None, max_tokens=None)), until="end")])
     for _ in range(3):
@@ -128,13 +159,16 @@ def test_a_round_that_fails_takes_its_slots_back() -> None:
     kept = weight.detach().clone()
     with torch.no_grad():
         weight[5] = torch.nan
+    if ahead:  # what this one reads was launched before
+        policy.advance()
+        used = policy.lm.tree.used - 3
     with pytest.raises(ValueError, match="not numbers"):
         policy.advance()
     assert policy.lm.tree.used == used
     with torch.no_grad():
         weight.copy_(kept)
     policy.advance()
-    assert policy.lm.tree.used == used + 3
+    assert policy.lm.tree.used == used + 3 + 3 * ahead
     policy.release(tree)
     assert policy.lm.tree.used == 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from math import exp
 
 import numpy as np
@@ -21,8 +22,10 @@ from ..triton_kernels.reference import log_softmax
 from .confidence import confidence_columns, ranked_tokens
 from .decoding_row import DecodingRow
 from .growth import Growth
+from .kv_tree import Branch
 from .language_model import LanguageModel
 from .node_logprobs import node_logprobs
+from .pending import Pending
 from .row_table import RowTable
 from .sampler import Sampler
 from .to_device import to_device
@@ -43,7 +46,13 @@ class Decoder:
         stop_ids: tokens that end a response.
         max_rows: rows decoded at once.
         stop: further stop condition: which of these rows, each with a new token, end here. Asked once a round.
+
+    Attributes:
+        ahead: launch the next forward from tokens that are on the device still, while the host books them. A row that
+            has ended wastes a column of work (`Encoder.wasted`); no draw changes. Off until a GPU has shown a gain.
     """
+
+    ahead = False
 
     def __init__(
         self,
@@ -71,6 +80,9 @@ class Decoder:
         self._waiting: deque[DecodingRow] = deque()
         self._table = RowTable(len(lms), stop_ids, watch=stop is not None or (own and sampler.reads_rows))
         self._growths = [Growth(lm.tree) for lm in lms]
+        self._flight: tuple[list[Pending[torch.Tensor]], np.ndarray, int] | None = (
+            None  # ahead: a line each row, of so many
+        )
         self._newest = np.zeros(0, np.int64)  # of the table's rows: drawn, not encoded yet
 
     @property
@@ -172,26 +184,93 @@ class Decoder:
             node = self.lms[0].memo(row.request.node.tree).first(row.request.node)
             at.append(grown + places.setdefault(node, len(places)))  # twins of different requests are one
         nodes = [[lm.memo(node.tree).branch(node) for node in places] for lm in self.lms]
-        begun = []  # every model's forward is launched before the first is waited for
+        parents = [[branches[place - grown] for place in at] for branches in nodes]
+        begun: list[Pending[torch.Tensor]] = []
         try:
-            for lm, growth, branches in zip(self.lms, self._growths, nodes, strict=True):
-                begun.append(lm.begin_round(growth, self._newest, branches))
-            tables = [pending.result() for pending in begun]
-            if at:
-                index = np.concatenate([np.arange(grown), at])
-                (on,) = to_device([index], tables[0].device)
-                tables = [table.index_select(0, on.to(table.device)) for table in tables]
-            columns = _to_host(self._columns(tables, grown))
-            for k, lm in enumerate(self.lms):
-                if np.isnan(columns[1 + k]).any():
-                    raise lm.not_numbers()
+            tables = self._tables(nodes, np.concatenate([np.arange(grown), np.array(at, np.int64)]), begun)
+            columns = self._columns(tables, grown)
+            if self.ahead and self._table.unwatched:
+                return self._read_ahead(columns, parents)
+            numbers = self._checked(_to_host(columns))
         except BaseException:
             for pending in reversed(begun):
                 pending.undo()
             raise
+        self._begin_rows(parents)
+        return numbers
+
+    def _tables(
+        self, nodes: Sequence[Sequence[Branch]], index: np.ndarray, begun: list[Pending[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """Logits of all rows under each model, [R, V] each: of their newest tokens, or of the nodes that they begin at.
+
+        Args:
+            nodes: for each model, those of rows that begin.
+            index: the line of each row among the rows that grow and the nodes.
+            begun: takes the calls that are under way.
+        """
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            begun += flight[0]
+            index = np.concatenate([flight[1], index[len(flight[1]) :] - len(flight[1]) + flight[2]])
         for lm, growth, branches in zip(self.lms, self._growths, nodes, strict=True):
+            if flight is None:  # every model's forward is launched before the first is waited for
+                begun.append(lm.begin_round(growth, self._newest, branches))
+            elif branches:
+                begun.append(lm.begin_extend(branches, [()] * len(branches), want="logits"))  # type: ignore[arg-type]
+        models = len(self.lms)
+        parts = [pending.result() for pending in begun]
+        tables = [torch.cat(parts[k::models]) if len(parts) > models else parts[k] for k in range(models)]
+        if len(index) != len(tables[0]) or (index != np.arange(len(index))).any():
+            (on,) = to_device([index], tables[0].device)
+            tables = [table.index_select(0, on.to(table.device)) for table in tables]
+        return tables
+
+    def _begin_rows(self, parents: Sequence[Sequence[Branch]]) -> None:
+        """Let rows that begin grow, each behind its node's branch in each model."""
+        for lm, growth, branches in zip(self.lms, self._growths, parents, strict=True):
             with lm.tree.lock:
-                growth.add([branches[place - grown] for place in at])
+                growth.add(branches)
+
+    def _read_ahead(self, columns: list[torch.Tensor], parents: Sequence[Sequence[Branch]]) -> np.ndarray:
+        """Launch the next forward from the tokens on the device, then read them. The host knows them before the trees'
+        locks are let go, so that nobody finds a slot whose token is not known."""
+        grown = len(self._growths[0])
+        with ExitStack() as locks:
+            for lm in sorted(self.lms, key=id):
+                locks.enter_context(lm.tree.lock)
+            self._begin_rows(parents)
+            copied = _copied(columns)
+            begun: list[Pending[torch.Tensor]] = []
+            try:
+                for lm, growth in zip(self.lms, self._growths, strict=True):
+                    pending = lm.begin_ahead(growth, columns[0])
+                    if pending is None:
+                        break
+                    begun.append(pending)
+                numbers = self._checked(copied())
+            except BaseException:
+                for pending in reversed(begun):
+                    pending.undo()
+                for lm, growth in zip(self.lms, self._growths, strict=True):
+                    for branches in growth.remove(range(grown, len(growth))):
+                        for branch in reversed(branches):
+                            lm.tree.release(branch)
+                raise
+            everyone = range(len(self._table.rows))
+            for lm, growth in zip(self.lms[: len(begun)], self._growths, strict=False):
+                growth.name(numbers[0].astype(np.int64))
+                if len(begun) < len(self.lms):
+                    lm.waste(growth, everyone)
+            if len(begun) == len(self.lms):
+                self._flight = begun, np.arange(len(everyone)), len(everyone)
+        return numbers
+
+    def _checked(self, columns: np.ndarray) -> np.ndarray:
+        """The columns, if all log-probabilities in them are numbers."""
+        for k, lm in enumerate(self.lms):
+            if np.isnan(columns[1 + k]).any():
+                raise lm.not_numbers()
         return columns
 
     def _columns(self, tables: list[torch.Tensor], grown: int) -> list[torch.Tensor]:
@@ -288,6 +367,11 @@ class Decoder:
         kept = np.array([place for place in range(len(table.rows)) if place not in gone], np.int64)
         table.keep(kept)
         begun = [place for place in places if place < len(self._growths[0])]
+        if self._flight is not None:
+            for lm, growth in zip(self.lms, self._growths, strict=True):
+                lm.waste(growth, begun)
+            pending, lines, count = self._flight
+            self._flight = (pending, lines[kept[kept < len(lines)]], count) if len(kept) else None
         self._newest = self._newest[kept[kept < len(self._newest)]]
         for lm, growth in zip(self.lms, self._growths, strict=True):
             with lm.tree.lock:
@@ -326,3 +410,19 @@ def _to_host(columns: Sequence[torch.Tensor]) -> np.ndarray:
     if columns[0].device.type == "cpu":
         return np.stack([column.numpy() for column in columns], dtype=np.float64, casting="unsafe")
     return torch.stack([column.double() for column in columns]).cpu().numpy()
+
+
+def _copied(columns: Sequence[torch.Tensor]) -> Callable[[], np.ndarray]:
+    """Begin `_to_host`, so that what is launched after it is not waited for. Returns what waits for it."""
+    if columns[0].device.type != "cuda":
+        return lambda: _to_host(columns)
+    table = torch.stack([column.double() for column in columns])
+    host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+    host.copy_(table, non_blocking=True)
+    done = torch.cuda.current_stream(table.device).record_event()
+
+    def wait() -> np.ndarray:
+        done.synchronize()
+        return host.numpy()
+
+    return wait

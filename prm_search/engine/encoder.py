@@ -51,6 +51,7 @@ class Encoder:
         id: says which weights these are; equal ids mean equal log-probabilities.
         tree: the branches.
         forwards: forward calls so far.
+        wasted: tokens encoded ahead of the host's knowledge that their row had ended.
         stream: the CUDA stream that its forwards run on, see `own_stream`; None for the caller's, which has to be the
             same in every call.
         context: tokens of the longest path the model takes, or None where its config does not say.
@@ -73,7 +74,7 @@ class Encoder:
         self.backend = backend
         self.head = Head(module, backend)
         self.forward_tokens = forward_tokens
-        self.forwards = 0
+        self.forwards = self.wasted = 0
         self.stream: torch.cuda.Stream | None = None
         self._layers = adapters.tuner_layers(module)
         self._lock = _locks.setdefault(module, threading.RLock())
@@ -228,7 +229,7 @@ class Encoder:
                 for piece in wave:
                     undo.note(piece.branch)
                 slots, begun = growth.begin(tokens), True
-                final = self._forward_rows(growth, tokens, slots, wave, undo)
+                final = self._forward_rows(growth, tokens, slots, wave)
                 if nodes:
                     final = torch.cat([final, torch.stack([node.end_row() for node in nodes])])
                 logits = self.head.logits(final)
@@ -240,6 +241,46 @@ class Encoder:
                     undo.roll_back()
                 raise
 
+    def begin_ahead(self, growth: Growth, tokens: torch.Tensor) -> Pending[torch.Tensor] | None:
+        """A token for each row, before the host knows which: `Growth.name` tells it. With the tree's lock held.
+
+        Args:
+            growth: of this model's tree.
+            tokens: [R] int64 on any device: what has just been drawn.
+
+        Returns:
+            logits [R, V], as begin_round; None where the rows have no room to grow together.
+        """
+        reach = min(self.tree.capacity, self.context or self.tree.capacity)
+        with self._running():
+            rows = len(growth)
+            together = rows and growth.live and growth.reach() <= reach and rows <= self.forward_tokens
+            if not (together and self.tree.make_room(rows)):
+                return None
+            slots = growth.begin(None)
+            try:
+                logits = self.head.logits(self._forward_rows(growth, tokens.to(self.device), slots, []))
+            except BaseException:
+                growth.take_back()
+                raise
+
+            def undone() -> None:
+                with self.tree.lock:
+                    growth.take_back()
+
+            return self._pending(None, lambda _: self._handed_over(logits), undone)
+
+    def waste(self, growth: Growth, places: Sequence[int]) -> None:
+        """Take back from rows what begin_ahead encoded: they had ended. Counted as wasted, not as encoded."""
+        with self.tree.lock:
+            if growth.live:
+                growth.waste(places)
+                self.wasted += len(places)
+                for place in places:
+                    meter = growth.tips[place].meter
+                    if meter is not None:
+                        meter.add("encoded", self.id, -1)
+
     def _beside(self, rows: int, nodes: Sequence[Branch]) -> list[Piece] | None:
         """The pieces that nodes lack, if they fit a forward beside so many rows without an eviction; else None."""
         if not nodes:
@@ -250,7 +291,7 @@ class Encoder:
         return batch.pieces if fits else None
 
     def _forward_rows(
-        self, growth: Growth, tokens: np.ndarray, slots: np.ndarray, wave: list[Piece], undo: Undo
+        self, growth: Growth, tokens: np.ndarray | torch.Tensor, slots: np.ndarray, wave: list[Piece]
     ) -> torch.Tensor:
         """The hidden rows [R, D] of a growth's newest tokens; with the pieces of a wave in the same forward."""
         token_forward = None if wave else self.runner.plan_rows(growth, tokens, slots)
@@ -261,7 +302,8 @@ class Encoder:
             pieces = [*wave, *growth.pieces()]
             forward = self.runner.plan(pieces, [*taken, *np.split(slots, len(slots))])
             rows = WaveRows(pieces, forward.order, {}, others=len(slots))
-            hidden, (ends, places) = forward.run([rows.ends, rows.others])
+            ids = tokens if isinstance(tokens, torch.Tensor) else None
+            hidden, (ends, places) = forward.run([rows.ends, rows.others], ids)
             rows.keep_at_forks(hidden)
             rows.keep(hidden, ends, self.id)
             hidden = hidden.index_select(0, places)

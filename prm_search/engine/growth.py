@@ -63,6 +63,7 @@ class Growth:
         paths: [R, P] slots of its path.
         stems, shared: rows with equal stems begin with the same `shared` slots, [R].
         version: another number whenever rows have come or gone.
+        unnamed: the newest tokens are on the device, and the host does not know them.
     """
 
     def __init__(self, tree: KVTree) -> None:
@@ -84,6 +85,8 @@ class Growth:
         self._tokens = np.zeros((0, 16), np.int64)
         self.paths = np.zeros((0, 0), np.int64)
         self._meters: tuple[int, list[tuple[Meter, int]]] = (-1, [])
+        self._earlier: dict[int, torch.Tensor | None] = {}  # of rows whose newest token was wasted: the row before it
+        self.unnamed = False
         self._undo: tuple[torch.Tensor | None, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -114,6 +117,9 @@ class Growth:
         self._tokens = np.concatenate([self._tokens, np.zeros((count, self._tokens.shape[1]), np.int64)])
         self.paths = np.concatenate([self.paths, np.zeros((count, self.paths.shape[1]), np.int64)])
         self.version += 1
+        if self._undo is not None:
+            hidden, before, due = self._undo
+            self._undo = hidden, np.concatenate([before, zeros - 1]), np.concatenate([due, zeros - 1])
         if self.live:
             if all(whole(tip) for tip in self.tips[first:]):
                 self._load(range(first, first + count))
@@ -133,8 +139,12 @@ class Growth:
             setattr(self, name, [old[place] for place in kept])
         for name in ("count", "length", "shared", "_stored", "_base", "_due", "_at", "_tokens", "paths"):
             setattr(self, name, getattr(self, name)[kept])
+        self._earlier.clear()
+        if self._undo is not None:
+            hidden, before, due = self._undo
+            self._undo = hidden, before[kept], due[kept]
         if not kept:
-            self._hidden, self.live = None, True
+            self._hidden, self.live, self._undo, self.unnamed = None, True, None, False
             self.tree.growing.discard(self)
         self.version += 1
         return branches
@@ -165,8 +175,12 @@ class Growth:
                 self.version += 1
         return self.live
 
-    def begin(self, tokens: np.ndarray) -> np.ndarray:
-        """Take a slot for each row's newest token. Returns them, [R] int64; so many have to be free."""
+    def begin(self, tokens: np.ndarray | None) -> np.ndarray:
+        """Take a slot for each row's newest token. Returns them, [R] int64; so many have to be free.
+
+        Args:
+            tokens: [R] int64; None where the host does not know them yet: `name` follows before the lock is let go.
+        """
         rows, lines = len(self.tips), np.arange(len(self.tips))
         slots = self.tree.grab(rows)
         if int(self.length.max()) >= self.paths.shape[1]:
@@ -174,10 +188,33 @@ class Growth:
             wider[:, : self.paths.shape[1]] = self.paths
             self.paths = wider
         self.paths[lines, self.length] = slots
-        self._name(tokens)
+        self._widen()
+        self.unnamed = tokens is None
+        if tokens is not None:
+            self._tokens[lines, self.count] = tokens
+        self.count += 1
         self._undo = self._hidden, self._at, self._due
         self.length += 1
         return slots
+
+    def name(self, tokens: np.ndarray) -> None:
+        """Tell the newest tokens, [R], of a round that was begun without."""
+        if self.unnamed:
+            self._tokens[np.arange(len(self.tips)), self.count - 1] = tokens
+            self.unnamed = False
+
+    def waste(self, places: Sequence[int]) -> None:
+        """Take the newest token back from rows, as if their last round had not been; of what `begin` began."""
+        if not places or self._undo is None or not self.live:
+            return
+        at = np.array(places)
+        hidden, before, _ = self._undo
+        for place in places:
+            row = hidden[int(before[place])] if hidden is not None and before[place] >= 0 else None
+            self._earlier[place] = row if row is not None else self.tips[place].row()
+        self.count[at] -= 1
+        self.length[at] -= 1
+        self.tree.put_back(self.paths[at, self.length[at]])
 
     def pieces(self) -> list[Piece]:
         """Return the newest tokens as pieces of branches, after `begin`."""
@@ -202,7 +239,9 @@ class Growth:
 
     def passed(self, tokens: np.ndarray) -> None:
         """Note that the newest tokens were encoded as any branches' are."""
-        self._name(tokens)
+        self._widen()
+        self._tokens[np.arange(len(self.tips)), self.count] = tokens
+        self.count += 1
         self._stored = self.count.copy()
         self._undo = None
 
@@ -228,11 +267,9 @@ class Growth:
             self._meters = self.version, [(known[key], n) for key, n in counted.items()]  # type: ignore[misc]
         return self._meters[1]
 
-    def _name(self, tokens: np.ndarray) -> None:
+    def _widen(self) -> None:
         if len(self.count) and int(self.count.max()) >= self._tokens.shape[1]:
             self._tokens = np.concatenate([self._tokens, np.zeros_like(self._tokens)], axis=1)
-        self._tokens[np.arange(len(self.tips)), self.count] = tokens
-        self.count += 1
 
     # --- branches of rows ------------------------------------------------------------------------------------------
 
@@ -246,6 +283,7 @@ class Growth:
                 path.epoch += 1
             self.live = False
             self._hidden = None
+            self._earlier.clear()
             self._at = np.full_like(self._at, -1)
             self.version += 1
 
@@ -281,6 +319,8 @@ class Growth:
 
     def _row(self, place: int) -> torch.Tensor | None:
         """The hidden row of the newest token that a row has encoded."""
+        if place in self._earlier:
+            return self._earlier[place]
         at = int(self._at[place])
         return self._hidden[at] if at >= 0 and self._hidden is not None else self.tips[place].row()
 

@@ -55,6 +55,11 @@ class RowTable:
         return len(self.rows)
 
     @property
+    def unwatched(self) -> bool:
+        """Return True if no row has to see every token."""
+        return not self._watched.any()
+
+    @property
     def samplings(self) -> list[Sampling]:
         """Return the distinct samplings of the rows."""
         if self._made is None:

@@ -43,12 +43,12 @@ class Runner:
         """
         return self.token_steps.plan(wave, slots) or PackedForward(self.run, wave, slots)
 
-    def plan_rows(self, growth: Growth, tokens: np.ndarray, slots: np.ndarray) -> TokenForward | None:
+    def plan_rows(self, growth: Growth, tokens: np.ndarray | torch.Tensor, slots: np.ndarray) -> TokenForward | None:
         """Return how rows grow by a token each, in their order; None where that is run like any other pieces.
 
         Args:
             growth: live.
-            tokens, slots: [R] int64.
+            tokens, slots: [R] int64; tokens that only the device knows are on it.
         """
         run, device = self.run, self.run.device
         gpu = device.type == "cuda"
@@ -74,15 +74,24 @@ class TokenForward:
     """
 
     def __init__(
-        self, run: ModuleRun, device: torch.device, growth: Growth, tokens: np.ndarray, slots: np.ndarray
+        self,
+        run: ModuleRun,
+        device: torch.device,
+        growth: Growth,
+        tokens: np.ndarray | torch.Tensor,
+        slots: np.ndarray,
     ) -> None:
         self._run, self._device = run, device
         self._layout = RowLayout(growth, slots, run.pool.width)
-        self._integers = [tokens, growth.length - 1, slots]
+        self._ids = tokens
+        self._integers = [growth.length - 1, slots]
 
     def run(self) -> torch.Tensor:
         """Launch the forward; nothing is waited for. Returns [R, D] last hidden rows."""
-        ids, positions, slots = to_device(self._integers, self._device)
+        if isinstance(self._ids, torch.Tensor):
+            ids, (positions, slots) = self._ids, to_device(self._integers, self._device)
+        else:
+            ids, positions, slots = to_device([self._ids, *self._integers], self._device)
         return self._run.hidden(ids.long(), positions.long(), Packed(self._run.pool, slots, self._layout, whole=True))
 
 
@@ -115,18 +124,24 @@ class PackedForward:
         )
         self._slots = np.concatenate([slots[i] for i in self.order])
 
-    def run(self, also: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def run(
+        self, also: Sequence[np.ndarray], ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Launch the forward; nothing is waited for.
 
         Args:
             also: further integers that are needed on the device.
+            ids: [T] tokens of the pieces as they came, one each, where only the device knows them.
 
         Returns:
             [T, D] last hidden rows in packed order, and `also` as int64 tensors.
         """
         run, tables = self._run, self._layout.tables()
+        if ids is not None:
+            also = [*also, np.array(self.order, dtype=np.int64)]
         on = to_device([self._ids, self._positions, self._slots, *also, *tables], run.device)
         rest = on[3 : 3 + len(also)]
         self._layout.place(on[3 + len(also) :])
-        hidden = run.hidden(on[0].long(), on[1].long(), Packed(run.pool, on[2], self._layout))
+        known = on[0].long() if ids is None else ids.index_select(0, rest.pop().long())
+        hidden = run.hidden(known, on[1].long(), Packed(run.pool, on[2], self._layout))
         return hidden, [part.long() for part in rest]

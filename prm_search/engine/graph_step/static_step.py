@@ -230,11 +230,15 @@ class StaticForward:
         self._wave, self._slots = wave, slots
         self.order = list(range(len(wave)))
 
-    def run(self, also: Sequence[np.ndarray]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def run(
+        self, also: Sequence[np.ndarray], ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """As PackedForward.run."""
         step, count = self._step, len(self._wave)
         try:
             shape = step.load(self._wave, self._slots, also)
+            if ids is not None:
+                step.field("ids", shape.rows).index_copy_(0, step.field("lines", count).long(), ids.int())
             self._launch(shape)
         except BaseException:  # the table may hold anything
             step.lines.forget()
