@@ -29,6 +29,7 @@ from .pending import Pending
 from .row_table import RowTable
 from .sampler import Sampler
 from .to_device import to_device
+from .to_host import begin_copy, to_host
 
 # Combines the rows' logits (log-probabilities, for a Sampler that takes these) under each model, [R, V] each, into the
 # scores to draw from, [R, V].
@@ -191,7 +192,7 @@ class Decoder:
             columns = self._columns(tables, grown)
             if self.ahead and self._table.unwatched:
                 return self._read_ahead(columns, parents)
-            numbers = self._checked(_to_host(columns))
+            numbers = self._checked(to_host(columns))
         except BaseException:
             for pending in reversed(begun):
                 pending.undo()
@@ -240,7 +241,7 @@ class Decoder:
             for lm in sorted(self.lms, key=id):
                 locks.enter_context(lm.tree.lock)
             self._begin_rows(parents)
-            copied = _copied(columns)
+            copied = begin_copy(columns)
             begun: list[Pending[torch.Tensor]] = []
             try:
                 for lm, growth in zip(self.lms, self._growths, strict=True):
@@ -403,26 +404,3 @@ class Decoder:
         if gone:
             self._let_go([place for place, row in enumerate(self._table.rows) if id(row) in gone])
             self._waiting = deque(row for row in self._waiting if id(row) not in gone)
-
-
-def _to_host(columns: Sequence[torch.Tensor]) -> np.ndarray:
-    """Columns [R] of one device on the host, in one transfer: [C, R] fp64."""
-    if columns[0].device.type == "cpu":
-        return np.stack([column.numpy() for column in columns], dtype=np.float64, casting="unsafe")
-    return torch.stack([column.double() for column in columns]).cpu().numpy()
-
-
-def _copied(columns: Sequence[torch.Tensor]) -> Callable[[], np.ndarray]:
-    """Begin `_to_host`, so that what is launched after it is not waited for. Returns what waits for it."""
-    if columns[0].device.type != "cuda":
-        return lambda: _to_host(columns)
-    table = torch.stack([column.double() for column in columns])
-    host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
-    host.copy_(table, non_blocking=True)
-    done = torch.cuda.current_stream(table.device).record_event()
-
-    def wait() -> np.ndarray:
-        done.synchronize()
-        return host.numpy()
-
-    return wait

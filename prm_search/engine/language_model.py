@@ -21,9 +21,9 @@ from ..triton_kernels.launch import Backend
 from . import adapters
 from .admission import check as admission
 from .admission.context_limits import default_capacity
-from .encoder import Encoder
 from .head import Head
 from .memo import Memo
+from .row_encoder import RowEncoder
 from .texts import TextBranches
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def promised_on(device: torch.device) -> int:
     return sum(lm.promised for lm in lms if lm.device == device)
 
 
-class LanguageModel(Encoder):
+class LanguageModel(RowEncoder):
     """Use `LanguageModel.of`, which admits what is served exactly and returns the same object for the same weights.
 
     Args:

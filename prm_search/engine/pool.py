@@ -23,7 +23,7 @@ class KVPool:
         self._made_for: tuple[torch.dtype, torch.device] | None = None
 
     def write(
-        self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, whole: bool = False
+        self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the K and V of T tokens and return the layer's pools.
 
@@ -32,7 +32,6 @@ class KVPool:
             slots: [T] int64.
             keys: [T, kv_heads, k_dim].
             values: [T, kv_heads, v_dim].
-            whole: no slot is negative: what a CPU needs not be asked for then.
         """
         pools = self.layers.get(layer)
         if pools is None:
@@ -41,11 +40,7 @@ class KVPool:
                 torch.empty((self.slots, *values.shape[1:]), dtype=values.dtype, device=values.device),
             )
             self.layers[layer] = pools
-        if whole and slots.device.type == "cpu":
-            for pool, new in zip(pools, (keys, values), strict=True):
-                pool.index_copy_(0, slots, new)
-        else:
-            write_kv(*pools, keys, values, slots)
+        write_kv(*pools, keys, values, slots)
         return pools
 
     def follow(self, weight: torch.Tensor) -> None:

@@ -92,7 +92,7 @@ class TokenForward:
             ids, (positions, slots) = self._ids, to_device(self._integers, self._device)
         else:
             ids, positions, slots = to_device([self._ids, *self._integers], self._device)
-        return self._run.hidden(ids.long(), positions.long(), Packed(self._run.pool, slots, self._layout, whole=True))
+        return self._run.hidden(ids.long(), positions.long(), Packed(self._run.pool, slots, self._layout))
 
 
 class PackedForward:

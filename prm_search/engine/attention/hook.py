@@ -41,19 +41,17 @@ class Packed:
         pool: where keys and values live.
         slots: [T] int32 or int64, slot of each packed token; a negative one is written nowhere.
         layout: which tokens attend over which paths.
-        whole: no slot is negative.
 
     Attributes:
         no_mask: stands for "no mask". transformers hands a mask of four dimensions on as it is; from none at all it
             would look for packed sequences in the position ids, and wait for the device to answer.
     """
 
-    def __init__(self, pool: KVPool, slots: torch.Tensor, layout: Layout, *, whole: bool = False) -> None:
+    def __init__(self, pool: KVPool, slots: torch.Tensor, layout: Layout) -> None:
         self.pool = pool
         self.layout = layout
         self.no_mask = _no_mask(slots.device)
         self._slots = slots
-        self._whole = whole
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, modifiers: ScoreModifiers
@@ -71,9 +69,7 @@ class Packed:
         """
         if self._slots.device != key.device:
             self._slots = self._slots.to(key.device)
-        keys, values = self.pool.write(
-            layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1), whole=self._whole
-        )
+        keys, values = self.pool.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         return self.layout.attend(Operands(query[0], key[0], value[0], keys, values, modifiers))[None]
 
 
