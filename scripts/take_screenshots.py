@@ -58,6 +58,7 @@ def picture(browser: Any, url: str, file: Path, act: Act, *, width: int, height:
     """Take a picture of a page after `act` has used it."""
     scheme = "dark" if dark else "light"
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page.set_default_timeout(0)  # a loaded machine takes its time
     page.goto(url)
     act(page)
     page.wait_for_timeout(300)  # for what fades in; nothing is compared
@@ -83,7 +84,7 @@ def server() -> Iterator[str]:
     policy = HFPolicy.from_pretrained(pair_dir() / "policy")
     pair = ImplicitPRM.from_pretrained(pair_dir())
     app = make_app(lambda: ThreadEngine.of_hf(policy, pair), ["demo"], steps=StepRule(";"))
-    running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    running = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
     sock = listen("127.0.0.1", 0)
     thread = threading.Thread(target=asyncio.run, args=[running.serve(sockets=[sock])])
     thread.start()
@@ -113,18 +114,23 @@ def step(page: Any, text: str) -> Any:
 
 def take(folder: Path) -> None:
     """Take every picture of the docs."""
-    with tempfile.TemporaryDirectory() as scratch, chromium() as browser:
+    wide, phone = {"width": 1280, "height": 720}, {"width": 390, "height": 780}
+
+    def unfolded(page: Any) -> None:
+        page.get_by_role("button", name="Unfold all").click()
+        step(page, "c*3=1").click()
+
+    with tempfile.TemporaryDirectory() as scratch:
         made = {name: file.as_uri() for name, file in pages(Path(scratch)).items()}
-        wide, phone = {"width": 1280, "height": 720}, {"width": 390, "height": 780}
-        both = lambda page: step(page, "b*3=0").hover()  # noqa: E731
-        unfolded = lambda page: (page.get_by_role("button", name="Unfold all").click(), step(page, "c*3=1").click())  # noqa: E731
-        picture(browser, made["both"], folder / "view.png", both, **wide)
-        picture(browser, made["alone"], folder / "view-dark.png", unfolded, **wide, dark=True)
-        picture(browser, made["alone"], folder / "view-phone.png", lambda page: step(page, "c*3=1").click(), **phone)
-        with server() as address:
+        with server() as address, chromium() as browser:  # models are loaded before Playwright's loop runs
             picture(browser, address, folder / "ui.png", search, **wide)
             picture(browser, address, folder / "ui-phone.png", search, **phone, dark=True)
-        picture(browser, made["score"], folder / "score.png", lambda page: None, width=900, height=620)
+            picture(browser, made["both"], folder / "view.png", lambda page: step(page, "b*3=0").hover(), **wide)
+            picture(browser, made["alone"], folder / "view-dark.png", unfolded, **wide, dark=True)
+            picture(
+                browser, made["alone"], folder / "view-phone.png", lambda page: step(page, "c*3=1").click(), **phone
+            )
+            picture(browser, made["score"], folder / "score.png", lambda page: None, width=900, height=620)
 
 
 if __name__ == "__main__":
