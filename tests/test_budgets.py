@@ -12,7 +12,7 @@ from search_cases import ALL, SEEDS, answer, drawn_paths, drive, plant
 from prm_search.driver.budget import Budget, Purse, share
 from prm_search.driver.driver import Driver
 from prm_search.protocols import Request, Segment, commit
-from prm_search.strategies import DVTS, Beam, BestOfN, Expand, Lookahead, Parallel, Strategy
+from prm_search.strategies import DVTS, Beam, BestOfN, Expand, Lookahead, Parallel, Steer, Strategy
 from prm_search.strategies.base import Run
 from prm_search.tree import Node
 
@@ -245,7 +245,8 @@ def test_time_runs_out_between_forwards(strategy: Strategy, seed: int, stop_at: 
     assert not policy.requests
     assert policy.forward_calls <= stop_at + 1  # nothing was drawn after the time
     assert all(node.finished and node.value is not None for node in outcome.candidates)
-    assert outcome.candidates  # one forward was made, so there is something
+    # One forward was made, so there is something; but Steer's first may say only that the policy is unsure.
+    assert outcome.candidates or isinstance(strategy, Steer)
     if any(node.finish == "budget" for node in tree):
         assert outcome.stopped == "seconds"
 

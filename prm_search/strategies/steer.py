@@ -109,16 +109,22 @@ class Steer:
     def run(self, root: Node) -> Run:
         if self.candidates is None:
             return (yield from BestOfN(self.n, self.value).run(root))
-        doubt = Doubt(1.0 if self.below is None else self.below, self.confidence_of)
+        doubt = None if self.below is None else Doubt(self.below, self.confidence_of)
         finished: list[Node] = []
         places, answers = [root], [self.n]  # where answers go on, and how many
         while places:
-            before = set(places)
-            drawn = yield Expand(places, answers, doubt=doubt, alive=places)
-            finished += [node for node in drawn if node.finished]
-            unsure = Counter(node for node in drawn if node in before and not node.finished)
-            places = [node for node in drawn if not node.finished and node not in before]
-            answers = [1] * len(places)
+            unsure: Counter[Node] = Counter()
+            if doubt is None:  # every token is chosen
+                for node, count in zip(places, answers, strict=True):
+                    unsure[node] += count
+                places, answers = [], []
+            else:
+                before = set(places)
+                drawn = yield Expand(places, answers, doubt=doubt, alive=places)
+                finished += [node for node in drawn if node.finished]
+                unsure.update(node for node in drawn if node in before and not node.finished)
+                places = [node for node in drawn if not node.finished and node not in before]
+                answers = [1] * len(places)
             if unsure:
                 for chosen, count in (yield from self._choose(unsure, places)):
                     if chosen.finished:
