@@ -51,6 +51,19 @@ def test_bins_are_used_where_they_hold_up_on_the_other_half() -> None:
     assert strategy.strategies == (Beam(3, 4), BestOfN(16))  # the hardest first
     assert 0.4 <= strategy.thresholds[0] <= 2.0
     assert (choice.bins, choice.config.tokens) == ((1, 0), 512)
+    assert choice.config.title() == (
+        "by_difficulty thresholds=[1.2] strategies=[beam width=3, best_of_n n=16], q, best"
+    )
+
+
+def test_bins_of_a_smaller_budget_have_the_whole_one_for_their_probe() -> None:
+    small = [config(BestOfN(8), tokens=256), config(Beam(2, 4), tokens=256)]
+    found = table([(small[0], EASY, 256), (small[1], HARD, 256), (PLAIN, [0] * 8, 512)], DIFFICULTY)
+    choice, _ = pick_within(found, SCALE, tokens=512, bins=2)
+    assert choice.bins == (1, 0)
+    assert choice.config.tokens == 512
+    choice, _ = pick_within(found, SCALE, seconds=0.6, bins=2)
+    assert choice.config.tokens == 256 + 4 * 32
 
 
 def test_bins_that_fit_one_half_alone_are_not_used() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -139,7 +140,11 @@ def pick_within(
         place for place in places
         if means[place] + (0.0 if table.configs[place].name == "best_of_n" else probe) <= limit * (1 + 1e-9)
     ]  # fmt: skip
-    return pick(table, places, cost, beside, bins=bins)
+    choice, judged = pick(table, places, cost, beside, bins=bins)
+    if choice.bins:  # what a bin's strategy was made for, and the probe before it
+        room = choice.config.tokens + math.ceil(PROBE * scale.tokens) if tokens is None else tokens
+        choice = replace(choice, config=replace(choice.config, tokens=room))
+    return choice, judged
 
 
 def baseline(table: Table, places: Sequence[int], cost: str) -> int:

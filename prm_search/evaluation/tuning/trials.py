@@ -61,7 +61,7 @@ class Config:
     def title(self, *, with_scorer: bool = False) -> str:
         """Return what tables call it: "beam width=2 expansions=8, min, best"."""
         plain = plain_strategy(self.strategy)
-        fields = " ".join(f"{key}={value}" for key, value in plain.items() if key != "name")
+        fields = " ".join(f"{key}={_short(value)}" for key, value in plain.items() if key != "name")
         vote = f"{self.select} T={self.weight_temperature:g}" if self.select == "weighted" else self.select
         parts = [f"{plain['name']} {fields}".strip(), self.value, vote, self.scorer if with_scorer else None]
         return ", ".join(part for part in parts if part)
@@ -230,6 +230,15 @@ class Grid:
             Config(strategy, scorer, value, "weighted", two_digits(spread * share), budget)
             for share in self.temperatures
         ]
+
+
+def _short(value: Any) -> str:
+    """A field's value as a title shows it: of a bin's strategy its own title."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    if isinstance(value, dict):
+        return " ".join([value["name"], *(f"{key}={item}" for key, item in value.items() if key != "name")])
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def two_digits(number: float) -> float:
