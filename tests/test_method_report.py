@@ -51,7 +51,9 @@ def test_every_stage_runs_once_and_the_tables_are_made_of_them(report, tmp_path,
     lines = (work / "seed-1" / "rollouts.jsonl").read_text().splitlines()
     assert found["seeds"]["1"]["training"]["ce"]["data"]["responses"] == len(lines) == 80
     assert {each["infer"] for each in found["reference"]} == {"with", "without"}
-    page = (out / "report.md").read_text()
+    page = (out / "report.md").read_text() + (out / "strategies.md").read_text()
+    assert "| best of n | 16 samples |" in page
+    assert "| tune | 64 tokens |" in page
     assert set(re.findall(r"\]\((\w+\.png)\)", page)) == {path.name for path in out.glob("*.png")}
 
 
