@@ -379,5 +379,5 @@ def test_settings_and_search_have_the_same_defaults() -> None:
         assert of_search[name].default == parameter.default
         assert of_search[name].kind == parameter.kind
     assert set(of_search) - set(inspect.signature(SearchSettings.make).parameters) == {
-        "prompts", "policy", "scorer", "prover", "on_event",
+        "prompts", "policy", "scorer", "prover", "record", "on_event",
     }  # fmt: skip
