@@ -120,7 +120,8 @@ async def stream(service: Service, given: bytes) -> list[dict[str, Any]]:
 
 # A request cannot write a choice by difficulty: a server has that by --guidance.
 @settings(max_examples=examples(60))
-@given(strategy=ALL.filter(lambda strategy: not isinstance(strategy, ByDifficulty)), seed=SEEDS, select=st.sampled_from(["best", "majority"]), tokens=st.none() | st.integers(1, 60))
+@given(strategy=ALL.filter(lambda each: not isinstance(each, ByDifficulty)), seed=SEEDS,
+       select=st.sampled_from(["best", "majority"]), tokens=st.none() | st.integers(1, 60))  # fmt: skip
 def test_streamed_whole_and_searched_are_the_same(
     strategy: Strategy, seed: int, select: str, tokens: int | None
 ) -> None:
