@@ -159,10 +159,7 @@ def compile_case(case: dict[str, Any]) -> dict[str, Any]:
     kernel = _jit_attention.merge_kernel if name == "attention_merge_kernel" else kernels[name]
     fixed = constants(case)
     signature = {
-        argument: "constexpr"
-        if argument in fixed
-        else argument_type(argument, case["half"], case.get("counters", False))
-        for argument in kernel.arg_names
+        argument: "constexpr" if argument in fixed else argument_type(argument, case) for argument in kernel.arg_names
     }
     # What a launch finds out by itself: addresses of operands and strides are multiples of 16, and so is an even depth.
     tables = INDEX_POINTERS | INT64_POINTERS | {"stride_table"}

@@ -26,7 +26,7 @@ from prm_search.serving.keys import BearerKeys
 from prm_search.serving.metrics import Metrics
 from prm_search.serving.request import Limits
 from prm_search.serving.response import events, whole
-from prm_search.serving.schema import parse
+from prm_search.serving.schema import GuidanceBody, parse
 from prm_search.serving.service import Job, Service
 from prm_search.serving.text import TextStream, whole_text
 from prm_search.strategies import STRATEGIES, Beam, BestOfN, ByDifficulty, Strategy
@@ -65,8 +65,9 @@ def test_portions_of_text_joined_are_the_whole(tokens: list[int], stop: list[str
 def guidance(strategy: Strategy) -> dict[str, Any]:
     """How a request writes a strategy."""
     name = next(name for name, kind in STRATEGIES.items() if type(strategy) is kind)
-    renamed = {"steps": "lookahead_steps", "alpha": "mcts_alpha"}  # fields of prm_guidance have these names
-    return {"strategy": name} | {renamed.get(key, key): value for key, value in asdict(strategy).items()}
+    taken = GuidanceBody.model_fields.keys() - {"value"}  # fields of prm_guidance that have these names, too
+    fields = {key: value for key, value in asdict(strategy).items() if value != ()}
+    return {"strategy": name} | {f"{name}_{key}" if key in taken else key: value for key, value in fields.items()}
 
 
 def body(**given: Any) -> bytes:
