@@ -92,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _spelled_out(arguments: Sequence[str]) -> list[str]:
     """The words, with `--ray` where it has no address as `--ray=local`: typer knows no options like it."""
-    following = [*arguments[1:], "--"]
+    following = [*arguments, "--"][1:]
     return [
         "--ray=local" if word == "--ray" and after.startswith("-") else word
         for word, after in zip(arguments, following, strict=True)
