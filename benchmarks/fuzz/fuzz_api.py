@@ -46,6 +46,17 @@ NUMBERS: dict[str, Allowed] = {
     "exploration": real(lambda x: 0 <= x < math.inf, none=True),
     "rollout_steps": whole(0),
     "per_parent": whole(1, none=True),
+    "widening": real(lambda x: 0 <= x <= 1),
+    "keep": real(lambda x: 0 < x <= 1),
+    "threshold": real(lambda x: 0.5 < x < 1, none=True),
+    "consensus": real(lambda x: 0 < x <= 1, none=True),
+    "below": real(lambda x: 0 < x <= 1, none=True),
+    "wave": whole(1, none=True),
+    "candidates": whole(2, none=True),
+    "stop": one_of("adaptive", "beta", None),
+    "weight": one_of("confidence", None),
+    "policies": lambda given: isinstance(given, list | tuple) and all(isinstance(each, str) for each in given),
+    "thresholds": lambda given: isinstance(given, list | tuple) and not given,
 }
 
 

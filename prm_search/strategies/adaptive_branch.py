@@ -57,9 +57,9 @@ class AdaptiveBranch:
     policies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        names = self.policies if isinstance(self.policies, str) else tuple(self.policies)
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        if not isinstance(self.policies, list | tuple) or not all(isinstance(name, str) for name in self.policies):
             raise TypeError(f"policies={self.policies!r}: a list of names is needed")
+        names = tuple(self.policies)
         if len(set(names)) < len(names):
             raise ValueError(f"policies={self.policies!r}: each name once")
         object.__setattr__(self, "policies", names)  # hashable
