@@ -114,7 +114,8 @@ class Probe:
             if self._tokenizer is not None:
                 facts = replace(facts, ids=await self._ids())
             if facts.ids:
-                kept = await self._route("completions")
+                # By their ids: of several tokens with one text a server would tell one.
+                kept = await self._route("completions", return_tokens_as_token_ids=True)
                 facts = replace(facts, completions=kept or RouteFacts(logprobs=True))
             else:
                 facts = replace(facts, completions=await self._route("completions"), context=None)
