@@ -158,8 +158,28 @@ def test_coroutines_of_what_is_given_up_end() -> None:
     assert policy.calls == 40
 
 
+class Patient(Halting):
+    """Draws no further once the answers that decide the vote are there, until it is told to drop the others."""
+
+    def __init__(self, lm: ToyLM) -> None:
+        super().__init__(lm)
+        self.came: list[Any] = []
+        self.answered: set[Any] = set()
+
+    def submit(self, requests: Any) -> None:
+        self.came += requests
+        super().submit(requests)
+
+    def advance(self) -> Any:
+        if len(self.came) == 40 and self.answered.issuperset(self.came[:4]) and not self.dropped:
+            return []
+        ended = super().advance()
+        self.answered.update(request for request, _ in ended)
+        return ended
+
+
 def test_a_thread_of_models_drops_what_is_given_up() -> None:
-    policy = Halting(ToyLM("ab.", seed=2))
+    policy = Patient(ToyLM("ab.", seed=2))
 
     async def run() -> ps.Result:
         thread = ModelThread()

@@ -107,7 +107,7 @@ def joined(stream: Any) -> tuple[str, str, list[Any]]:
         ({"strategy": "dvts", "subtrees": 2, "expansions": 2}, DVTS(2, 1, 2)),
         ({"strategy": "steer", "alpha": 2.0, "n": 2}, Steer(2.0, 2)),
         ({"strategy": "self_consistency", "n": 6, "stop": "beta"}, SelfConsistency(6, "beta")),
-        ({"strategy": "deep_conf", "warmup": 2, "budget": 5, "window": 4096}, DeepConf(2, 5, window=4096)),
+        ({"strategy": "deep_conf", "warmup": 2, "deep_conf_budget": 5, "window": 4096}, DeepConf(2, 5, window=4096)),
     ],
 )
 def test_a_guided_request_is_a_search(demo: Demo, guidance: dict[str, Any], strategy: Strategy) -> None:
@@ -127,8 +127,8 @@ def test_a_guided_request_is_a_search(demo: Demo, guidance: dict[str, Any], stra
     assert usage.completion_tokens == sum(expected.usage.sampled_tokens.values())
     assert detail["sampled_tokens"] == expected.usage.sampled_tokens
     assert detail["encoded_tokens"] == expected.usage.encoded_tokens
-    # How many are found cached depends on what happens to be scored together.
-    assert set(detail["cached_tokens"]) == set(expected.usage.cached_tokens)
+    # How many are found cached, if any, depends on what happens to be scored together.
+    assert set(detail["cached_tokens"]) <= {*expected.usage.cached_tokens, "prm"}
     assert detail["forward_calls"]["policy"] > 0
 
 

@@ -67,6 +67,8 @@ def guidance(strategy: Strategy) -> dict[str, Any]:
     name = next(name for name, kind in STRATEGIES.items() if type(strategy) is kind)
     taken = GuidanceBody.model_fields.keys() - {"value"}  # fields of prm_guidance that have these names, too
     fields = {key: value for key, value in asdict(strategy).items() if value != ()}
+    if name == "steer":  # with candidates, as the strategies here: it steers by no strength
+        del fields["alpha"]
     return {"strategy": name} | {f"{name}_{key}" if key in taken else key: value for key, value in fields.items()}
 
 

@@ -84,8 +84,8 @@ def test_a_node_that_is_walked_through_often_draws_again_and_knows_what_is_there
     # the answer is the third child of "a;": two draws do not show it
     script = {"": ["a;", "b;"], "a;": ["e;", "e;", "d."], "b;": ["e;", "e;"]}
     script |= {path + "e;" * k: ["e;", "e;"] if k < 4 else ["e.", "e."] for path in ("a;", "b;") for k in range(1, 5)}
-    narrow, _ = play(script, MCTS(12, 2, leaves=1, widening=0.0))
-    wide, policy = play(script, MCTS(12, 2, leaves=1, widening=1.0))
+    narrow, _ = play(script, MCTS(24, 2, leaves=1, widening=0.0))
+    wide, policy = play(script, MCTS(24, 2, leaves=1, widening=0.5))
     assert "a;d" not in texts(narrow.candidates)
     assert "a;d" in texts(wide.candidates)
     assert policy.asked.count(("a;", 2)) > 1
