@@ -63,10 +63,7 @@ def test_it_tries_picks_confirms_and_goes_on_where_it_stopped(folder, capsys):
     assert json.loads(capsys.readouterr().out)["text"]
 
 
-def test_a_budget_in_seconds_and_several_in_tokens(folder, capsys):
-    assert main([*COMMAND, "--budget-seconds", "60", "--limit", "4", "--out", "slow"]) == 0
-    (verdict,) = json.loads(Path("slow/tune.json").read_text())["verdicts"]
-    assert verdict["budget"] == {"tokens": None, "seconds": 60.0}
+def test_several_budgets_in_tokens(folder, capsys):
     assert main([*COMMAND, "--budget", "48,24", "--limit", "4", "--bins", "1", "--out", "two"]) == 0
     assert Path("two/guidance.yaml").read_text() == Path("two/guidance-48-tokens.yaml").read_text()
     assert Path("two/guidance-24-tokens.yaml").is_file()
