@@ -35,12 +35,15 @@ def wheel_files(wheel: Path) -> dict[str, bytes]:
         return {n: archive.read(n) for n in archive.namelist() if not n.endswith(("/", ".dist-info/RECORD"))}
 
 
+NOT_IN_WHEELS = {"__pycache__", "custom_generate"}  # the second is a folder that transformers loads by its path
+
+
 def checkout_files() -> dict[str, bytes]:
     """Every file of the package folders, by the path at which the wheel must have it."""
     contents = {}
     for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items():
         for file in (ROOT / folder).rglob("*"):
-            if file.is_file() and "__pycache__" not in file.parts:
+            if file.is_file() and NOT_IN_WHEELS.isdisjoint(file.parts):
                 contents[f"{package.replace('.', '/')}/{file.relative_to(ROOT / folder).as_posix()}"] = (
                     file.read_bytes()
                 )
