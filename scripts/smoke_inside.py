@@ -17,7 +17,8 @@ SERVING = ("prm_search.serving.", "prm_search.integrations.vllm.endpoint")
 OPTIONAL = {
     "triton": "prm_search.triton_kernels.",
     "vllm": "prm_search.integrations.vllm.",
-    "matplotlib": "prm_search.evaluation.plots",
+    "matplotlib": ("prm_search.evaluation.plots", "prm_search.evaluation.tuning.plots"),
+    "lm_eval": "prm_search.integrations.lm_eval",
     **dict.fromkeys(("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"), SERVING),
 }
 

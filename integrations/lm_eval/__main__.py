@@ -6,4 +6,5 @@ import sys
 
 from lm_eval.__main__ import cli_evaluate
 
-sys.exit(cli_evaluate())
+if __name__ == "__main__":
+    sys.exit(cli_evaluate())
