@@ -194,7 +194,14 @@ class PolicyBase(_PolicyFacts):
         for node in nodes:
             if node.tree.prompt.token_ids is None:
                 node.tree.prompt = node.tree.prompt.with_ids(self.encode(node.tree.prompt))
-        requests = [Request.draw(node, n, sampling, until=until) for node in nodes]
+        return self.draw([Request.draw(node, n, sampling, until=until) for node in nodes])
+
+    def draw(self, requests: Sequence[Request]) -> list[list[Node]]:
+        """Draw what requests ask for, in a session of their own, and return the last nodes of each (twins repeated).
+
+        Raises:
+            RequestFailed: a request was given up on.
+        """
         own = self.session()
         answers: dict[Request, list[Node]] = {}
         try:

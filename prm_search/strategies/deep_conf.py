@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ from ..confidence import TOP_TOKENS, WINDOW, trace_confidence
 from ..sampling import Floor
 from ..tree import Node
 from .base import Expand, Run, at_least
+from .prefix_vote import PrefixVote
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,12 @@ class DeepConf:
         return ends
 
 
-class _Vote:
-    """The vote by confidence, and whether one answer has its share of it.
-
-    Attributes:
-        decided: it has.
-    """
+class _Vote(PrefixVote):
+    """The vote by confidence; it is decided when one answer has its share."""
 
     def __init__(self, tally: Tally, bar: float, config: DeepConf) -> None:
-        self._tally, self._bar, self._config = tally, bar, config
-        self.decided = False
+        super().__init__(tally)
+        self._bar, self._config = bar, config
 
     def admits(self, end: Node) -> bool:
         """Return True if an answer reaches the bar."""
@@ -112,11 +108,3 @@ class _Vote:
         whole = self._tally.draws >= self._config.warmup
         self.decided = whole and consensus is not None and sum(sums) > 0 and sums[0] >= consensus * sum(sums)
         return self.decided
-
-    def cut(self, ends: Sequence[Node]) -> list[Node]:
-        """The answers up to the one that decided; those that came uncounted are counted."""
-        for end in ends[self._tally.draws :]:
-            if self.decided:
-                break
-            self.take(end)
-        return list(ends[: self._tally.draws])

@@ -13,6 +13,7 @@ from ..checks import is_one_of, number
 from ..confidence import MEASURES, TOP_TOKENS, WINDOW, Measure, trace_confidence
 from ..tree import Node
 from .base import Expand, Run, at_least, distinct
+from .prefix_vote import PrefixVote
 
 STOPS = {"adaptive": 0.75, "beta": 0.95}  # and their thresholds
 
@@ -104,16 +105,12 @@ class SelfConsistency:
         return ends
 
 
-class _Vote:
-    """The vote of the draws so far, and whether it is decided.
-
-    Attributes:
-        decided: it is.
-    """
+class _Vote(PrefixVote):
+    """The vote of the draws so far; it is decided by agreement or by the Beta posterior."""
 
     def __init__(self, stop: str, threshold: float, tally: Tally) -> None:
-        self._stop, self._threshold, self._tally = stop, threshold, tally
-        self.decided = False
+        super().__init__(tally)
+        self._stop, self._threshold = stop, threshold
 
     def take(self, end: Node) -> bool:
         """Count the next draw. Return True if the vote is decided."""
@@ -125,14 +122,6 @@ class _Vote:
         else:
             self.decided = draws > 1 and draws & (draws - 1) == 0 and first >= self._threshold * draws
         return self.decided
-
-    def cut(self, ends: Sequence[Node]) -> list[Node]:
-        """The draws up to the one that decided; those that came uncounted are counted."""
-        for end in ends[self._tally.draws :]:
-            if self.decided:
-                break
-            self.take(end)
-        return list(ends[: self._tally.draws])
 
     def least(self) -> int:
         """The least number of further draws that can decide."""

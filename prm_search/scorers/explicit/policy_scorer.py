@@ -150,7 +150,7 @@ class PolicyScorer(HoldsModels, ScorerBase):
                 results = (
                     policy.next_token_logprobs(work.asks, work.words)
                     if isinstance(work, AskWords)
-                    else _draw(policy, work)
+                    else policy.draw(_requests(work))
                 )
 
     async def ascore_nodes(self, nodes: Sequence[Node]) -> None:
@@ -232,21 +232,6 @@ class PolicyScorer(HoldsModels, ScorerBase):
 
 def _requests(work: DrawAnswers) -> list[Request]:
     return [Request.draw(one.node, one.count, one.sampling, until="end") for one in work.wanted]
-
-
-def _draw(policy: PolicyBase, work: DrawAnswers) -> list[list[Node]]:
-    own, requests = policy.session(), _requests(work)
-    answers: dict[Request, list[Node]] = {}
-    try:
-        own.submit(requests)
-        while len(answers) < len(requests):
-            answers.update(own.advance())
-            for _, error in own.failures():
-                raise error
-    except BaseException:
-        own.drop([request for request in requests if request not in answers])
-        raise
-    return [answers[request] for request in requests]
 
 
 class Utf8Tokenizer:
