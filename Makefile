@@ -87,7 +87,7 @@ docs: $(VENV)/.stamp-docs dist/.stamp ## the documentation as a site, build/site
 
 # What is committed in prm_search/viewer/static is built of frontend/; only who changes the sources needs npm.
 frontend: ## build the pages' script and style anew (npm)
-	cd frontend && npm ci && npm run build
+	cd frontend && npm install --no-save && npm run build
 
 dist: $(VENV)/.stamp-dev dist/.stamp ## sdist, and the wheel built from it
 wheel: dist

@@ -33,7 +33,7 @@ def test_the_assets_are_of_these_sources():
 
 @pytest.mark.skipif(
     shutil.which("npm") is None or not (FRONTEND / "node_modules").is_dir(),
-    reason="no npm, or frontend/node_modules is not installed (npm ci)",
+    reason="no npm, or frontend/node_modules is not installed (npm install --no-save)",
 )
 def test_a_build_gives_the_assets(tmp_path):
     subprocess.run(
