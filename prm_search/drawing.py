@@ -18,10 +18,10 @@ from typing import Protocol, Self, TypeVar
 
 import numpy as np
 
-from .pieces import POLICY
 from .sampling import Request
 from .steps import StepMatcher
 from .stop_strings import StopMatcher
+from .tokens.pieces import POLICY
 from .tree import Node
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from .checks import shown
-from .pieces import POLICY, Pieces
 from .prompt import Prompt
 from .sampling import Sampling
+from .tokens.pieces import POLICY, Pieces
 from .tree import Node, SearchTree
 
 VERSION = 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prm_search.pieces import POLICY, Pieces
+from prm_search.tokens.pieces import POLICY, Pieces
 from prm_search.tree import Node, Prompt, SearchTree
 
 RIGHT_TO_LEFT = "\u202egnol\u202c שלום"

@@ -21,9 +21,9 @@ PACKAGES = {
 
 # The plain records and rules: no torch, and no model.
 PLAIN = (
-    "answers", "calibration", "checks", "confidence", "drawing", "files", "next_token", "pieces", "policy", "prefixes",
-    "private_tokenizer", "problems", "prompt", "protocols", "recording", "rng", "sampling", "steps", "stop_strings",
-    "token_bytes", "tokens", "tree", "tree_record", "usage", "values",
+    "answers", "calibration", "checks", "confidence", "drawing", "files", "next_token", "policy",
+    "problems", "prompt", "protocols", "recording", "rng", "sampling", "steps", "stop_strings",
+    "tokens", "tree", "usage", "values",
 )  # fmt: skip
 # The order of docs/development.md: a room, and the rooms that it may know beside itself. Each stands above those.
 ORDER: dict[str, tuple[str, ...]] = {
@@ -54,7 +54,7 @@ ORDER["commands"] = tuple(ORDER)
 ORDER["cli"] = tuple(ORDER)
 
 TORCH_FREE = ("plain", "viewer", "strategies", "driver", "search", "guidance")
-ROOT_FILES = {"__init__", "cli", "guidance", "search", *PLAIN} - {"answers"}
+ROOT_FILES = {"__init__", "cli", "guidance", "search", *PLAIN} - {"answers", "policy", "tokens", "tree"}
 
 
 @dataclass(frozen=True)

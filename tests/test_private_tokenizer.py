@@ -9,8 +9,8 @@ import pytest
 from pairs import byte_tokenizer, llama, metaspace_tokenizer
 
 import prm_search as ps
-from prm_search.private_tokenizer import private_tokenizer
 from prm_search.tokens import TokenText, encode_prompt, encode_text
+from prm_search.tokens.private_tokenizer import private_tokenizer
 from prm_search.tree import Prompt
 
 TEXT = "Then 3 plus 4 makes 7, and 7 plus 8 makes 15."

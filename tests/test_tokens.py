@@ -285,7 +285,7 @@ class PythonBytes:
         return [1]
 
     def decode(self, ids: list[int], **_: Any) -> str:
-        from prm_search.token_bytes import _byte_level
+        from prm_search.tokens.token_text import _byte_level
 
         return b"".join(bytes(_byte_level()[c] for c in self.vocab[i]) for i in ids).decode("utf-8", "replace")
 
@@ -305,7 +305,7 @@ def test_vocabularies_of_bytes_are_taken_as_they_are():
 
 
 def test_the_byte_map_is_that_of_the_tokenizers_library():
-    from prm_search.token_bytes import _byte_level
+    from prm_search.tokens.token_text import _byte_level
 
     table = _byte_level()
     assert set(table) == set(pre_tokenizers.ByteLevel.alphabet())

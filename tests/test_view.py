@@ -14,7 +14,7 @@ from records import lines, write
 
 import prm_search as ps
 from prm_search.commands.view import write_page
-from prm_search.pieces import POLICY, Pieces
+from prm_search.tokens.pieces import POLICY, Pieces
 from prm_search.tree import Prompt, SearchTree
 from prm_search.viewer.page import embedded, view_page
 from prm_search.viewer.page_tree import PageStep, PageTree

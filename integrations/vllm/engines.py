@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from prm_search.prefixes import Prefixes, common
+from prm_search.engine.prefixes import Prefixes, common
 from prm_search.tree import Node, SearchTree
 
 _ids = itertools.count(1)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from prm_search.pieces import text_pieces
 from prm_search.scorers.scores import Scores
 from prm_search.steering import Stream
 from prm_search.steps import StepRule
+from prm_search.tokens.pieces import text_pieces
 
 
 class Report:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from ..prefixes import Prefixes, common
 from ..usage import Meter
 from .kv_tree import Branch, KVTree
+from .prefixes import Prefixes, common
 
 
 class TextBranches:

@@ -202,8 +202,8 @@ def encode_steps(
     Raises:
         ValueError: two steps end in the same token, or the tokenizer does not spell the text.
     """
-    from ..pieces import text_pieces
     from ..tokens import encode_text
+    from ..tokens.pieces import text_pieces
 
     for form in ("", "NFC", "NFKC"):  # some tokenizers normalise
         parts = [unicodedata.normalize(form, step) if form else step for step in steps]  # type: ignore[arg-type]

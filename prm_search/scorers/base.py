@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from .. import checks
-from ..pieces import text_pieces
 from ..protocols import ScorerDefaults
 from ..steps import StepRule
 from ..tokens import TokenizerMatch, TokenText, encode_prompt
+from ..tokens.pieces import text_pieces
 from ..tree import Node, Prompt, SearchTree
 from .responses import Response, Steps, batches, read_responses
 from .scores import Scores

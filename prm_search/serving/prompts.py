@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..private_tokenizer import private_tokenizer
 from ..tokens import TokenText
+from ..tokens.private_tokenizer import private_tokenizer
 from ..tree import Prompt
 from .errors import invalid
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..pieces import POLICY, text_pieces
 from ..prompt import Prompt
+from ..tokens.pieces import POLICY, text_pieces
 from ..tree import Node, SearchTree
 from ..usage import Usage
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ...checks import number
-from ...private_tokenizer import private_tokenizer
+from ...tokens.private_tokenizer import private_tokenizer
 from ...triton_kernels.reference import log_softmax
 
 if TYPE_CHECKING:

@@ -1,7 +1,4 @@
-"""Tokenizers: prompts and responses as token ids, and what two tokenizers have in common. No torch.
-
-token_bytes.py goes the other way, from token ids to bytes.
-"""
+"""Encoding: prompts and responses as token ids, and what two tokenizers have in common. No torch."""
 
 from __future__ import annotations
 
@@ -12,12 +9,10 @@ from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from .checks import characters
+from ..checks import characters
+from ..prompt import Prompt
 from .private_tokenizer import private_tokenizer
-from .prompt import Prompt
-from .token_bytes import Piece, TokenText
-
-__all__ = ["Piece", "TokenText", "TokenizerMatch", "encode_prompt", "encode_text"]
+from .token_text import TokenText
 
 _LEADS = ("\n", ".", "a")  # what a text may be put after, to be tokenised as it goes on
 _PROBE = Prompt(text="A b\n")  # shows begin-of-sequence tokens and spaces that a tokenizer puts before a text

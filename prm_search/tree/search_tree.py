@@ -1,4 +1,4 @@
-"""Prompt, Node, SearchTree: the plain records of one search. No torch, no model.
+"""Node and SearchTree: the plain records of one search. No torch, no model.
 
 A node is one step. The root is the prompt and holds no tokens of its own; a path is root to node. Token ids
 are the truth and text is a rendering of them, so what was sampled is what is scored.
@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from .pieces import POLICY, Pieces, Vocabulary
-from .prompt import Prompt, plain_ids
-from .rng import stream
-from .tree_record import FINISHES, check_tree
-from .usage import Meter
+from ..prompt import Prompt, plain_ids
+from ..rng import stream
+from ..tokens.pieces import POLICY, Pieces, Vocabulary
+from ..usage import Meter
+from .checks import FINISHES, check_tree
+from .step import Step
 
-__all__ = ["FINISHES", "Node", "Prompt", "SearchTree", "plain_ids"]
 
-
-class Node:
+class Node(Step):
     """One step of a search tree.
 
     Attributes:
@@ -54,55 +53,17 @@ class Node:
             SelfConsistency); None leaves it to the values.
     """
 
-    __slots__ = (
-        "__weakref__", "_q", "_reward", "children", "confidences", "depth", "drawn", "end", "finish", "hidden", "index",
-        "lineages", "logprobs", "parent", "reward_ids", "rewards", "rollout", "sampler", "start", "text_bytes",
-        "token_ids", "tree", "value", "weight",
-    )  # fmt: skip
+    __slots__ = ("__weakref__", "children", "depth", "end", "index", "parent", "start", "tree")
 
     def __init__(self, tree: SearchTree, parent: Node | None, token_ids: Sequence[int]) -> None:
+        super().__init__(token_ids)
         self.tree = tree
         self.parent = parent
         self.children: list[Node] = []
-        self.token_ids: tuple[int, ...] = tuple(token_ids)
-        self.text_bytes = b""
-        self.hidden = 0
-        self.logprobs: np.ndarray | None = None
-        self.confidences: np.ndarray | None = None
-        self.sampler: Hashable | None = None
-        self.rewards: dict[str, np.ndarray] = {}
-        self.reward_ids: dict[str, tuple[int, ...]] = {}
-        self.value: float | None = None
-        self.finish: str | None = None
         self.depth: int = 0 if parent is None else parent.depth + 1
         self.start: int = 0 if parent is None else parent.end  # response tokens before this node
         self.end: int = self.start + len(self.token_ids)  # ... and up to its end
-        self.lineages: tuple[int, ...] = (0,)
-        self.drawn = 0
-        self.rollout = False
-        self.weight: float | None = None
         self.index = -1
-        self._reward: dict[str, float] = {}
-        self._q: dict[str, float] = {}
-
-    @property
-    def text(self) -> str:
-        """The step's own text."""
-        return self.text_bytes[: max(len(self.text_bytes) - self.hidden, 0)].decode("utf-8", "replace")
-
-    @text.setter
-    def text(self, text: str | bytes) -> None:
-        self.text_bytes = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-
-    @property
-    def count(self) -> int:
-        """Merged duplicates this node stands for, at least 1."""
-        return len(self.lineages)
-
-    @property
-    def finished(self) -> bool:
-        """Return True if nothing may follow: the response ended, is full, or the budget is spent."""
-        return self.finish in ("stop", "length", "budget", "weak")
 
     def set_rewards(
         self,
@@ -307,7 +268,7 @@ class SearchTree:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles and copies hold one flat record a node: a long path is as deep as a short one."""
-        states = list(map(_state, self.nodes))
+        states = [_links(node) | node.copied() for node in self.nodes]
         return _replanted, (self.prompt, self.occurrence, self.primary, self.meter, states, self.pieces())
 
     def pieces(self) -> dict[str, Pieces]:
@@ -336,7 +297,7 @@ class SearchTree:
             "log_z": self.log_z,
             "notes": self.notes,
             "pieces": {name: pieces.record() for name, pieces in self.pieces().items()},
-            "nodes": [_node_record(node) for node in self.nodes],
+            "nodes": [_links(node) | node.record() for node in self.nodes],
         }
         return json.dumps(record, ensure_ascii=False, indent=indent)
 
@@ -357,23 +318,18 @@ class SearchTree:
             tree.notes = list(record.get("notes", ()))
             tree.log_z = record.get("log_z")  # trees of older versions have none, and no weights or pieces
             tree.vocabularies |= {name: Pieces.read(pieces) for name, pieces in record.get("pieces", {}).items()}
-            _restore(tree.root, record["nodes"][0])
-            for item in record["nodes"][1:]:
-                node = Node(tree, tree.nodes[item["parent"]], item["token_ids"])
-                _restore(tree._append(node), item)
+            for index, item in enumerate(record["nodes"]):
+                if index:
+                    tree._append(Node(tree, tree.nodes[item["parent"]], item["token_ids"]))
+                tree.nodes[index].restore(item, f"nodes[{index}]")
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"source is not a search tree in JSON: {error}") from error
         return tree
 
 
-_LINKS = {"__weakref__", "children", "parent", "tree"}  # drawn anew between the nodes of a copy
-
-
-def _state(node: Node) -> dict[str, Any]:
-    """A node without its links but for the parent's index."""
-    values = {name: getattr(node, name) for name in Node.__slots__ if name not in _LINKS}
-    own = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
-    return own | {"parent": None if node.parent is None else node.parent.index}
+def _links(node: Node) -> dict[str, int | None]:
+    """A node's place, from which the links of a copy are drawn anew."""
+    return {"parent": None if node.parent is None else node.parent.index}
 
 
 def _replanted(
@@ -400,50 +356,8 @@ def _node_at(tree: SearchTree, index: int) -> Node:
     return tree.nodes[index]
 
 
-def _node_record(node: Node) -> dict[str, Any]:
-    text = node.text
-    cut = text.encode() != node.text_bytes  # inside a character: the text alone does not tell the bytes
-    return {
-        "parent": None if node.parent is None else node.parent.index,
-        "token_ids": list(node.token_ids),
-        "text": text,
-        **({"text_bytes": node.text_bytes.hex()} if cut else {}),
-        **({"hidden": node.hidden} if node.hidden else {}),
-        "logprobs": None if node.logprobs is None else node.logprobs.tolist(),
-        **({} if node.confidences is None else {"confidences": node.confidences.tolist()}),
-        "sampler": None if node.sampler is None else str(node.sampler),
-        "rewards": {name: values.tolist() for name, values in node.rewards.items()},
-        "reward_ids": {name: list(ids) for name, ids in node.reward_ids.items()},
-        "reward": dict(node._reward),
-        "q": dict(node._q),
-        "value": node.value,
-        "weight": node.weight,
-        "finish": node.finish,
-        "lineages": list(node.lineages),
-        "drawn": node.drawn,
-        "rollout": node.rollout,
-    }
-
-
 def _read_prompt(fields: Mapping[str, Any]) -> Prompt:
     try:
         return Prompt(**{name: value for name, value in fields.items() if value is not None})
     except (TypeError, ValueError) as error:
         raise ValueError(f"prompt is {fields!r:.80}: {error}") from error
-
-
-def _restore(node: Node, item: Mapping[str, Any]) -> None:
-    node.text, node.hidden = item["text"], item.get("hidden", 0)
-    if "text_bytes" in item:
-        node.text_bytes = bytes.fromhex(item["text_bytes"])
-        if node.text != item["text"]:
-            where = f"nodes[{node.index}].text_bytes"
-            raise ValueError(f"{where} {item['text_bytes']!r} do not spell the text {item['text']!r}")
-    node.value, node.finish, node.weight = item["value"], item["finish"], item.get("weight")
-    node.logprobs = None if item["logprobs"] is None else np.asarray(item["logprobs"], np.float32)
-    node.confidences = None if item.get("confidences") is None else np.asarray(item["confidences"], np.float32)
-    node.sampler = item["sampler"]
-    node.rewards = {name: np.asarray(values, np.float32) for name, values in item["rewards"].items()}
-    node.reward_ids = {name: tuple(ids) for name, ids in item["reward_ids"].items()}
-    node._reward, node._q = dict(item["reward"]), dict(item["q"])
-    node.lineages, node.drawn, node.rollout = tuple(item["lineages"]), item["drawn"], item["rollout"]
