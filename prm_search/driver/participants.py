@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, Literal, TypeVar
 
 from ..answers import Selection
@@ -16,15 +13,15 @@ from ..tree import Node, Prompt, SearchTree
 from ..usage import Usage
 from ..values import Advantage, Value, q, resolve_value
 from .driver import Driver
+from .measured import Measured
 from .records import Outcome, nodes_of
 from .result import Event, Result
 from .search_settings import SearchSettings
 
 P = TypeVar("P", PolicyBase, AsyncPolicyBase)
-Phase = Literal["policy", "scorer"]
 
 
-class Participants(Generic[P]):
+class Participants(Measured, Generic[P]):
     """A policy and up to two scorers.
 
     Args:
@@ -47,6 +44,7 @@ class Participants(Generic[P]):
         prover: Scorer | None,
         on_event: Callable[[Event], object] | None,
     ) -> None:
+        super().__init__()
         for name, model in (("scorer", scorer), ("prover", prover)):
             if model is not None:
                 require(name, model, Scorer)
@@ -63,8 +61,6 @@ class Participants(Generic[P]):
         self.on_event = on_event
         self._numbers: dict[SearchTree, int] = {}
         self._added = 0
-        self.forward_calls: Counter[str] = Counter()
-        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     # -- a tree's beginning and end -----------------------------------------------------------------------------------
 
@@ -175,16 +171,6 @@ class Participants(Generic[P]):
             of_tree.setdefault(node.tree, []).append(node)
         for tree, fresh in of_tree.items():
             self.event("steps", tree, fresh)
-
-    @contextmanager
-    def measured(self, phase: Phase, model: PolicyBase | ScorerDefaults) -> Iterator[None]:
-        """Count the seconds and the forwards of a block: the model's own count of them, or else one."""
-        began, before = time.perf_counter(), model.forward_calls
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - began
-            self.forward_calls[phase] += 1 if before is None else (model.forward_calls or 0) - before
 
     def usage(self, tree: SearchTree) -> Usage:
         """A tree's token counts by role, and the whole batch's forwards and seconds so far."""

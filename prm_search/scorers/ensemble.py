@@ -16,9 +16,8 @@ from ..calibration import Calibration
 from ..protocols import Scorer, ScorerDefaults
 from ..tokens import TokenizerMatch
 from ..tree import Node, Prompt, SearchTree
-from .base import BATCH_TOKENS, Pair, ScorerBase
-from .explicit.step_scores import StepScores, score_texts
-from .responses import Steps
+from .base import Pair, ScorerBase
+from .explicit.text_scorer import TextScorer
 
 Reduce = Literal["mean", "min", "lcb", "policy"]
 Scale = Callable[[float], float]
@@ -34,7 +33,7 @@ class _Estimate:
     spread: float
 
 
-class Ensemble(ScorerBase):
+class Ensemble(TextScorer):
     """Scorers of any kind as one: pairs, step PRMs, outcome models, judges, other ensembles.
 
     Each member's step reward x is put on one scale, where more is better, before they are put together:
@@ -252,30 +251,8 @@ class Ensemble(ScorerBase):
             return 0.0
         return math.fsum(share * mean for share, (_, mean) in zip(shares, pairs, strict=True)) / math.fsum(shares)
 
-    def score(  # type: ignore[override]  # a number a step, and text: members read other tokens
-        self,
-        prompts: Iterable[Any],
-        responses: Iterable[Any],
-        *,
-        steps: Steps = None,
-        batch_tokens: int = BATCH_TOKENS,
-    ) -> list[StepScores]:
-        """Scores of complete responses. No end of sequence is scored behind them.
-
-        Args:
-            prompts: B prompts: strings, lists of chat messages, or Prompts with either.
-            responses: B responses: strings, or lists of strings, a step each.
-            steps: a StepRule that cuts strings into steps; None for StepRule().
-            batch_tokens: tokens handled at once, about; bounds the memory, changes no result.
-
-        Returns:
-            B StepScores, in order.
-
-        Raises:
-            ValueError: two pairs have different tokenizers or chat templates, or reduce is "policy", which weighs
-                siblings of a search; or as ScorerBase.score, of text.
-            TypeError: as ScorerBase.score, of text.
-        """
+    def check_texts(self) -> None:
+        """Raise ValueError where pairs have different tokenizers or chat templates, or reduce is "policy"."""
         if self.reduce == "policy":
             raise ValueError("reduce='policy' weighs the siblings of a search, which complete responses have none of")
         for pair in self._pairs():
@@ -285,7 +262,6 @@ class Ensemble(ScorerBase):
                     f"score: pair {pair.name!r} has another tokenizer or chat template than {self._pairs()[0].name!r}: "
                     "responses are given to all pairs of an ensemble as the same tokens"
                 )
-        return score_texts(self, prompts, responses, steps=steps, batch_tokens=batch_tokens, whole=self.whole)
 
 
 def _log_probability(node: Node) -> float | None:

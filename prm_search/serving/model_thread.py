@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from ..driver.measured import Measured
 from ..protocols import AsyncPolicyBase, Policy, PolicyBase, Request, Scorer, ScorerDefaults
 from ..tree import Node, Prompt, SearchTree
 
 
-class ModelThread:
-    """The thread. Make it on the event loop that is to be answered; `close` it at the end.
-
-    Attributes:
-        seconds, forward_calls: spent so far, by phase ("policy", "scorer").
-    """
+class ModelThread(Measured):
+    """The thread. Make it on the event loop that is to be answered; `close` it at the end."""
 
     def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.forward_calls: Counter[str] = Counter()
+        super().__init__()
         self._loop = asyncio.get_running_loop()
         self._todo: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._busy: dict[ThreadPolicy, None] = {}  # policies with requests under way
@@ -56,16 +50,6 @@ class ModelThread:
         """Resolve a future from the thread; with an exception, make it raise that."""
         with suppress(RuntimeError):  # the event loop is closed: nobody waits
             self._loop.call_soon_threadsafe(_resolve, future, value)
-
-    @contextmanager
-    def measured(self, phase: str, model: PolicyBase | ScorerDefaults) -> Iterator[None]:
-        """Count a block's seconds and forwards."""
-        began, before = time.perf_counter(), model.forward_calls
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - began
-            self.forward_calls[phase] += 1 if before is None else (model.forward_calls or 0) - before
 
     def close(self) -> None:
         """Let the thread end what it is doing and stop; futures that wait stay unanswered."""

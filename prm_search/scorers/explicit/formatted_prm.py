@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Literal
 
 import numpy as np
 
 from ...tree import Node, Prompt, SearchTree
-from ..base import BATCH_TOKENS, ScorerBase
-from ..responses import Steps
 from .formats import FORMATS, PRMFormat
 from .layouts import Spelling
 from .paths import P, Paths, Write
 from .questions import question_of
-from .step_scores import StepScores, score_texts
+from .text_scorer import TextScorer
 
 TooLong = Literal["error", "keep"]
 
 
-class FormattedPRM(ScorerBase, Generic[P]):
+class FormattedPRM(TextScorer, Generic[P]):
     """A step PRM's format, without a model that reads it.
 
     Args:
@@ -157,30 +155,6 @@ class FormattedPRM(ScorerBase, Generic[P]):
                 tree, lambda steps: layout.ids(tokenizer, question, [plain(step) for step in steps])
             )
         return paths
-
-    def score(  # type: ignore[override]  # a number a step, and text: ids would mean nothing to it
-        self,
-        prompts: Iterable[Any],
-        responses: Iterable[Any],
-        *,
-        steps: Steps = None,
-        batch_tokens: int = BATCH_TOKENS,
-    ) -> list[StepScores]:
-        """Scores of complete responses.
-
-        Args:
-            prompts: B prompts: strings, lists of chat messages, or Prompts with either.
-            responses: B responses: strings, or lists of strings, a step each.
-            steps: a StepRule that cuts strings into steps; None for StepRule().
-            batch_tokens: tokens handled at once, about; bounds the memory, changes no result.
-
-        Returns:
-            B StepScores, in order. Nothing is kept: all KV is freed.
-
-        Raises:
-            ValueError, TypeError: as ScorerBase.score, of text.
-        """
-        return score_texts(self, prompts, responses, steps=steps, batch_tokens=batch_tokens)
 
     def release(self, tree: SearchTree) -> None:
         """Forget a tree and free its KV."""

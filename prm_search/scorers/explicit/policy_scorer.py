@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from ...checks import HoldsModels
 from ...next_token import NextToken
@@ -18,12 +18,10 @@ from ...prompt import Prompt
 from ...sampling import Request, Sampling
 from ...tokens import encode_text
 from ...tree import Node, SearchTree
-from ..base import BATCH_TOKENS, ScorerBase
-from ..responses import Steps
 from .layouts import Messages, Spelling
 from .paths import step_texts
 from .questions import question_of
-from .step_scores import StepScores, score_texts
+from .text_scorer import TextScorer
 
 Per = Literal["step", "answer"]
 
@@ -56,7 +54,7 @@ Work = AskWords | DrawAnswers
 Flow = Generator[Work, Any, None]  # is sent list[dict[str, float]] for AskWords, list[list[Node]] for DrawAnswers
 
 
-class PolicyScorer(HoldsModels, ScorerBase):
+class PolicyScorer(HoldsModels, TextScorer):
     """A scorer that asks a policy.
 
     Args:
@@ -71,8 +69,6 @@ class PolicyScorer(HoldsModels, ScorerBase):
         TypeError: policy is none.
         ValueError: per is neither.
     """
-
-    one_piece: ClassVar[bool] = True  # whole answers are read as one text, not in steps
 
     def __init__(self, policy: Any, *, name: str, per: Per) -> None:
         self.policy: PolicyBase | AsyncPolicyBase = (
@@ -200,34 +196,6 @@ class PolicyScorer(HoldsModels, ScorerBase):
         for node in todo:
             above = 0.0 if self.per == "answer" or node.parent is None else node.parent.reward_of(self.name)
             self.set_step_reward(node, scores(node) if self._judged(node) else above)
-
-    # --- complete responses ------------------------------------------------------------------------------------------
-
-    def score(  # type: ignore[override]  # a number a step, and text: ids would mean nothing to it
-        self,
-        prompts: Iterable[Any],
-        responses: Iterable[Any],
-        *,
-        steps: Steps = None,
-        batch_tokens: int = BATCH_TOKENS,
-    ) -> list[StepScores]:
-        """Scores of complete responses.
-
-        Args:
-            prompts: B prompts: strings, lists of chat messages, or Prompts with either.
-            responses: B responses: strings, or where steps are scored lists of strings, a step each.
-            steps: a StepRule that cuts strings into steps; None for StepRule().
-            batch_tokens: tokens handled at once, about; bounds the memory, changes no result.
-
-        Returns:
-            B StepScores, in order. Where answers are judged, the last step has the score.
-
-        Raises:
-            ValueError, TypeError: as ScorerBase.score, of text.
-        """
-        return score_texts(
-            self, prompts, responses, steps=steps, batch_tokens=batch_tokens, whole=self.whole and self.one_piece
-        )
 
 
 def _requests(work: DrawAnswers) -> list[Request]:

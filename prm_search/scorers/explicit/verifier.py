@@ -70,7 +70,7 @@ class GenerativeVerifier(PolicyScorer):
     """
 
     kind = "verifier"
-    one_piece = False
+    one_piece = False  # a verifier reads an answer step by step
 
     def __init__(
         self,
