@@ -25,10 +25,16 @@ from workers import (
 )
 
 from prm_search import distributed
+from prm_search.commands.records import Item
+from prm_search.commands.tune_run import halves
 from prm_search.demo import chains, pair_dir
-from prm_search.distributed import Cluster, ClusterError, FailedProblems
+from prm_search.distributed import Cluster, ClusterBench, ClusterError, FailedProblems
 from prm_search.evaluation import Plan, evaluate
+from prm_search.evaluation.tuning.pick import Table, pick_within
+from prm_search.evaluation.tuning.run import Bench
+from prm_search.evaluation.tuning.trials import Config, Grid, Trial
 from prm_search.problems import Problem
+from prm_search.strategies import BestOfN
 from prm_search.training.rollouts import sample_rollouts
 from prm_search.tree import Prompt
 
@@ -198,6 +204,59 @@ def test_a_scorer_has_the_name_of_its_records(crew):
         evaluated(cluster, scorers={"other": scorer})
 
 
+# -- trials ------------------------------------------------------------------------------------------------------------
+
+
+GRID = Grid((60,), ("best_of_n", "beam", "particle_filter"), ("q", "min"))
+RULES: dict[str, Any] = {"judge": first_letter, "answer": last_vote, "sampling": sampling(seed=5)}
+
+
+def tuned(bench: Any, **given: Any) -> str:
+    """The scale, the records by their indices, and the configuration that they make best, as text."""
+    scale = bench.scale(PROBLEMS, GRID.values, **given)
+    trials = GRID.trials(scale, bench.names)
+    records = sorted(bench.records(trials, PROBLEMS, **given), key=lambda record: record["index"])
+    lost = [place for place in range(len(PROBLEMS)) if all(record["problem"] != place for record in records)]
+    picked = pick_within(Table.of(trials, records, len(PROBLEMS), lost), scale, tokens=60, bins=2)
+    return text([untimed(scale.card()), *map(untimed, records)]) + repr(picked)
+
+
+@pytest.fixture(scope="module")
+def tuned_alone() -> str:
+    return tuned(Bench(FakePolicy(), {"prm": scorer()}, **RULES))
+
+
+def bench_of(cluster: Cluster, **given: Any) -> Any:
+    return ClusterBench(
+        **{"cluster": cluster, "policy": FakePolicy, "scorers": {"prm": scorer}, "batch": 2} | RULES | given
+    )
+
+
+def test_trials_and_the_pick_are_those_of_one_process_though_a_worker_dies(crew, tuned_alone, notices, tmp_path):
+    for workers, policy in ((1, FakePolicy), (2, partial(Doomed, str(tmp_path / "mark"), 60))):
+        with crew(workers) as cluster, bench_of(cluster, policy=policy) as bench:
+            assert tuned(bench) == tuned_alone
+    assert (tmp_path / "mark").exists()
+    assert len(notices) == 1
+
+
+def test_a_problem_of_trials_that_poisons_fails_alone_and_by_its_place(crew, tmp_path):
+    place = next(i for i, problem in enumerate(PROBLEMS) if problem.prompt.token_ids == ids("p"))
+    trial = Trial(BestOfN(2), None, None, None, (Config(BestOfN(2), None, None, "majority", 1.0, 60),))
+    others = [each for each in range(len(PROBLEMS)) if each != place]
+    failed: dict[int, str] = {}
+    policy = partial(Poisoned, str(tmp_path), ValueError("no such letter"))  # after which the worker goes on
+    with crew(2) as cluster, bench_of(cluster, policy=policy, batch=4) as bench:
+        records = list(bench.records([trial], PROBLEMS, on_failure=failed.__setitem__))
+    alone = Bench(FakePolicy(), {"prm": scorer()}, **RULES).records([trial], PROBLEMS, wanted=set(others))
+    assert sorted(untimed(records), key=lambda record: record["index"]) == sorted(
+        untimed(list(alone)), key=lambda record: record["index"]
+    )
+    assert list(failed) == [place]
+    assert failed[place].endswith(": no such letter")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +307,45 @@ def test_the_commands_give_the_files_of_one_process(machines, run, folder, pair)
             assert on_workers == printed
         for path in (Path("here"), Path("there")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_tune_writes_what_one_process_does_and_leaves_out_what_fails(machines, run, folder, pair):
+    """One problem more, of which the judge knows nothing: all else is as without it."""
+    rows = [{"question": each.prompt, "answer": each.answer} for each in chains.problems(7, split="gate", length=3)]
+    choosing, confirm = halves([Item("", Prompt(text=row["question"])) for row in rows])
+    assert (len(choosing), len(confirm)) == (4, 3)
+    bad = next(i for i, row in enumerate(rows) if row["question"] == choosing[1].prompt.text)
+    write("all.jsonl", [row | {"answer": "none"} if i == bad else row for i, row in enumerate(rows)])
+    write("six.jsonl", rows[:bad] + rows[bad + 1 :])
+    Path("judging.py").write_text(
+        "def right(text, answer):\n    if answer == 'none':\n        raise ValueError('no answer is right')\n"
+        "    return text.rstrip().endswith(answer)\n"
+    )
+    command = (
+        "tune", "--policy", pair / "policy", "--pair", pair, "--label", "judging.py:right", "--strategies",
+        "best_of_n,beam", "--values", "min", "--max-new-tokens", "24", "--budget", "32", "--bins", "1",
+    )  # fmt: skip
+    status, _, error = run(*command, "--data", "six.jsonl", "--out", "here")
+    assert status == 0, error
+    on_ray = ("--ray", machines, "--gpus-per-worker", "0", "--workers", "1")
+    status, _, error = run(*command, "--data", "all.jsonl", "--out", "there", *on_ray)
+    assert status == 2
+    line = f"all.jsonl, line {bad + 1}"
+    assert f"{line} failed: worker 0 on 127.0.0.1: no answer is right" in error
+    assert error.splitlines()[-1] == f"prm-search: 1 of 7 failed and were left out: {line}"
+    for name in ("trials.jsonl", "confirm.jsonl"):
+        here, there = lines(Path("here", name)), lines(Path("there", name))
+        assert [record["index"] for record in there] == sorted(record["index"] for record in there)
+        kept = [record for record in there if name == "confirm.jsonl" or record["problem"] != 1]
+        for record in (*here, *kept):
+            del record["index"], record["key"], record["problem"]
+        assert text(map(untimed, kept)) == text(map(untimed, here))
+    assert Path("there", "guidance.yaml").read_text() == Path("here", "guidance.yaml").read_text()
+    page = Path("there/tune.md").read_text()
+    assert f"left out, since they failed: {line}" in page
+    status, _, error = run(*command, "--data", "all.jsonl", "--out", "there", "--report-only")
+    assert status == 0, error
+    assert Path("there/tune.md").read_text() == page
 
 
 def test_a_response_that_cannot_be_scored_fails_alone_by_its_line(machines, run, folder, pair):

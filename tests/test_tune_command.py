@@ -79,6 +79,7 @@ def test_several_budgets_in_tokens(folder, capsys):
         (["--budget", "48", "--values", "best"], "best"), (["--budget", "48", "--alphas", "x"], "--alphas 'x'"),
         (["--budget", "48", "--bins", "0"], "--bins 0"), (["--budget", "48", "--limit", "3"], "at least 4 are needed"),
         (["--budget", "48", "--report-only"], "holds no tuning"),
+        (["--budget", "48", "--workers", "2"], "--workers needs --ray"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(folder, capsys, options, message):

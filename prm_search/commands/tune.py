@@ -17,6 +17,7 @@ from .options import SAMPLING
 from .problems import function_of, make_judge
 from .tried import Tried
 from .tune_run import TuneRun
+from .workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ def tune(
     tried: Tried,
     steps: groups.Steps,
     draws: Draws,
+    workers: Workers,
     output: groups.OutFolder,
     common: Common,
 ) -> None:
@@ -54,6 +56,7 @@ def tune(
         items=data.problems(data.data),
         tried=tried,
         models=models,
+        workers=workers,
         judge=make_judge(label, answer if ":" not in label else None),
         answer=function_of("--answer", answer) if answer is not None and ":" in answer else answer,
         rule=steps.rule(card_delimiters(models.cards, steps.delimiter, steps.step_regex)),

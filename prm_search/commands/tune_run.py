@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..answers import Answer, resolve_answer
+from ..answers import Answer
 from ..evaluation.report import PLOTS_NEED
 from ..evaluation.samples import Judge
 from ..evaluation.tuning.confirm import Verdict, confirming, contests, verdicts
@@ -20,21 +20,37 @@ from ..evaluation.tuning.guidance import guidance, write_guidance
 from ..evaluation.tuning.pick import Table
 from ..evaluation.tuning.report import write_tuning
 from ..evaluation.tuning.trials import Scale, Trial
-from ..problems import Problem, final_answer
 from ..protocols import Sampling
 from ..steps import StepRule
 from . import BadInput
 from .eval_run import NamedModels
-from .problems import encoded
+from .left_out import LeftOut
 from .progress import Bar
 from .records import Item, RecordFile, digests, finished, report
 from .tried import Tried
-
-if TYPE_CHECKING:
-    from ..evaluation.tuning.run import Bench
+from .tune_bench import TuneBench
+from .workers import Workers
 
 PILOT, TRIALS, CONFIRM, GUIDANCE = "pilot.json", "trials.jsonl", "confirm.jsonl", "guidance.yaml"
+FAILED = "failed.json"
 LEAST = 4  # problems
+
+
+def halves(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """Problems in the order of a hash of their prompts, and cut in the middle; equal prompts are in the same half.
+
+    Raises BadInput where there are fewer than LEAST distinct ones.
+    """
+    by_prompt: dict[str, list[Item]] = {}
+    for item in items:
+        prompt = item.prompt
+        text = json.dumps([prompt.text, [dict(m) for m in prompt.messages or ()], prompt.token_ids])
+        by_prompt.setdefault(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), []).append(item)
+    ordered = [by_prompt[name] for name in sorted(by_prompt)]
+    if len(ordered) < LEAST:
+        raise BadInput(f"--data has {len(ordered)} distinct problems: at least {LEAST} are needed")
+    middle = (len(ordered) + 1) // 2
+    return [one for some in ordered[:middle] for one in some], [one for some in ordered[middle:] for one in some]
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,7 @@ class TuneRun:
         items: the problems.
         tried: the budgets, and what is tried.
         models: the policy and the scorers.
+        workers: of a cluster, or none.
         judge, answer: see evaluation.tuning.run.Bench; the answer may be a name.
         rule: where steps end.
         draws, seed: of Sampling.
@@ -57,6 +74,7 @@ class TuneRun:
     items: Sequence[Item]
     tried: Tried
     models: NamedModels
+    workers: Workers
     judge: Judge
     answer: Answer | str | None
     rule: StepRule
@@ -73,17 +91,8 @@ class TuneRun:
 
     @cached_property
     def halves(self) -> tuple[list[Item], list[Item]]:
-        """The problems for choosing, and those for confirming; equal prompts are in the same half."""
-        by_prompt: dict[str, list[Item]] = {}
-        for item in self.items:
-            prompt = item.prompt
-            text = json.dumps([prompt.text, [dict(m) for m in prompt.messages or ()], prompt.token_ids])
-            by_prompt.setdefault(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), []).append(item)
-        ordered = [by_prompt[name] for name in sorted(by_prompt)]
-        if len(ordered) < LEAST:
-            raise BadInput(f"--data has {len(ordered)} distinct problems: at least {LEAST} are needed")
-        middle = (len(ordered) + 1) // 2
-        return [one for some in ordered[:middle] for one in some], [one for some in ordered[middle:] for one in some]
+        """The problems for choosing, and those for confirming."""
+        return halves(self.items)
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -91,43 +100,51 @@ class TuneRun:
         return Sampling(self.rule, seed=self.seed, **self.draws)
 
     @cached_property
-    def bench(self) -> Bench:
-        """The models, loaded."""
-        from ..evaluation.tuning.run import Bench
-
-        policy, scorers = self.models.load()
-        named = dict(zip(self.models.names, scorers, strict=True))
-        answer = resolve_answer(self.answer) or final_answer
-        return Bench(policy, named, self.judge, answer, self.sampling, self.batch, seconds=self.tried.budget_seconds)
+    def left_out(self) -> LeftOut:
+        """The problems that failed, in this call or before."""
+        choosing, confirm = self.halves
+        return LeftOut(self.folder / FAILED, {TRIALS: choosing, CONFIRM: confirm})
 
     def go(self) -> None:
-        """Everything that is not done, and then the report."""
+        """Everything that is not done, and then the report. Raises BadInput where problems failed."""
         if self.folder.exists() and not self.resume and any((self.folder / name).exists() for name in (PILOT, TRIALS)):
             raise BadInput(
                 f"--out {self.folder} holds a tuning: --resume goes on with it, otherwise name another folder"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         choosing, confirm = self.halves
-        scale = self._scale()
-        trials = self._trials(scale)
-        records = self._records("trials", TRIALS, trials, choosing)
-        found = contests(Table.of(trials, records, len(choosing)), scale, self.tried.limits, bins=self.tried.bins)
-        self._records("confirming", CONFIRM, confirming(found), confirm)
+        bar = Bar("pilot", 1)
+        bench = TuneBench(
+            self.models, self.workers, bar, judge=self.judge, answer=self.answer, sampling=self.sampling,
+            batch=self.batch, seconds=self.tried.budget_seconds,
+        )  # fmt: skip
+        with bench, bar:
+            scale = self._scale(bench, bar)
+            trials = self._trials(scale)
+            records = self._records(TRIALS, trials, choosing, bench, bar)
+            table = Table.of(trials, records, len(choosing), self.left_out.places(TRIALS))
+            found = contests(table, scale, self.tried.limits, bins=self.tried.bins)
+            self._records(CONFIRM, confirming(found), confirm, bench, bar)
         self.report()
+        self.left_out.check()
 
     def report(self) -> None:
         """Make table, plots and guidance from the records. Raises BadInput where they are not all there."""
         choosing, confirm = self.halves
-        scale = self._scale(load=False)
+        scale = self._scale()
         trials = self._trials(scale)
         try:
-            table = Table.of(trials, finished(self.folder / TRIALS), len(choosing))
+            table = Table.of(trials, finished(self.folder / TRIALS), len(choosing), self.left_out.places(TRIALS))
             found = contests(table, scale, self.tried.limits, bins=self.tried.bins)
-            judged = verdicts(found, confirming(found), finished(self.folder / CONFIRM), len(confirm))
+            judged = verdicts(
+                found, confirming(found), finished(self.folder / CONFIRM), len(confirm), self.left_out.places(CONFIRM)
+            )
         except ValueError as error:
             raise BadInput(f"--out {self.folder}: {error}") from error
         about = {
-            **self.models.about(), "problems": f"{len(choosing)} to choose on, {len(confirm)} to confirm on",
+            **self.models.about(),
+            "problems": f"{table.right.shape[1]} to choose on, {judged[0].comparison.problems} to confirm on",
+            **self.left_out.about(),
             "a whole sample": f"{scale.tokens:.1f} tokens, {scale.steps:.1f} steps", "tried": len(table.configs),
             "seed": self.seed,
         }  # fmt: skip
@@ -163,8 +180,8 @@ class TuneRun:
             return {"policy": models.policy, "pair": name, "beta": models.beta}
         return {"policy": models.policy, "prm": models.prm, "reference": models.reference, "beta": models.beta}
 
-    def _scale(self, *, load: bool = True) -> Scale:
-        """The scale, drawn once and kept, so that the trials stay the same."""
+    def _scale(self, bench: TuneBench | None = None, bar: Bar | None = None) -> Scale:
+        """The scale, drawn once and kept, so that the trials stay the same. Raises BadInput where there is no bench."""
         path = self.folder / PILOT
         key = digests(self.halves[0][:1], *self._key())[0]
         if path.exists():
@@ -172,10 +189,10 @@ class TuneRun:
             if kept.pop("key", None) != key:
                 raise BadInput(f"{path}: of other inputs or settings; --resume needs the same ones")
             return Scale(**kept)
-        if not load:
+        if bench is None or bar is None:
             raise BadInput(f"--out {self.folder} holds no tuning")
-        problems = self._encoded(self.halves[0])
-        scale = self.bench.scale(problems, self.tried.grid((1,)).values)
+        with bench.of(self.halves[0]) as (opened, problems):
+            scale = opened.scale(problems, self.tried.grid((1,)).values, on_failure=self.left_out.taker(TRIALS, bar))
         path.write_text(json.dumps({"key": key, **scale.card()}) + "\n", encoding="utf-8")
         return scale
 
@@ -189,27 +206,33 @@ class TuneRun:
             budgets = [round(0.75 * budgets[0]), *budgets]  # a choice by difficulty has to leave room for its probe
         return self.tried.grid(budgets).trials(scale, self.models.names)
 
-    def _records(self, what: str, name: str, trials: Sequence[Trial], items: Sequence[Item]) -> list[dict[str, Any]]:
+    def _records(
+        self, name: str, trials: Sequence[Trial], items: Sequence[Item], bench: TuneBench, bar: Bar
+    ) -> list[dict[str, Any]]:
         """The records of these trials, of which the file has some already."""
         keys = [key for trial in trials for key in digests(items, *self._key(), repr(trial))]
-        problems: list[Problem] = []
+
+        def missing() -> list[int]:
+            left_out = self.left_out.places(name)
+            return [i for i in range(len(keys)) if i not in records and i % len(items) not in left_out]
+
         with RecordFile(str(self.folder / name), keys, resume=True) as file:
             records = dict(file.done)
             try:
-                if len(records) < len(keys):
-                    problems = self._encoded(items)
-                    with Bar(what, len(keys) - len(records)) as bar:
-                        bar.watch(self.bench.policy, *self.bench.scorers.values())
-                        for record in self.bench.records(trials, problems, dict(records)):
+                if wanted := missing():
+                    bar.at(name.partition(".")[0], len(keys) - len(wanted), len(keys))
+                    with bench.of(items) as (opened, problems):
+                        flow = opened.records(
+                            trials, problems, wanted=set(wanted), on_failure=self.left_out.taker(name, bar)
+                        )
+                        for record in flow:
                             records[record["index"]] = record
                             file.write({"key": keys[record["index"]], **record})
                             bar.tick()
+                file.put_in_order()
             finally:
-                report(file, len(records), len(keys))
+                report(file, len(records), len(records) + len(missing()))
         return list(records.values())
-
-    def _encoded(self, items: Sequence[Item]) -> list[Problem]:
-        return [encoded(item, self.bench.policy) for item in items]
 
     def _key(self) -> list[object]:
         return ["tune", self.models.card(), self.models.dtype, *self.settings, repr(self.sampling), len(self.items)]

@@ -1,7 +1,7 @@
 """Many machines: rollouts, evaluations and scores by workers that Ray starts.
 
 `rollout`, `evaluate`, `evaluate_responses` and `score` do what the functions of the same names elsewhere do, on a
-`Cluster`. Ray is imported when a Cluster is opened.
+`Cluster`; `ClusterBench` does what the Bench of tune does. Ray is imported when a Cluster is opened.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from .evaluate import evaluate, evaluate_responses
 from .rollout import rollout
 from .runs import FailedProblems
 from .score import score
+from .tune import ClusterBench
 
 __all__ = [
-    "Cluster", "ClusterError", "FailedProblems", "Failure", "evaluate", "evaluate_responses", "rollout", "score",
+    "Cluster", "ClusterBench", "ClusterError", "FailedProblems", "Failure", "evaluate", "evaluate_responses", "rollout",
+    "score",
 ]  # fmt: skip

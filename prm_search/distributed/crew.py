@@ -87,21 +87,18 @@ class Crew:
             ValueError: a prompt is empty or too long; the message begins with "problems[place]:".
         """
         while True:
-            for slot in self._news():
-                if slot.about is None:
+            ready = next((slot for slot in self._slots if slot.about is not None), None)
+            if ready is None:
+                for slot in self._news():
                     self._loaded(slot)
-                    continue
-                reference, slot.awaited = slot.awaited, None
-                try:
-                    encoded: list[tuple[int, ...]] = self._ray.get(reference)
-                    return encoded
-                except self._ray.exceptions.RayTaskError as error:
-                    raise ValueError(_reason(error)) from error
-                except self._ray.exceptions.RayError as error:
-                    self._lost(slot, _reason(error))
-            ready = [slot for slot in self._slots if slot.about is not None]
-            if ready and not any(slot.awaited is not None for slot in ready):
-                ready[0].awaited = ready[0].actor.encode.remote(list(prompts))
+                continue
+            try:  # beside its run, where it had one: all that it was given then is finished
+                encoded: list[tuple[int, ...]] = self._ray.get(ready.actor.encode.remote(list(prompts)))
+                return encoded
+            except self._ray.exceptions.RayTaskError as error:
+                raise ValueError(_reason(error)) from error
+            except self._ray.exceptions.RayError as error:
+                self._lost(ready, _reason(error))
 
     def run(
         self, tasks: Mapping[int, Task], schedule: Schedule, failed: Callable[[Failure], object]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +124,14 @@ def confirming(found: Sequence[Contest]) -> list[Trial]:
 
 
 def verdicts(
-    found: Sequence[Contest], trials: Sequence[Trial], records: Iterable[Mapping[str, Any]], problems: int
+    found: Sequence[Contest],
+    trials: Sequence[Trial],
+    records: Iterable[Mapping[str, Any]],
+    problems: int,
+    left_out: Collection[int] = (),
 ) -> list[Verdict]:
-    """The outcome of every contest, from the records of `confirming`'s trials."""
-    table = Table.of(trials, records, problems)
+    """The outcome of every contest, from the records of `confirming`'s trials; see Table.of."""
+    table = Table.of(trials, records, problems, left_out)
     lines = {config: _line(table, place) for place, config in enumerate(table.configs)}
     judged = []
     for contest in found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...strategies import ByDifficulty, Steer
-from .run import PROBE
+from .pilot import PROBE
 from .trials import Config, Scale, Trial
 
 COSTS = ("policy_tokens", "prm_tokens", "reference_tokens", "seconds")
@@ -37,15 +37,32 @@ class Table:
     difficulty: Mapping[tuple[str, str], np.ndarray]
 
     @classmethod
-    def of(cls, trials: Sequence[Trial], records: Iterable[Mapping[str, Any]], problems: int) -> Table:
-        """From a run's records. Raises ValueError where some are missing."""
+    def of(
+        cls,
+        trials: Sequence[Trial],
+        records: Iterable[Mapping[str, Any]],
+        problems: int,
+        left_out: Collection[int] = (),
+    ) -> Table:
+        """From a run's records.
+
+        Args:
+            trials, problems: of the run.
+            records: in any order.
+            left_out: places of problems that failed, whatever records they have.
+
+        Raises:
+            ValueError: records are missing, or no problem is left.
+        """
         by_index = {record["index"]: record for record in records}
-        missing = len(trials) * problems - len(by_index)
+        places = [place for place in range(problems) if place not in left_out]
+        if not places:
+            raise ValueError(f"all {problems} problems failed")
+        indices = [[trial * problems + place for place in places] for trial in range(len(trials))]
+        missing = sum(index not in by_index for row in indices for index in row)
         if missing:
             raise ValueError(f"{missing} records are missing: the run is not finished")
-        rows = [
-            [by_index[trial * problems + place]["ways"] for place in range(problems)] for trial in range(len(trials))
-        ]
+        rows = [[by_index[index]["ways"] for index in row] for row in indices]
         flat = [
             (config, [ways[way] for ways in row])
             for trial, row in zip(trials, rows, strict=True)
@@ -54,8 +71,8 @@ class Table:
         difficulty: dict[tuple[str, str], list[float]] = defaultdict(list)
         for number, trial in enumerate(trials):
             if trial.scorer is None:
-                for place in range(problems):
-                    for scorer, means in by_index[number * problems + place]["difficulty"].items():
+                for index in indices[number]:
+                    for scorer, means in by_index[index]["difficulty"].items():
                         for value, mean in means.items():
                             difficulty[scorer, value].append(mean)
         return cls(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -15,18 +14,34 @@ from ...driver.participants import Participants
 from ...driver.result import Result
 from ...driver.search_settings import SearchSettings
 from ...problems import Problem
-from ...protocols import Policy, PolicyBase, Sampling, Scorer
+from ...protocols import Policy, PolicyBase, RequestFailed, Sampling, Scorer
 from ...search import encode_all
 from ...strategies import BestOfN, Steer
+from ...tree import Prompt
 from ..plan import OWN, Cell
 from ..run import read_samples, run_searches
 from ..samples import Cost, Judge, Judging, Sample, choose, tokens_of
+from .pilot import PILOT, PROBE, Pilot, scale_of
 from .trials import Config, Scale, Trial
 
 Record = dict[str, Any]
 
-PROBE = 4  # whole samples that tell a problem's difficulty
-PILOT = 16  # problems that tell the scale
+OnFailure = Callable[[int, str], object]  # of a problem's place, and the reason
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A problem, as it is searched for.
+
+    Attributes:
+        prompt: with token ids.
+        occurrence: how many equal ones stand before it among all problems.
+        answer: the right one.
+    """
+
+    prompt: Prompt
+    occurrence: int
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -55,83 +70,141 @@ class Bench:
         if not self.scorers:
             raise ValueError("scorers is empty: at least one reward model is needed")
 
-    def scale(self, problems: Sequence[Problem], values: Sequence[str]) -> Scale:
-        """Draw a few samples of some problems, and see how long they are and how far their values spread."""
-        pilot = Trial(BestOfN(PROBE), None, None, None, ())
-        groups: list[list[Sample]] = []
-        depths: list[int] = []
-        seconds = 0.0
-        for problem, result, spent, _ in self._placed(pilot, problems[:PILOT]):
-            samples, costs = self._read(result, PROBE, problem, values)
-            groups.append(samples)
-            depths += [node.depth for node in result.candidates for _ in range(node.count)]
-            seconds += spent + sum(cost.seconds for cost in costs.values())
-        tokens = sum(one.tokens for group in groups for one in group)
-        spread = {
-            scorer: {value: _spread([[one.values[scorer][value] for one in group] for group in groups])
-                     for value in values}
-            for scorer in self.scorers
-        }  # fmt: skip
-        return Scale(tokens / (PROBE * len(groups)), fmean(depths), seconds / tokens, spread)
+    @property
+    def names(self) -> list[str]:
+        """Names of the scorers."""
+        return list(self.scorers)
+
+    def encode(self, prompt: Prompt) -> Prompt:
+        """A prompt with the policy's token ids. Raises ValueError where it does not fit the policy or a scorer."""
+        own, encoded = PolicyBase.of(self.policy), prompt
+        for scorer in self.scorers.values():  # whose context may be shorter
+            encoded = Participants(self.policy, own, scorer, None, None).encode(prompt)
+        return encoded
+
+    def scale(
+        self, problems: Sequence[Problem], values: Sequence[str], *, on_failure: OnFailure | None = None
+    ) -> Scale:
+        """Draw a few samples of some problems, and see how long they are and how far their values spread.
+
+        Raises ValueError where a prompt does not fit, or no problem was answered.
+        """
+        asked = self._asked(problems[:PILOT])
+        answered = self.outcomes(Pilot(tuple(values)), asked, on_failure)
+        return scale_of([{"problem": place, **outcome} for place, outcome in answered], self.names, values)
 
     def records(
-        self, trials: Sequence[Trial], problems: Sequence[Problem], done: Mapping[int, Record]
+        self,
+        trials: Sequence[Trial],
+        problems: Sequence[Problem],
+        done: Container[int] = (),
+        *,
+        wanted: Container[int] | None = None,
+        on_failure: OnFailure | None = None,
     ) -> Iterator[Record]:
         """Run what is missing of these trials.
+
+        Args:
+            trials: in the order in which records count them.
+            problems: likewise.
+            done: indices of records that are there.
+            wanted: indices of those that are asked for; None for all.
+            on_failure: called with the place of a problem that the policy gave up on, and the reason; it has no further
+                records. None to raise RequestFailed.
 
         Yields:
             Records, plain values, as they are finished: "index" is trial * len(problems) + problem, "ways" has right,
             policy_tokens, prm_tokens, reference_tokens and seconds of each of the trial's configs. Of whole samples
             "difficulty" is scorer -> value -> mean of the first PROBE samples. Seconds are wall time, of forwards that
             searches share in equal parts.
-        """
-        for number, trial in enumerate(trials):
-            first = number * len(problems)
-            missing = {place: problem for place, problem in enumerate(problems) if first + place not in done}
-            places = list(missing)
-            for problem, result, seconds, at in self._placed(trial, list(missing.values())):
-                read = self._of_samples if trial.scorer is None else self._of_search
-                yield {
-                    "index": first + places[at], "trial": number, "problem": places[at],
-                    **read(trial, result, problem, seconds),
-                }  # fmt: skip
 
-    def _placed(self, trial: Trial, problems: Sequence[Problem]) -> Iterator[tuple[Problem, Result, float, int]]:
-        """Search for these problems; each with its result, its seconds and its place, as it ends."""
+        Raises:
+            ValueError: a prompt is empty or too long; the message begins with "problems[place]:".
+        """
+        asked = self._asked(problems)
+        lost: set[int] = set()
+
+        def give_up(place: int, reason: str) -> None:
+            if on_failure is None:
+                raise RequestFailed(reason)
+            lost.add(place)
+            on_failure(place, reason)
+
+        for number, missing in missing_of(trials, len(problems), done, wanted):
+            some = {place: asked[place] for place in missing if place not in lost}
+            for place, outcome in self.outcomes(trials[number], some, give_up):
+                yield record_of(number * len(problems) + place, number, place, outcome)
+
+    def _asked(self, problems: Sequence[Problem]) -> dict[int, Asked]:
+        prompts = encode_all([problem.prompt for problem in problems], self.encode, "problems[{}]".format)
+        return {
+            place: Asked(prompt, occurrence, problems[place].answer)
+            for place, (prompt, occurrence) in enumerate(prompts)
+        }
+
+    def outcomes(
+        self, job: Trial | Pilot, asked: Mapping[int, Asked], on_failure: OnFailure | None = None
+    ) -> Iterator[tuple[int, Record]]:
+        """Search for these problems; the place of each with what its record says, as it ends.
+
+        Args:
+            job: what is done.
+            asked: by place.
+            on_failure: as of `records`.
+        """
+        whole = isinstance(job, Pilot)
+        trial = Trial(BestOfN(PROBE), None, None, None, ()) if isinstance(job, Pilot) else job
         scorer = None if trial.scorer is None else self.scorers[trial.scorer]
-        strategy, sampling = trial.strategy, self.sampling
+        strategy = trial.strategy
         policy = strategy.wrap(self.policy, scorer) if isinstance(strategy, Steer) else self.policy
-        own = PolicyBase.of(policy)
-        prompts = encode_all(
-            [problem.prompt for problem in problems], Participants(policy, own, scorer, None, None).encode,
-            "problems[{}]".format,
-        )  # fmt: skip
-        settings = SearchSettings.make(
-            strategy=strategy, value=None if trial.value == OWN else trial.value, steps=sampling.steps,
+        settings = self._settings(trial)
+        jobs = [Job(each.prompt, settings, each.occurrence, place) for place, each in asked.items()]
+        for one, result in run_searches(policy, scorer, jobs, self.batch):
+            judging = Judging(self.judge, self.answer, asked[one.place].answer)
+            if result.failure is not None:
+                if on_failure is None:
+                    raise RequestFailed(result.failure)
+                on_failure(one.place, result.failure)
+            elif whole:
+                yield one.place, self._of_pilot(job, result, judging, one.seconds)
+            elif trial.scorer is None:
+                yield one.place, self._of_samples(trial, result, judging, one.seconds)
+            else:
+                yield one.place, self._of_search(trial, result, judging, one.seconds)
+
+    def _settings(self, trial: Trial) -> SearchSettings:
+        sampling = self.sampling
+        return SearchSettings.make(
+            strategy=trial.strategy, value=None if trial.value == OWN else trial.value, steps=sampling.steps,
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
             seed=sampling.seed, stop=sampling.stop, include_stop_str=sampling.include_stop_str,
             budget=Budget(tokens=trial.tokens, seconds=self.seconds if trial.scorer is not None else None),
         )  # fmt: skip
-        jobs = [Job(prompt, settings, occurrence, place) for place, (prompt, occurrence) in enumerate(prompts)]
-        for job, result in run_searches(policy, scorer, jobs, self.batch):
-            yield problems[job.place], result, job.seconds, job.place
-
-    def _judging(self, problem: Problem) -> Judging:
-        return Judging(self.judge, self.answer, problem.answer)
 
     def _read(
-        self, result: Result, n: int, problem: Problem, values: Sequence[str]
+        self, result: Result, n: int, judging: Judging, values: Sequence[str]
     ) -> tuple[list[Sample], dict[str, Cost]]:
-        return read_samples(
-            result, n, policy=self.policy, scorers=self.scorers, values=values, judging=self._judging(problem)
-        )
+        return read_samples(result, n, policy=self.policy, scorers=self.scorers, values=values, judging=judging)
 
-    def _of_samples(self, trial: Trial, result: Result, problem: Problem, seconds: float) -> Record:
+    def _of_pilot(self, pilot: Pilot, result: Result, judging: Judging, seconds: float) -> Record:
+        """The record of a pilot; see scale_of."""
+        samples, costs = self._read(result, PROBE, judging, pilot.values)
+        return {
+            "tokens": [one.tokens for one in samples],
+            "depths": [node.depth for node in result.candidates for _ in range(node.count)],
+            "values": {
+                scorer: {value: [one.values[scorer][value] for one in samples] for value in pilot.values}
+                for scorer in self.scorers
+            },
+            "seconds": seconds + sum(cost.seconds for cost in costs.values()),
+        }
+
+    def _of_samples(self, trial: Trial, result: Result, judging: Judging, seconds: float) -> Record:
         """The record of whole samples: every config chooses among the first of them."""
         n = trial.strategy.n  # type: ignore[attr-defined]
         values = list(dict.fromkeys(config.value for config in trial.configs if config.value is not None))
-        samples, costs = self._read(result, n, problem, values)
+        samples, costs = self._read(result, n, judging, values)
         plain = {"samples": [{"tokens": one.tokens} for one in samples]}
         policy_tokens = {k: tokens_of(plain, k) for k in {_n(config) for config in trial.configs} | {n}}
         prompt = len(result.tree.prompt_ids)
@@ -153,9 +226,9 @@ class Bench:
         }
         return {"ways": ways, "difficulty": difficulty}
 
-    def _of_search(self, trial: Trial, result: Result, problem: Problem, seconds: float) -> Record:
+    def _of_search(self, trial: Trial, result: Result, judging: Judging, seconds: float) -> Record:
         """The record of a search: every config chooses among its candidates."""
-        judging, usage = self._judging(problem), result.usage
+        usage = result.usage
         cost = {
             "policy_tokens": sum(usage.sampled_tokens.values()), "prm_tokens": usage.of_role("prm"),
             "reference_tokens": usage.of_role("reference"), "seconds": seconds,
@@ -170,6 +243,22 @@ class Bench:
             right = node is not None and judging(node.path_text(), node.finish)[1]
             ways.append({"right": right, **cost})
         return {"ways": ways, "stopped": result.stopped}
+
+
+def missing_of(
+    trials: Sequence[Trial], problems: int, done: Container[int], wanted: Container[int] | None
+) -> Iterator[tuple[int, list[int]]]:
+    """The trials with the places of the problems whose records are asked for and are not done."""
+    for number in range(len(trials)):
+        indices = range(number * problems, (number + 1) * problems)
+        missing = [i - indices.start for i in indices if i not in done and (wanted is None or i in wanted)]
+        if missing:
+            yield number, missing
+
+
+def record_of(index: int, trial: int, problem: int, outcome: Record) -> Record:
+    """A record, of what Bench.outcomes gives."""
+    return {"index": index, "trial": trial, "problem": problem, **outcome}
 
 
 def _n(config: Config) -> int:
@@ -187,9 +276,3 @@ def _chosen(samples: Sequence[Sample], config: Config) -> Sample:
     weight = "softmax" if config.select == "weighted" else None
     cell = Cell(name, _n(config), config.scorer, config.value, weight)
     return choose(samples, cell, weight_temperature=config.weight_temperature)
-
-
-def _spread(groups: Sequence[Sequence[float]]) -> float:
-    """Standard deviation within groups, over all of them; 1 where all are equal."""
-    squares = [(x - fmean(group)) ** 2 for group in groups for x in group if math.isfinite(x)]
-    return math.sqrt(sum(squares) / max(1, len(squares) - len(groups))) or 1.0
