@@ -152,7 +152,6 @@ class Bench:
             asked: by place.
             on_failure: as of `records`.
         """
-        whole = isinstance(job, Pilot)
         trial = Trial(BestOfN(PROBE), None, None, None, ()) if isinstance(job, Pilot) else job
         scorer = None if trial.scorer is None else self.scorers[trial.scorer]
         strategy = trial.strategy
@@ -165,7 +164,7 @@ class Bench:
                 if on_failure is None:
                     raise RequestFailed(result.failure)
                 on_failure(one.place, result.failure)
-            elif whole:
+            elif isinstance(job, Pilot):
                 yield one.place, self._of_pilot(job, result, judging, one.seconds)
             elif trial.scorer is None:
                 yield one.place, self._of_samples(trial, result, judging, one.seconds)
