@@ -16,7 +16,7 @@ PILOT = 16  # problems
 
 @dataclass(frozen=True)
 class Pilot:
-    """What is asked of each problem: PROBE whole samples, under these values of every scorer."""
+    """The task of a pilot: PROBE whole samples of each problem, under these values of every scorer."""
 
     values: tuple[str, ...]
 
