@@ -13,7 +13,8 @@ import prm_search as ps
 from prm_search.demo import chains, pair_dir
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
-STEP, ROW, LEFT, TOP = 92, 15, 20, 40  # pixels: a step to the right, a leaf down, the margins
+STEP, ROW, LEFT, TOP = 104, 15, 20, 40  # pixels: a step to the right, a leaf down, the margins
+LETTER = 5.42  # pixels of a letter
 BUDGET = 320  # policy tokens, at most
 LENGTH, SEED = 6, 4
 STRATEGIES: Mapping[str, ps.Strategy] = {
@@ -47,6 +48,12 @@ def colour(reward: float) -> str:
     return f"rgb({pale},{190 - round(40 * strength)},{pale})" if reward >= 0 else f"rgb(225,{pale},{pale})"
 
 
+def label(node: ps.Node) -> str:
+    """The step's text, and how often it was drawn."""
+    times = f" x{node.count}" if node.count > 1 else ""
+    return "" if node.parent is None else f"{node.text.rstrip(';')}{times}"
+
+
 def picture(name: str, strategy: ps.Strategy, result: ps.Result, right: str) -> str:
     """The tree as SVG: an edge as wide as it was drawn often, the answer's path dark, rollouts dashed."""
     tree = result.tree
@@ -61,18 +68,18 @@ def picture(name: str, strategy: ps.Strategy, result: ps.Result, right: str) -> 
         before = where[node.parent]
         on = node in path
         dash = ' stroke-dasharray="3 2"' if node.rollout else ""
-        bend = (before[0] + x) / 2
         (x0, y0), wide = before, min(5.0, 0.8 + 0.3 * node.count)
-        curve = f"M{x0 + 4:.0f} {y0:.1f}C{bend:.0f} {y0:.1f} {bend:.0f} {y:.1f} {x:.0f} {y:.1f}"
+        x0 = min(x0 + 8 + LETTER * len(label(node.parent)), x - 10)  # behind the parent's label
+        bend = (x0 + x) / 2
+        curve = f"M{x0:.0f} {y0:.1f}C{bend:.0f} {y0:.1f} {bend:.0f} {y:.1f} {x:.0f} {y:.1f}"
         parts.append(f'<path d="{curve}" stroke="{"#234" if on else "#bbb"}" stroke-width="{wide:.1f}"{dash}/>')
     for node, (x, y) in where.items():
         fill = "#234" if node.parent is None else colour(node.reward)
         ring = ' stroke="#234"' if node.finish == "stop" else ""
-        times = f" x{node.count}" if node.count > 1 else ""
         parts.append(f'<circle cx="{x:.0f}" cy="{y:.1f}" r="4" fill="{fill}"{ring}/>')
         if node.parent is not None:
             weight = ' font-weight="bold"' if node in path else ""
-            parts.append(f'<text x="{x + 7:.0f}" y="{y + 3:.1f}"{weight}>{escape(node.text.rstrip(";"))}{times}</text>')
+            parts.append(f'<text x="{x + 7:.0f}" y="{y + 3:.1f}"{weight}>{escape(label(node))}</text>')
     tokens = sum(result.usage.sampled_tokens.values())
     verdict = "right" if result.answer == right else "wrong"
     caption = f"{strategy!r}".partition(", per_parent")[0].partition(", rule")[0].rstrip(")") + ")"
