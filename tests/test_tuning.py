@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from fakes import RULE, FakePolicy, FakeScorer
 from prm_search.evaluation.tuning.confirm import Limit, confirming, contests, verdicts
 from prm_search.evaluation.tuning.guidance import plain_config, read_config
 from prm_search.evaluation.tuning.pick import Table, affordable, baseline, pick, pick_within
+from prm_search.evaluation.tuning.race import Dropped, Race
+from prm_search.evaluation.tuning.report import write_tuning
 from prm_search.evaluation.tuning.run import Bench
 from prm_search.evaluation.tuning.trials import Config, Grid, Scale, Trial
 from prm_search.problems import Problem
@@ -107,7 +111,9 @@ def test_plain_best_of_n_is_the_largest_under_its_best_value() -> None:
     assert baseline(table(rows, DIFFICULTY), range(4), "policy_tokens") == 2
 
 
-def records(trials: Sequence[Trial], right: dict[Config, Sequence[int]]) -> list[dict[str, Any]]:
+def records(
+    trials: Sequence[Trial], right: dict[Config, Sequence[int]], difficulty: Sequence[float] | None = None
+) -> list[dict[str, Any]]:
     """What a run of these trials would have written."""
     return [
         {
@@ -117,7 +123,7 @@ def records(trials: Sequence[Trial], right: dict[Config, Sequence[int]]) -> list
                  "seconds": 0.1}
                 for one in trial.configs
             ],
-            "difficulty": {"prm": {"q": 0.0}},
+            "difficulty": {"prm": {"q": 0.0 if difficulty is None else difficulty[place]}},
         }
         for number, trial in enumerate(trials)
         for place in range(len(next(iter(right.values()))))
@@ -151,6 +157,93 @@ def test_a_table_needs_every_record() -> None:
     trials = [Trial(BestOfN(16), None, None, None, (PLAIN,))]
     with pytest.raises(ValueError, match="1 records are missing"):
         Table.of(trials, records(trials, {PLAIN: [1, 0]})[:1], 2)
+
+
+# -- the race ----------------------------------------------------------------------------------------------------------
+
+SAMPLES = Trial(BestOfN(16), None, None, None, (PLAIN, config(BestOfN(16), select="majority")))
+LONG, SHORT = config(Beam(4, 4)), config(Beam(2, 4), tokens=256)
+TRIALS = [SAMPLES, *(Trial(one.strategy, "prm", "q", one.tokens, (one,)) for one in (LONG, SHORT))]
+ALL, NONE = [1] * 32, [0] * 32
+
+
+def raced(
+    race: Race, right: dict[Config, Sequence[int]], difficulty: Sequence[float] = (0.0,) * 32, **given: Any
+) -> Any:
+    """The end of a race, whose records come as it asks for them, the last first; and the records."""
+    written = {record["index"]: record for record in records(TRIALS, right, difficulty)}
+    there: dict[int, dict[str, Any]] = {}
+    while (now := race.standing(there, **given)).missing:
+        assert not set(now.missing) & set(there)
+        assert len(now.missing) <= now.left
+        there |= {index: written[index] for index in reversed(now.missing)}
+    return now, there
+
+
+def right(long: Sequence[int], short: Sequence[int], plain: Sequence[int] = ALL) -> dict[Config, Sequence[int]]:
+    return {PLAIN: plain, SAMPLES.configs[1]: NONE, LONG: long, SHORT: short}
+
+
+def test_what_is_clearly_behind_at_a_quarter_is_not_tried_on_the_rest() -> None:
+    race = Race(TRIALS, 32, bins=1)
+    end, there = raced(race, right(NONE, ALL))
+    assert (end.trials, end.dropped) == ((0, 2), (Dropped(1, 8),))
+    assert len(there) == 2 * 32 + 8
+    found = race.table(there, end.trials)
+    assert LONG not in found.configs
+    assert found.accuracy().tolist() == [1.0, 0.0, 1.0]  # whole samples stay, the vote among them too
+    (line,) = race.dropped_lines(there)
+    assert (line[0], line[1].config, line[1].accuracy) == (8, LONG, 0.0)
+    assert race.standing(dict(sorted(there.items()))) == end  # in whatever order they came
+
+
+def test_seven_to_none_is_not_clear_and_eight_at_the_half_are() -> None:
+    late = [1, *NONE[1:]]
+    assert raced(Race(TRIALS, 32, bins=1), right(late, ALL))[0].dropped == (Dropped(1, 16),)
+    even = [1, 0] * 16  # of two that differ as often the one way as the other
+    other = [0, 1] * 16
+    assert raced(Race(TRIALS, 32, bins=1), right(even, other, other))[0].dropped == ()
+
+
+def test_the_leader_costs_no_more() -> None:
+    end, _ = raced(Race(TRIALS, 32, bins=1), right(ALL, NONE))
+    assert end.dropped == ()  # what was made for fewer tokens than all that is better
+    cheap = SAMPLES.configs[0]
+    assert cheap.tokens > SHORT.tokens
+    assert raced(Race(TRIALS, 32, bins=1, cost="seconds"), right(ALL, NONE))[0].dropped == (Dropped(2, 8),)
+
+
+def test_what_is_best_in_a_bin_of_difficulty_stays() -> None:
+    hard = [0.0 if place % 8 == 0 else 1.0 + place % 8 / 8 for place in range(32)]
+    plain = [int(place % 8 != 0) for place in range(32)]
+    beam = [1 - one for one in plain]
+    outcomes = right(beam, beam, plain)
+    assert raced(Race(TRIALS, 32, bins=1), outcomes, hard)[0].dropped == (Dropped(1, 16),)
+    assert raced(Race(TRIALS, 32, bins=8), outcomes, hard)[0].dropped == ()
+    assert raced(Race(TRIALS, 32, bins=8), right(NONE, NONE, plain), hard)[0].dropped == (Dropped(1, 16),)
+
+
+def test_a_race_leaves_problems_out_and_can_be_switched_off() -> None:
+    end, there = raced(Race(TRIALS, 32, bins=1), right(NONE, ALL), left_out={0, 31})
+    assert end.dropped == (Dropped(1, 16),)  # seven at the quarter
+    assert not {index % 32 for index in there} & {0, 31}
+    end, there = raced(Race(TRIALS, 32, bins=1, on=False), right(NONE, ALL))
+    assert (end.dropped, len(there)) == ((), 3 * 32)
+
+
+def test_the_page_says_what_was_dropped(tmp_path: Path) -> None:
+    race = Race(TRIALS, 32, bins=1)
+    end, there = raced(race, right(NONE, ALL))
+    found = race.table(there, end.trials)
+    held = contests(found, SCALE, [Limit(512)], bins=1)
+    trials = confirming(held)
+    outcomes = {one: ALL for trial in trials for one in trial.configs}
+    judged = verdicts(held, trials, records(trials, outcomes), 32)
+    write_tuning(tmp_path, found, judged, {}, title="T", dropped=race.dropped_lines(there))
+    page = (tmp_path / "tune.md").read_text()
+    assert "## Dropped on the way" in page
+    (dropped,) = json.loads((tmp_path / "tune.json").read_text())["dropped"]
+    assert (dropped["title"], dropped["problems"], dropped["accuracy"]) == (LONG.title(), 8, 0.0)
 
 
 def test_a_grid_tries_shapes_of_each_budget_and_reads_votes_off_the_same_trees() -> None:

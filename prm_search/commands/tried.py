@@ -36,6 +36,12 @@ class Tried:
     )
     alphas: Annotated[str, typer.Option(help="steer: strengths.", rich_help_panel=ADVANCED)] = "0.5,1"
     bins: Annotated[int, typer.Option(help="Bins of difficulty; 1: one strategy for all.", rich_help_panel=_TRIED)] = 3
+    race: Annotated[
+        bool,
+        typer.Option(
+            "--race/--no-race", help="Do not try on all problems what falls clearly behind.", rich_help_panel=_TRIED
+        ),
+    ] = True
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.budget_seconds is None):

@@ -18,8 +18,9 @@ from ..evaluation.samples import Judge
 from ..evaluation.tuning.confirm import Verdict, confirming, contests, verdicts
 from ..evaluation.tuning.guidance import guidance, write_guidance
 from ..evaluation.tuning.pick import Table
+from ..evaluation.tuning.race import Race, Standing
 from ..evaluation.tuning.report import write_tuning
-from ..evaluation.tuning.trials import Scale, Trial
+from ..evaluation.tuning.trials import Scale
 from ..protocols import Sampling
 from ..steps import StepRule
 from . import BadInput
@@ -120,21 +121,22 @@ class TuneRun:
         )  # fmt: skip
         with bench, bar:
             scale = self._scale(bench, bar)
-            trials = self._trials(scale)
-            records = self._records(TRIALS, trials, choosing, bench, bar)
-            table = Table.of(trials, records, len(choosing), self.left_out.places(TRIALS))
-            found = contests(table, scale, self.tried.limits, bins=self.tried.bins)
-            self._records(CONFIRM, confirming(found), confirm, bench, bar)
+            race = self._race(scale)
+            records = self._records(TRIALS, race, choosing, bench, bar)
+            found = contests(self._table(race, records), scale, self.tried.limits, bins=self.tried.bins)
+            trials = confirming(found)
+            self._records(CONFIRM, Race(trials, len(confirm), 1, on=False), confirm, bench, bar)
         self.report()
         self.left_out.check()
 
     def report(self) -> None:
         """Make table, plots and guidance from the records. Raises BadInput where they are not all there."""
-        choosing, confirm = self.halves
+        confirm = self.halves[1]
         scale = self._scale()
-        trials = self._trials(scale)
+        race = self._race(scale)
         try:
-            table = Table.of(trials, finished(self.folder / TRIALS), len(choosing), self.left_out.places(TRIALS))
+            records = {record["index"]: record for record in finished(self.folder / TRIALS)}
+            table = self._table(race, records)
             found = contests(table, scale, self.tried.limits, bins=self.tried.bins)
             judged = verdicts(
                 found, confirming(found), finished(self.folder / CONFIRM), len(confirm), self.left_out.places(CONFIRM)
@@ -145,10 +147,11 @@ class TuneRun:
             **self.models.about(),
             "problems": f"{table.right.shape[1]} to choose on, {judged[0].comparison.problems} to confirm on",
             **self.left_out.about(),
-            "a whole sample": f"{scale.tokens:.1f} tokens, {scale.steps:.1f} steps", "tried": len(table.configs),
-            "seed": self.seed,
+            "a whole sample": f"{scale.tokens:.1f} tokens, {scale.steps:.1f} steps",
+            "tried": sum(len(trial.configs) for trial in race.trials), "seed": self.seed,
         }  # fmt: skip
-        print(write_tuning(self.folder, table, judged, about, title=self.title))
+        dropped = race.dropped_lines(records, self.left_out.places(TRIALS))
+        print(write_tuning(self.folder, table, judged, about, title=self.title, dropped=dropped))
         for verdict in judged:
             print(verdict.sentence)
             self._guide(verdict, last=verdict is judged[-1])
@@ -196,34 +199,40 @@ class TuneRun:
         path.write_text(json.dumps({"key": key, **scale.card()}) + "\n", encoding="utf-8")
         return scale
 
-    def _trials(self, scale: Scale) -> list[Trial]:
-        """The trials: within the budgets in tokens, or within what seconds seem to pay for."""
+    def _race(self, scale: Scale) -> Race:
+        """The race of the trials: within the budgets in tokens, or within what seconds seem to pay for."""
         budgets = self.tried.tokens
         if self.tried.budget_seconds is not None:
             whole = self.tried.budget_seconds / scale.seconds
             budgets = sorted({max(1, round(whole * share)) for share in (0.5, 1.0, 2.0)})
         elif len(budgets) == 1 and self.tried.bins > 1:
             budgets = [round(0.75 * budgets[0]), *budgets]  # a choice by difficulty has to leave room for its probe
-        return self.tried.grid(budgets).trials(scale, self.models.names)
+        trials = self.tried.grid(budgets).trials(scale, self.models.names)
+        cost = "policy_tokens" if self.tried.budget_seconds is None else "seconds"
+        return Race(trials, len(self.halves[0]), self.tried.bins, cost, on=self.tried.race)
+
+    def _table(self, race: Race, records: Mapping[int, Mapping[str, Any]]) -> Table:
+        """The outcomes of what is still in the race at its end. Raises ValueError where records are missing."""
+        left_out = self.left_out.places(TRIALS)
+        return race.table(records, race.standing(records, left_out).trials, left_out)
 
     def _records(
-        self, name: str, trials: Sequence[Trial], items: Sequence[Item], bench: TuneBench, bar: Bar
-    ) -> list[dict[str, Any]]:
-        """The records of these trials, of which the file has some already."""
-        keys = [key for trial in trials for key in digests(items, *self._key(), repr(trial))]
+        self, name: str, race: Race, items: Sequence[Item], bench: TuneBench, bar: Bar
+    ) -> dict[int, dict[str, Any]]:
+        """The records of a race by their indices, of which the file has some already."""
+        keys = [key for trial in race.trials for key in digests(items, *self._key(), repr(trial))]
 
-        def missing() -> list[int]:
-            left_out = self.left_out.places(name)
-            return [i for i in range(len(keys)) if i not in records and i % len(items) not in left_out]
+        def standing() -> Standing:
+            return race.standing(records, self.left_out.places(name))
 
         with RecordFile(str(self.folder / name), keys, resume=True) as file:
             records = dict(file.done)
             try:
-                if wanted := missing():
-                    bar.at(name.partition(".")[0], len(keys) - len(wanted), len(keys))
+                while (now := standing()).missing:
+                    bar.at(name.partition(".")[0], len(records), len(records) + now.left)
                     with bench.of(items) as (opened, problems):
                         flow = opened.records(
-                            trials, problems, wanted=set(wanted), on_failure=self.left_out.taker(name, bar)
+                            race.trials, problems, wanted=set(now.missing), on_failure=self.left_out.taker(name, bar)
                         )
                         for record in flow:
                             records[record["index"]] = record
@@ -231,8 +240,8 @@ class TuneRun:
                             bar.tick()
                 file.put_in_order()
             finally:
-                report(file, len(records), len(records) + len(missing()))
-        return list(records.values())
+                report(file, len(records), len(records) + standing().left)
+        return records
 
     def _key(self) -> list[object]:
         return ["tune", self.models.card(), self.models.dtype, *self.settings, repr(self.sampling), len(self.items)]

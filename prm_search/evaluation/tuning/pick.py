@@ -43,13 +43,16 @@ class Table:
         records: Iterable[Mapping[str, Any]],
         problems: int,
         left_out: Collection[int] = (),
+        *,
+        numbers: Sequence[int] | None = None,
     ) -> Table:
         """From a run's records.
 
         Args:
             trials, problems: of the run.
             records: in any order.
-            left_out: places of problems that failed, whatever records they have.
+            left_out: places of problems that are not looked at, as failed ones.
+            numbers: of the trials that are; None for all.
 
         Raises:
             ValueError: records are missing, or no problem is left.
@@ -58,20 +61,21 @@ class Table:
         places = [place for place in range(problems) if place not in left_out]
         if not places:
             raise ValueError(f"all {problems} problems failed")
-        indices = [[trial * problems + place for place in places] for trial in range(len(trials))]
+        chosen = range(len(trials)) if numbers is None else numbers
+        indices = [[trial * problems + place for place in places] for trial in chosen]
         missing = sum(index not in by_index for row in indices for index in row)
         if missing:
             raise ValueError(f"{missing} records are missing: the run is not finished")
         rows = [[by_index[index]["ways"] for index in row] for row in indices]
         flat = [
             (config, [ways[way] for ways in row])
-            for trial, row in zip(trials, rows, strict=True)
-            for way, config in enumerate(trial.configs)
+            for trial, row in zip(chosen, rows, strict=True)
+            for way, config in enumerate(trials[trial].configs)
         ]
         difficulty: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for number, trial in enumerate(trials):
-            if trial.scorer is None:
-                for index in indices[number]:
+        for trial, row_of in zip(chosen, indices, strict=True):
+            if trials[trial].scorer is None:
+                for index in row_of:
                     for scorer, means in by_index[index]["difficulty"].items():
                         for value, mean in means.items():
                             difficulty[scorer, value].append(mean)
@@ -225,10 +229,21 @@ def _groups(table: Table, places: Sequence[int]) -> dict[Group, list[int]]:
     groups: dict[Group, list[int]] = defaultdict(list)
     for place in places:
         config = table.configs[place]
-        if config.scorer is None or config.value is None or isinstance(config.strategy, Steer):
-            continue
-        groups[config.scorer, config.value, config.select, config.weight_temperature].append(place)
+        if config.scorer is not None and config.value is not None and may_be_a_bins(config):
+            groups[config.scorer, config.value, config.select, config.weight_temperature].append(place)
     return {key: members for key, members in groups.items() if len(members) > 1}
+
+
+def may_be_a_bins(config: Config) -> bool:
+    """Return True if a config may be what a bin of difficulty goes on with: it ranks, and does not steer."""
+    return config.scorer is not None and config.value is not None and not isinstance(config.strategy, Steer)
+
+
+def edges_of(difficulty: np.ndarray, bins: int) -> tuple[float, ...]:
+    """The thresholds between bins of difficulty, its quantiles: ascending, fewer where some are equal."""
+    quantiles = np.quantile(difficulty, np.arange(1, bins) / bins)
+    edges = tuple(float(f"{edge:.6g}") for edge in quantiles)
+    return tuple(edge for before, edge in pairwise((-np.inf, *edges)) if edge > before)
 
 
 def _bins(
@@ -236,9 +251,7 @@ def _bins(
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """Thresholds of difficulty, and the best config of each bin; the group's best where a bin has none better."""
     difficulty = table.difficulty[group[:2]]
-    quantiles = np.quantile(difficulty, np.arange(1, bins) / bins)
-    thresholds = tuple(float(f"{edge:.6g}") for edge in quantiles)
-    thresholds = tuple(edge for before, edge in pairwise((-np.inf, *thresholds)) if edge > before)
+    thresholds = edges_of(difficulty, bins)
     overall = best(table, places, cost)
     members = np.searchsorted(thresholds, difficulty, side="right")
     chosen = []

@@ -17,6 +17,11 @@ METHOD = """\
 * Half of the problems, told by a hash of the prompt, are for choosing, the other half for confirming. Whole samples of
   a problem are drawn once; every vote, value, temperature and smaller number chooses among the first of them, and every
   choice of a search among its one tree's answers.
+* **Race**: after a quarter, a half and three quarters of the problems for choosing, a search is dropped whose every way
+  to choose is behind: the best so far of the configurations that cost no more is right where it is wrong more often
+  than the reverse, with p of at most .01 by the exact sign test, and it is right no more often than that one in any bin
+  of difficulty. Whole samples are never dropped, and the problems for confirming are not looked at. `--no-race` tries
+  everything on all problems.
 * A token budget cuts every search; n whole samples have as many tokens on average. Of a budget of seconds, what took
   longer on average is left out.
 * **By difficulty**: the mean value of the first 4 whole answers tells how hard a problem is; bins are its quantiles. A
@@ -32,11 +37,17 @@ METHOD = """\
 """
 
 
-def card(table: Table, verdicts: Sequence[Verdict], about: Mapping[str, Any]) -> dict[str, Any]:
+DroppedLines = Sequence[tuple[int, Line]]  # problems that a config was tried on before it was dropped, and its figures
+
+
+def card(
+    table: Table, verdicts: Sequence[Verdict], about: Mapping[str, Any], dropped: DroppedLines = ()
+) -> dict[str, Any]:
     """Everything, as plain values."""
     return {
         "about": dict(about),
         "tried": [_plain_line(line) for line in lines_of(table)],
+        "dropped": [{"problems": problems, **_plain_line(line)} for problems, line in dropped],
         "verdicts": [
             {
                 "budget": asdict(verdict.contest.limit), "sentence": verdict.sentence, "beats": verdict.beats,
@@ -55,10 +66,17 @@ def _plain_line(line: Line) -> dict[str, Any]:
 
 
 def write_tuning(
-    folder: Path, table: Table, verdicts: Sequence[Verdict], about: Mapping[str, Any], *, title: str
+    folder: Path,
+    table: Table,
+    verdicts: Sequence[Verdict],
+    about: Mapping[str, Any],
+    *,
+    title: str,
+    dropped: DroppedLines = (),
 ) -> str:
     """Write tune.json, tune.md and, where matplotlib is installed, two plots. Returns the table of the page."""
-    (folder / "tune.json").write_text(json.dumps(card(table, verdicts, about), indent=1) + "\n", encoding="utf-8")
+    plain = card(table, verdicts, about, dropped)
+    (folder / "tune.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     try:
         from .plots import plot
     except ImportError as error:
@@ -69,8 +87,8 @@ def write_tuning(
     sentences = "\n".join(f"* {verdict.sentence}." for verdict in verdicts)
     parts = [
         f"# {title}", "\n".join(f"* {name}: {value}" for name, value in about.items()), "## On held-out problems",
-        sentences, shown, "## What was tried", best_table(table), *(f"![{Path(p).stem}]({p})" for p in pictures),
-        remark, "## How it was done", METHOD,
+        sentences, shown, "## What was tried", best_table(table), *_dropped(dropped),
+        *(f"![{Path(p).stem}]({p})" for p in pictures), remark, "## How it was done", METHOD,
     ]  # fmt: skip
     page = "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
     (folder / "tune.md").write_text(page, encoding="utf-8")
@@ -92,6 +110,17 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
             if verdict.contest.pick.config == verdict.contest.plain:
                 break
     return grid(head, rows, left=2)
+
+
+def _dropped(dropped: DroppedLines) -> list[str]:
+    """The section of what was dropped; empty where nothing was."""
+    if not dropped:
+        return []
+    rows = [
+        [str(line.config.tokens), line.config.title(), str(problems), f"{line.accuracy:.3f}"]
+        for problems, line in dropped
+    ]
+    return ["## Dropped on the way", grid(["made for", "", "problems", "right on them"], rows, left=2)]
 
 
 def best_table(table: Table) -> str:
