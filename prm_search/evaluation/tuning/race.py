@@ -89,7 +89,7 @@ class Race:
             records: by their indices; those of later problems, and of dropped trials, are not looked at.
             left_out: places of problems that failed.
         """
-        alive, dropped = tuple(range(len(self.trials))), []
+        alive, dropped = tuple(range(len(self.trials))), list[Dropped]()
         for end in self.ends:
             missing = self._missing(records, alive, end, left_out)
             if missing or end == self.problems:
