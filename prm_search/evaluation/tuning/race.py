@@ -121,7 +121,7 @@ class Race:
     def dropped_lines(
         self, records: Mapping[int, Mapping[str, Any]], left_out: Collection[int] = ()
     ) -> list[tuple[int, Line]]:
-        """How many problems each dropped config was tried on, and its figures there."""
+        """The figures of dropped configs, each behind the number of problems that it was tried on."""
         lines = []
         for each in self.standing(records, left_out).dropped:
             table = self.table(records, [each.trial], left_out, each.problems)
