@@ -9,6 +9,7 @@ import pytest
 from fakes import RULE, FakeScorer
 
 from prm_search import PRMGuidance
+from prm_search.answers.functions import whole_name
 from prm_search.driver.budget import Budget
 from prm_search.driver.guidance_file import guidance_of, read_guidance
 from prm_search.evaluation.tuning.guidance import guidance, write_guidance
@@ -56,9 +57,30 @@ def test_json_is_read_too(tmp_path: Path) -> None:
     assert read_guidance(path).settings().budget.tokens == 9
 
 
+def test_an_answer_may_be_a_function_of_a_module_or_a_file(workdir: Path) -> None:
+    Path("reading.py").write_text("def last(text):\n    return text[-1:]\n")
+    for name in ("prm_search.demo.chains:answer", "reading:last", f"{workdir}/reading.py:last", "reading.py:last"):
+        Path("guidance.yaml").write_text(f"strategy: beam\nselect: majority\nanswer: {name}\n")
+        read = read_guidance("guidance.yaml").settings().answer
+        made = PRMGuidance.from_file("guidance.yaml", FakeScorer())
+        assert read("=5") == made.answer("=5") == "5"
+    assert whole_name("reading.py:last") == f"{workdir}/reading.py:last"
+    assert whole_name("reading:last") == "reading:last"
+    assert PRMGuidance.from_file("guidance.yaml", FakeScorer(), answer="boxed").answer == "boxed"
+    with pytest.raises(ValueError, match=r"^answer='os:getcwd' is unknown"):  # a file may name one, nobody else
+        PRMGuidance(FakeScorer(), answer="os:getcwd")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (
+            "strategy: beam\nanswer: nowhere.py:f\n",
+            r"guidance.yaml: answer: nowhere.py:f: nowhere.py cannot be imported",
+        ),
+        ("strategy: beam\nanswer: 'os.path:none'\n", r"answer: os.path:none: os.path has no function none"),
+        ("strategy: beam\nanswer: ':f'\n", r"answer: :f: a module cannot be imported"),
+        ("strategy: beam\nanswer: last\n", r"answer='last' is unknown"),
         ("- beam\n", r"guidance.yaml: keys and values are needed, got list"),
         ("strategy: beam\nstrategy: dvts\n", r"guidance.yaml, line 2: not YAML \(strategy stands twice\)"),
         ("strategy: [\n", r"guidance.yaml, line 2: not YAML"),

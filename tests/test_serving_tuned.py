@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from prm_search.demo.chains import answer
 from prm_search.driver.guidance_file import guidance_of
 from prm_search.serving.config import ServeConfig
 from prm_search.serving.errors import RequestError
@@ -59,6 +60,13 @@ def test_the_strategy_tuned_asks_for_it_by_name() -> None:
     body = parse("text", json.dumps({"prompt": "?", "prm_guidance": {"strategy": "tuned"}}).encode())
     with pytest.raises(RequestError, match="'tuned' is unknown"):
         make_ask(body, LIMITS, steps=SERVER_RULE)
+
+
+def test_the_file_may_name_a_function_for_answers_and_a_request_may_not() -> None:
+    assert ask(CONTENT | {"answer": "prm_search.demo.chains:answer"}).settings.answer is answer
+    with pytest.raises(RequestError, match="os:getcwd") as caught:
+        ask(prm_guidance={"strategy": "beam", "answer": "os:getcwd"})
+    assert caught.value.param == "prm_guidance.answer"
 
 
 def test_steer_is_served_as_a_steered_policy() -> None:

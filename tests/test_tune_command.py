@@ -9,7 +9,7 @@ import pytest
 from records import lines, write
 
 from prm_search.cli import main
-from prm_search.demo.chains import problems
+from prm_search.demo.chains import answer, problems
 from prm_search.driver.guidance_file import read_guidance
 
 ANSWER = "prm_search.demo.chains:answer"
@@ -37,6 +37,7 @@ def test_it_tries_picks_confirms_and_goes_on_where_it_stopped(folder, capsys):
     assert names == {"best_of_n", "beam"}
     guided = read_guidance("out/guidance.yaml")
     assert guided.models["pair"] == "demo"
+    assert guided.choice["answer"] is answer
     assert guided.steps.delimiter in (";", (";",))  # the pair's card says so
     for name in ("tune.md", "accuracy-tokens.png", "accuracy-seconds.png"):
         assert Path("out", name).is_file()
@@ -60,7 +61,8 @@ def test_it_tries_picks_confirms_and_goes_on_where_it_stopped(folder, capsys):
     assert "of other inputs or settings" in capsys.readouterr().err
 
     assert main(["generate", "--config", "out/guidance.yaml", "--prompt", problems(1)[0].prompt, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["text"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["answer"] == answer(result["text"]) is not None
 
 
 def test_several_budgets_in_tokens(folder, capsys):

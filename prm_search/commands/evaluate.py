@@ -18,7 +18,7 @@ from .eval_run import RECORDS, EvalRun, NamedModels, describe, rebuild
 from .eval_trees import kept_trees, trees_page
 from .grouped import grouped
 from .options import ADVANCED, DATA, MODELS, OUTPUT, PAIR_HELP, listed, numbers
-from .problems import function_of, make_judge
+from .problems import answer_of, make_judge
 from .progress import Bar
 from .records import Item, RecordFile, report, writable
 from .responses import read_responses
@@ -227,7 +227,7 @@ def evaluate(
         raise BadInput(f"a pair is needed for {', '.join(plan.ranked or plan.strategies)}: --pair, --prm or --scorer")
     if answered and compared.budgets is None:
         _say_what_limits(items, answered, plan)
-    run = EvalRun(items, answered, plan, judge, _extractor(answer), models, recorded.record)
+    run = EvalRun(items, answered, plan, judge, answer_of(answer), models, recorded.record)
     card = {**models.about(), "data": problems.data or problems.responses}
     about = {**card, "label": label, "answer": answer, "plan": plan.card()}
     keys = run.keys(models.card(), place.dtype, label, answer, plan.card())
@@ -294,10 +294,6 @@ def _check_source(
     named = next((name for name, value in of_data.items() if value), None)
     if existing and named is not None:
         raise BadInput(f"--{named} is for --data; --responses are taken as they are, and nothing is sampled")
-
-
-def _extractor(answer: str | None) -> Any:
-    return function_of("--answer", answer) if answer is not None and ":" in answer else answer
 
 
 def _say_what_limits(items: Sequence[Item], answered: Sequence[Answered], plan: Plan) -> None:

@@ -20,6 +20,7 @@ from . import BadInput, groups, options, render
 from .config import Common
 from .grouped import grouped
 from .options import ADVANCED, CHOICE, OUTPUT, PROMPTS, SEARCH
+from .problems import answer_of
 from .progress import Bar
 from .records import Item, RecordFile, asked, digests, dumps, prompt_of, read_items, reason, report, writable
 from .view import write_page
@@ -117,7 +118,8 @@ class Choice:
         typer.Option(help="best, majority or weighted; default: the strategy's own.", rich_help_panel=CHOICE),
     ] = None
     answer: Annotated[
-        str | None, typer.Option(help="The answer in a text: boxed, #### or number.", rich_help_panel=CHOICE)
+        str | None,
+        typer.Option(help="The answer in a text: boxed, ####, number or module:function.", rich_help_panel=CHOICE),
     ] = None
     weight: Annotated[str, typer.Option(help="weighted: softmax or sigmoid.", rich_help_panel=ADVANCED)] = "softmax"
     weight_temperature: Annotated[float, typer.Option(help="weighted: of the weights.", rich_help_panel=ADVANCED)] = 1.0
@@ -212,7 +214,7 @@ def _settings(
         steps=rule,
         seed=draws.seed,
         select=choice.select,  # type: ignore[arg-type]
-        answer=choice.answer,
+        answer=answer_of(choice.answer),
         budget=budget.make(),
         value=search.value,
         weight=choice.weight,  # type: ignore[arg-type]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from ..answers import ANSWERS as EXTRACTORS, verifiers
+from ..answers.functions import function_named
 from ..problems import LABELS, Judge, Problem, stated_answer
 from . import BadInput
 from .records import Item, asked_in, json_lines, prompt_of, reason
@@ -144,30 +141,18 @@ def make_judge(label: str, answer: str | None) -> Judge:
         raise BadInput("--answer is not asked where --label is a function")
     return Judge(
         function_of("--label", label) if ":" in label else label,
-        function_of("--answer", answer) if answer is not None and ":" in answer else answer,
+        answer_of(answer),
     )
 
 
 def function_of(option: str, source: str) -> Callable[..., Any]:
     """The function that "module:name" or "file.py:name" stands for. Raises BadInput where there is none."""
-    module, _, name = source.rpartition(":")
     try:
-        if module.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(module).stem, module)
-            if spec is None or spec.loader is None:
-                raise BadInput(f"{option} {source}: {module} is no Python file")
-            loaded = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(loaded)
-        else:
-            sys.path.insert(0, os.getcwd())  # for this import alone: what lies beside a user is not to shadow packages
-            try:
-                loaded = importlib.import_module(module)
-            finally:
-                sys.path.remove(os.getcwd())
-    except (ImportError, OSError, ValueError) as error:
-        raise BadInput(f"{option} {source}: {module or 'a module'} cannot be imported: {reason(error)}") from error
-    function = getattr(loaded, name, None)
-    if not callable(function):
-        raise BadInput(f"{option} {source}: {module} has no function {name}")
-    result: Callable[..., Any] = function
-    return result
+        return function_named(source)
+    except ValueError as error:
+        raise BadInput(f"{option} {error}") from error
+
+
+def answer_of(answer: str | None) -> Any:
+    """The function that `--answer` names, or the name of one of ours. Raises BadInput as function_of."""
+    return function_of("--answer", answer) if answer is not None and ":" in answer else answer

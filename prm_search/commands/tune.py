@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from ..answers.functions import whole_name
 from . import BadInput, groups
 from .config import Common
 from .eval_run import NamedModels
 from .evaluate import Pairs, card_delimiters
 from .grouped import grouped
 from .options import SAMPLING
-from .problems import function_of, make_judge
+from .problems import answer_of, make_judge
 from .tried import Tried
 from .tune_run import TuneRun
 from .workers import Workers
@@ -58,7 +59,8 @@ def tune(
         models=models,
         workers=workers,
         judge=make_judge(label, answer if ":" not in label else None),
-        answer=function_of("--answer", answer) if answer is not None and ":" in answer else answer,
+        answer=answer_of(answer),
+        answer_name=None if answer is None else whole_name(answer),
         rule=steps.rule(card_delimiters(models.cards, steps.delimiter, steps.step_regex)),
         draws=draws.fields(),
         seed=draws.seed,

@@ -65,6 +65,7 @@ class TuneRun:
         models: the policy and the scorers.
         workers: of a cluster, or none.
         judge, answer: see evaluation.tuning.run.Bench; the answer may be a name.
+        answer_name: what a guidance file says of the answer.
         rule: where steps end.
         draws, seed: of Sampling.
         settings: the options that a record's key is of.
@@ -78,6 +79,7 @@ class TuneRun:
     workers: Workers
     judge: Judge
     answer: Answer | str | None
+    answer_name: str | None
     rule: StepRule
     draws: Mapping[str, Any]
     seed: int
@@ -162,13 +164,9 @@ class TuneRun:
     def _guide(self, verdict: Verdict, *, last: bool) -> None:
         """Write the guidance of a budget; that of the largest is guidance.yaml."""
         chosen, limit = verdict.chosen, verdict.contest.limit
-        answer = self.answer if isinstance(self.answer, str) else None
-        content = guidance(
-            chosen, self.sampling, answer=answer, models=self._named(chosen.scorer), seconds=limit.seconds
-        )
+        models = self._named(chosen.scorer)
+        content = guidance(chosen, self.sampling, answer=self.answer_name, models=models, seconds=limit.seconds)
         note = f"Written by prm-search tune.\n{verdict.sentence}."
-        if callable(self.answer):
-            note += "\nAnswers were found by a function, which a file cannot name: pass answer= with it."
         names = [f"guidance-{limit.title.replace(' ', '-')}.yaml"] if len(self.tried.limits) > 1 else []
         for name in [*names, *([GUIDANCE] if last else [])]:
             write_guidance(self.folder / name, content, note)

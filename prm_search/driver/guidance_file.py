@@ -1,6 +1,8 @@
 """guidance.yaml: a search as a file. `prm-search tune` writes it; the command line, a server and PRMGuidance read it.
 
-It has the options of `prm-search generate` and nothing else, so `generate --config guidance.yaml` runs it as it is.
+It has the options of `prm-search generate` and nothing else, so `generate --config guidance.yaml` runs it as it is. Its
+`answer` may name a function, "module:function" or "file.py:function", which is imported: read only files that you
+trust.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..answers.functions import function_named
 from ..files import parse_json, parse_yaml
 from ..steps import StepRule
 from ..strategies import Strategy, named_strategy, resolve_strategy
@@ -30,7 +33,8 @@ class GuidanceFile:
 
     Attributes:
         strategy: how to search.
-        choice: those of value, select, answer, weight and weight_temperature that it names.
+        choice: those of value, select, answer, weight and weight_temperature that it names. An answer that is a
+            function's name has become the function.
         steps: where a step ends; None where it does not say.
         budget: of a prompt.
         draws: those of temperature, top_p, top_k, min_p and max_new_tokens that it names.
@@ -87,7 +91,7 @@ def guidance_of(content: object, where: str) -> GuidanceFile:
         strategy = values["strategy"]
         guidance = GuidanceFile(
             named_strategy(strategy) if isinstance(strategy, Mapping) else resolve_strategy(strategy),
-            {name: values[name] for name in CHOICE if name in values},
+            {name: _answer(values[name]) if name == "answer" else values[name] for name in CHOICE if name in values},
             _part("steps", StepRule, values.get("steps")),
             _part("budget", Budget, values.get("budget")) or Budget(),
             {name: values[name] for name in DRAWS if name in values},
@@ -97,6 +101,16 @@ def guidance_of(content: object, where: str) -> GuidanceFile:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     return guidance
+
+
+def _answer(value: object) -> object:
+    """The function that "module:function" names; another value as it is."""
+    if not isinstance(value, str) or ":" not in value:
+        return value
+    try:
+        return function_named(value)
+    except ValueError as error:
+        raise ValueError(f"answer: {error}") from error
 
 
 def _part(name: str, kind: Any, value: object) -> Any:

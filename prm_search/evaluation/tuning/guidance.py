@@ -35,7 +35,7 @@ def guidance(
     Args:
         config: what to do.
         sampling: how tokens are drawn.
-        answer: finds the answers that vote; a name, or None.
+        answer: finds the answers that vote; a name, of a function too (see answers.functions), or None.
         models: names of the models, as a command line has them.
         seconds: of a problem at most.
     """
