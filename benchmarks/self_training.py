@@ -24,8 +24,9 @@ from prm_search.cli import main as command
 from prm_search.demo import pair_dir
 from prm_search.demo.chains import problems
 from prm_search.training.data import LabelledResponse, by_prompt, read_rollouts, split
+from prm_search.training.pair_accuracy import pair_accuracy
 from prm_search.training.recipe import Recipe
-from prm_search.training.run import pair_accuracy, train
+from prm_search.training.run import train
 from prm_search.training.self_training import SelfTraining, self_train
 
 POLICY = str(pair_dir() / "policy")

@@ -13,8 +13,8 @@ from prm_search.cli import main
 from prm_search.demo import pair_dir
 from prm_search.demo.chains import problems
 from prm_search.training.data import LabelledResponse, read_rollouts, read_unlabelled, split
+from prm_search.training.pair_accuracy import pair_accuracy
 from prm_search.training.recipe import Recipe
-from prm_search.training.run import pair_accuracy
 from prm_search.training.self_training import SelfTraining, _Run, self_train
 
 pytest.importorskip("sklearn")

@@ -20,7 +20,7 @@ from prm_search.demo import pair_dir
 from prm_search.protocols import Request
 from prm_search.serving.app import make_app
 from prm_search.serving.backend import ThreadEngine
-from prm_search.serving.request import Limits
+from prm_search.serving.limits import Limits
 from prm_search.serving.text import whole_text
 from prm_search.strategies import DVTS, Beam, BestOfN, DeepConf, Lookahead, SelfConsistency, Steer, Strategy
 from prm_search.tree import Node, Prompt, SearchTree

@@ -26,9 +26,9 @@ from prm_search.integrations.vllm.endpoint import GuidedRoutes, is_guided
 from prm_search.serving.app import make_app
 from prm_search.serving.backend import AsyncEngine, ThreadEngine
 from prm_search.serving.errors import RequestError
+from prm_search.serving.limits import Limits
 from prm_search.serving.metrics import Metrics
 from prm_search.serving.prompts import PromptLength
-from prm_search.serving.request import Limits
 from prm_search.serving.response import dumps
 from prm_search.serving.schema import ChatBody, CompletionBody
 from prm_search.serving.service import Service

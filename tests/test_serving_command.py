@@ -18,7 +18,7 @@ from servers import command, serving
 
 from prm_search.cli import main
 from prm_search.serving.config import ServeConfig
-from prm_search.serving.request import Limits
+from prm_search.serving.limits import Limits
 from prm_search.serving.run import claim, listen
 from prm_search.serving.vllm_command import vllm_command
 from prm_search.steps import StepRule

@@ -18,8 +18,8 @@ from servers import Served, serving
 from prm_search.integrations.vllm.endpoint import PRMSearchEndpoint, chat_tokenizer
 from prm_search.search import search
 from prm_search.serving.backend import AsyncEngine
+from prm_search.serving.limits import Limits
 from prm_search.serving.metrics import Metrics
-from prm_search.serving.request import Limits
 from prm_search.serving.service import Service
 from prm_search.strategies import Beam
 from prm_search.tokens import encode_prompt

@@ -23,8 +23,8 @@ from prm_search.search import search
 from prm_search.serving.backend import ThreadEngine
 from prm_search.serving.errors import RequestError
 from prm_search.serving.keys import BearerKeys
+from prm_search.serving.limits import Limits
 from prm_search.serving.metrics import Metrics
-from prm_search.serving.request import Limits
 from prm_search.serving.response import events, whole
 from prm_search.serving.schema import GuidanceBody, parse
 from prm_search.serving.service import Job, Service

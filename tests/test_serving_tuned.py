@@ -11,7 +11,8 @@ from prm_search.demo.chains import answer
 from prm_search.driver.guidance_file import guidance_of
 from prm_search.serving.config import ServeConfig
 from prm_search.serving.errors import RequestError
-from prm_search.serving.request import Limits, SearchRequest, make_ask
+from prm_search.serving.limits import Limits
+from prm_search.serving.request import SearchRequest, make_ask
 from prm_search.serving.schema import parse
 from prm_search.steps import StepRule
 from prm_search.strategies import Beam, BestOfN, ByDifficulty

@@ -22,8 +22,9 @@ from prm_search.demo.chains import problems
 from prm_search.scorers.implicit import card as pair_card
 from prm_search.training.data import LabelledResponse, collate, read_rollouts, singles
 from prm_search.training.logprobs import add_reference, response_forward, row_logprobs, without_dropout
+from prm_search.training.pair_accuracy import pair_accuracy
 from prm_search.training.recipe import BETA, OBJECTIVES, Recipe
-from prm_search.training.run import pair_accuracy, train
+from prm_search.training.run import train
 
 POLICY = str(pair_dir() / "policy")
 QUICK = {"learning_rate": 1e-3, "micro_batch": 32, "batch": 32, "holdout": 0.25}

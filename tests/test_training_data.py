@@ -20,9 +20,10 @@ from prm_search.training.data import (
     split,
     thin,
 )
+from prm_search.training.load_data import load_data
 from prm_search.training.negatives import cross_prompt
+from prm_search.training.pair_accuracy import count_pairs, pair_accuracy
 from prm_search.training.recipe import OBJECTIVES, Recipe
-from prm_search.training.run import count_pairs, load_data, pair_accuracy
 
 
 def row(prompt: int, label: bool, *response: int) -> LabelledResponse:

@@ -14,8 +14,9 @@ from prm_search.serving.app import make_app
 from prm_search.serving.backend import ThreadEngine
 from prm_search.serving.config import ServeConfig
 from prm_search.serving.limits import Limits
-from prm_search.serving.request import make_ask, strategy_options
+from prm_search.serving.request import make_ask
 from prm_search.serving.schema import parse
+from prm_search.serving.strategy_fields import strategy_options
 from prm_search.steps import StepRule
 from prm_search.strategies import STRATEGIES
 

@@ -17,7 +17,7 @@ from hf_models import llama, tokenizer
 import prm_search as ps
 from prm_search.evaluation.statistics import pass_at_k, wilson
 from prm_search.policies.hf import Steered
-from prm_search.serving.request import Limits
+from prm_search.serving.limits import Limits
 from prm_search.steps import confidence_quantile
 from prm_search.strategies import STRATEGIES
 from prm_search.training import objectives

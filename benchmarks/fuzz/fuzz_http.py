@@ -15,7 +15,7 @@ from fuzz_cases import Allowed, Case, Finding, flag, nothing, one_of, real, shor
 
 from prm_search.serving.app import make_app
 from prm_search.serving.backend import ThreadEngine
-from prm_search.serving.request import Limits
+from prm_search.serving.limits import Limits
 from prm_search.serving.schema import UNSERVED
 from prm_search.strategies import STRATEGIES
 from prm_search.values import VALUES

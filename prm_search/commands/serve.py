@@ -20,7 +20,7 @@ from .options import ADVANCED, MODELS, POLICY_HELP, URL_HELP
 if TYPE_CHECKING:
     from ..serving.backend import Backend
     from ..serving.config import ServeConfig
-    from ..serving.request import Limits
+    from ..serving.limits import Limits
 
 _SERVER, _LIMITS = "Server", "Limits"
 _KEY = "PRM_SEARCH_API_KEY"  # environment variable
@@ -123,7 +123,7 @@ class Bounds:
 
     def make(self) -> Limits:
         """A serving.Limits."""
-        from ..serving.request import Limits
+        from ..serving.limits import Limits
 
         return Limits(
             searches=self.max_searches,

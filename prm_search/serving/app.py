@@ -16,9 +16,9 @@ from . import ui as ui_page
 from .backend import Backend
 from .errors import RequestError
 from .keys import BearerKeys, check_key
+from .limits import Limits
 from .metrics import Metrics
 from .openapi import STATUSES, errors, request_body
-from .request import Limits
 from .routes import ROUTES, refused, respond
 from .service import Service
 

@@ -18,9 +18,10 @@ from ..steps import StepRule
 from ..usage import Usage
 from .backend import Backend
 from .errors import RequestError
+from .limits import Limits
 from .metrics import Metrics
 from .prompts import continued, encode
-from .request import Limits, SearchRequest, make_ask
+from .request import SearchRequest, make_ask
 from .schema import Body
 
 GRACE = 5.0  # seconds that clients get at the end

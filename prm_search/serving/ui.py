@@ -11,8 +11,8 @@ from ..answers import SELECTS
 from ..strategies import STRATEGIES
 from ..values import VALUES
 from ..viewer.page import live_page, policy_of
-from .request import strategy_options
 from .service import Service
+from .strategy_fields import strategy_options
 
 PATH = "/ui"
 ANSWERS = ("boxed", "####", "number")

@@ -14,7 +14,7 @@ from ..scorers.implicit.implicit_prm import ImplicitPRM
 from .data import Item, LabelledResponse, by_prompt, collate
 from .logprobs import response_forward, row_logprobs
 from .objectives import ce
-from .run import pair_accuracy
+from .pair_accuracy import pair_accuracy
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from functools import partial
-from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from os import PathLike
@@ -20,66 +19,12 @@ from ..files import one_writer
 from ..models.checkpoint import Checkpoint
 from ..models.load_report import check_report
 from ..scorers.implicit.card import CARD, CARD_FORMAT
-from .data import Item, LabelledResponse, by_prompt, mismatched, pairs, read_rollouts, singles, split, thin
-from .negatives import cross_prompt
+from .load_data import Data, load_data
+from .pair_accuracy import count_pairs, pair_accuracy
 from .recipe import Recipe
+from .resuming import CHECKPOINTS, begin, settings_of
 
-CHECKPOINTS = "checkpoints"
 Progress = Callable[[str, int, int], object]
-
-
-@dataclass
-class Data:
-    """Data for training and measuring.
-
-    Attributes:
-        items: to train on.
-        rows: of the file, those to train on and those held out.
-        held: rows of held-out problems.
-        counts: for the card.
-    """
-
-    items: list[Item]
-    rows: list[LabelledResponse]
-    held: list[LabelledResponse]
-    counts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def made_up(self) -> list[LabelledResponse]:
-        """Rows of items that are not in the file, each once."""
-        known = {id(row) for row in self.rows}
-        made = {id(row): row for item in self.items for row in item.rows if id(row) not in known}
-        return list(made.values())
-
-
-def load_data(rollouts: str | PathLike[str], recipe: Recipe, context: int | None = None) -> Data:
-    """The items of a file of rollouts. Raises ValueError where the recipe finds none in it, or OSError."""
-    read = read_rollouts(rollouts)
-    limit = recipe.max_length if context is None else min(context, recipe.max_length)
-    short = [row for row in read if len(row) <= limit]
-    rows = thin(short, recipe.problems, recipe.per_problem)
-    kept, held = split(rows, recipe.holdout)
-    if not kept:
-        raise ValueError(f"{os.fspath(rollouts)}: no rollouts to train on are left (longer than {limit}: {len(read)})")
-    negatives = cross_prompt(kept, recipe.negatives, recipe.seed, limit)
-    learnt = [row for row in [*kept, *negatives] for _ in range(row.count)]  # as often as it was drawn
-    if recipe.objective in ("dpo", "nca"):
-        items = pairs(learnt, recipe.seed)
-    elif recipe.objective == "kto":
-        items = mismatched(learnt, recipe.seed, recipe.balance)
-    else:
-        items = singles(learnt, recipe.balance)
-    counts = {
-        "responses": len(kept),
-        "right": sum(row.label for row in kept),
-        "problems": len(by_prompt(kept)),
-        "negatives": len(negatives),
-        "items": len(items),
-        "held_out_responses": len(held),
-        "held_out_problems": len(by_prompt(held)),
-        "too_long": len(read) - len(short),
-    }
-    return Data(items, rows, held, counts)
 
 
 def train(
@@ -143,48 +88,13 @@ def train(
     where = source.where()
     config = AutoConfig.from_pretrained(source.path, **where)
     data = load_data(rollouts, recipe, context_of(config.get_text_config()))
-    settings = _settings(source, recipe, data, arguments)
+    settings = settings_of(source, recipe, data, arguments)
     main = os.environ.get("RANK", "0") == "0"  # of the processes of one run, as torchrun and accelerate number them
     with one_writer(folder / "train") if main else nullcontext():
         last = begin(folder, settings, resume)
         set_seed(recipe.seed)
         metrics = _run(source, Path(rollouts).parent, folder, recipe, data, arguments or {}, last, log, progress)
         return _finish(source, folder, recipe, data, metrics, delimiter)
-
-
-def _settings(source: Checkpoint, recipe: Recipe, data: Data, arguments: Mapping[str, Any] | None) -> str:
-    """A digest of all that a checkpoint must agree in with the run that goes on from it."""
-    parts = [source.name, source.revision, asdict(recipe), dict(arguments or {})]
-    digest = blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16)
-    for item in data.items:
-        for row in item.rows:
-            digest.update(json.dumps([row.prompt_ids, item.label, item.weight]).encode())
-            digest.update(row.response_ids.tobytes())
-    return digest.hexdigest()
-
-
-def begin(folder: Path, settings: str, resume: bool) -> str | None:
-    """Make the folder of a run. Returns the checkpoint to go on from, None for none.
-
-    Args:
-        folder: its checkpoints are in `CHECKPOINTS` below it.
-        settings: a digest of all that a checkpoint must agree in with the run that goes on from it.
-        resume: whether it may.
-
-    Raises:
-        ValueError: it holds a checkpoint that must not be gone on from, or not by this run.
-    """
-    checkpoints = folder / CHECKPOINTS
-    note = checkpoints / "settings"
-    whole = [state.parent for state in checkpoints.glob("checkpoint-*/trainer_state.json")]  # it is written last
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    if last is not None and not resume:
-        raise ValueError(f"{folder} has a checkpoint: resume goes on with it, otherwise name another folder")
-    if last is not None and (not note.is_file() or note.read_text() != settings):
-        raise ValueError(f"{folder} has a checkpoint of other data or settings; resume needs the same ones")
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    note.write_text(settings)
-    return None if last is None else str(last)
 
 
 def _run(
@@ -200,41 +110,14 @@ def _run(
 ) -> dict[str, Any]:
     """Train, and save weights or adapter. Returns what was measured."""
     import torch
-    from transformers import AutoModelForCausalLM, TrainingArguments
+    from transformers import AutoModelForCausalLM
 
+    from .arguments import training_arguments
     from .logprobs import check_packs, freeze, response_forward, row_logprobs, without_dropout
     from .packing import packs
     from .trainer import PRMTrainer
 
-    defaults = {
-        "output_dir": str(folder / CHECKPOINTS),
-        "per_device_train_batch_size": recipe.micro_batch,
-        "num_train_epochs": recipe.epochs,
-        "learning_rate": recipe.rate,
-        "bf16": recipe.bf16,
-        "use_cpu": not torch.accelerator.is_available(),
-        "seed": recipe.seed,
-        "save_steps": recipe.save_steps,
-        "save_total_limit": 2,
-        "logging_steps": 10,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "label_names": [],
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "ddp_find_unused_parameters": False,
-    }
-    _check_arguments(arguments, TrainingArguments)
-    try:
-        args = TrainingArguments(**(defaults | dict(arguments)))
-    except (TypeError, ValueError) as error:  # of a name that it does not have, or of a value
-        raise ValueError(f"arguments: {' '.join(str(error).split())}") from error
-    whole = recipe.micro_batch * args.world_size
-    if recipe.batch % whole:
-        raise ValueError(
-            f"batch={recipe.batch}: a multiple of {whole}, micro_batch times the number of processes, is needed"
-        )
-    args.gradient_accumulation_steps = recipe.batch // whole
+    args = training_arguments(recipe, arguments, folder)
     if args.process_index:
         log = progress = None
 
@@ -292,16 +175,6 @@ def _run(
     return metrics
 
 
-def _check_arguments(arguments: Mapping[str, Any], kind: type[Any]) -> None:
-    """Raises ValueError for an argument that transformers does not have, or a text where it has a number."""
-    defaults = {option.name: option.default for option in fields(kind)}
-    for name, value in arguments.items():
-        if name not in defaults:
-            raise ValueError(f"arguments: {kind.__name__} has no {name!r}")
-        if isinstance(defaults[name], int | float) and not isinstance(value, int | float | None):
-            raise ValueError(f"arguments: {name}={value!r:.80}: {type(defaults[name]).__name__} is needed")
-
-
 def _add_reference(
     lm: Any,
     data: Data,
@@ -338,27 +211,6 @@ def _adapted(lm: Any, rank: int, source: Checkpoint) -> Any:
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", revision=source.revision
     )
     return get_peft_model(lm, config)
-
-
-def count_pairs(rows: Sequence[LabelledResponse]) -> int:
-    """Pairs of a right and a wrong response to one prompt."""
-    labels = [[row.label for row in group] for group in by_prompt(rows).values()]
-    return sum(group_labels.count(True) * group_labels.count(False) for group_labels in labels)
-
-
-def pair_accuracy(rows: Sequence[LabelledResponse], rewards: Sequence[float]) -> float | None:
-    """The share of all pairs of a right and a wrong response to one prompt in which the right one has more reward.
-
-    Equal rewards count half. None without pairs.
-    """
-    value = {id(row): reward for row, reward in zip(rows, rewards, strict=True)}
-    won = total = 0.0
-    for group in by_prompt(rows).values():
-        for right in (value[id(row)] for row in group if row.label):
-            for wrong in (value[id(row)] for row in group if not row.label):
-                won += 1.0 if right > wrong else 0.5 if right == wrong else 0.0
-                total += 1
-    return round(won / total, 6) if total else None
 
 
 def _finish(

@@ -17,8 +17,9 @@ from ..files import one_writer
 from ..scorers.implicit.card import CARD
 from ..scorers.implicit.implicit_prm import ImplicitPRM
 from .data import LabelledResponse, read_rollouts, read_unlabelled, split
+from .pair_accuracy import count_pairs, pair_accuracy
 from .recipe import Recipe
-from .run import Progress, count_pairs, pair_accuracy, train
+from .run import Progress, train
 
 STATE = "self_training.json"
 
