@@ -7,9 +7,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from prm_search.scorers.base import Pair, ScorerBase
+from prm_search.scorers.base import ScorerBase
 from prm_search.scorers.explicit.step_scores import StepScores
 from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
+from prm_search.scorers.pair import Pair
 from prm_search.steps import StepRule
 from prm_search.tokens import TokenizerMatch
 from prm_search.training.online import OnlineUpdater, Outcome, Update

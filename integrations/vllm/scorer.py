@@ -10,8 +10,8 @@ from typing import Any
 from prm_search.integrations.vllm.logprob_requests import Ask, LogprobAnswer
 from prm_search.integrations.vllm.scoring_engine import Pending, ScoredEngine
 from prm_search.integrations.vllm.scoring_job import Job
-from prm_search.scorers.base import BETA, Pair
 from prm_search.scorers.implicit.implicit_prm import ConstantReference
+from prm_search.scorers.pair import BETA, Pair
 from prm_search.scorers.retokenise import PathReader
 from prm_search.tree import Node, SearchTree
 

@@ -93,8 +93,8 @@ class Guide:
         self, vllm_config: VllmConfig, device: torch.device
     ) -> tuple[LanguageModel | None, LanguageModel | None, Any, float]:
         from prm_search.models.loading import load
-        from prm_search.scorers.base import BETA
         from prm_search.scorers.implicit.implicit_prm import ImplicitPRM
+        from prm_search.scorers.pair import BETA
 
         config, scheduler = self.config, vllm_config.scheduler_config
         capacity = config.capacity or default_capacity(scheduler.max_num_seqs, self._room)

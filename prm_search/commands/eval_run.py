@@ -106,7 +106,7 @@ class NamedModels:
 
     def about(self) -> dict[str, Any]:
         """The same with the reference and beta that the pairs' cards name, where no option does: for a reader."""
-        from ..scorers.base import BETA
+        from ..scorers.pair import BETA
 
         models = self.card()
         pairs = [] if self.recorded else self.names[: len(self.names) - len(self.scorers)]

@@ -16,8 +16,9 @@ from ..calibration import Calibration
 from ..protocols import Scorer, ScorerDefaults
 from ..tokens import TokenizerMatch
 from ..tree import Node, Prompt, SearchTree
-from .base import Pair, ScorerBase
+from .base import ScorerBase
 from .explicit.text_scorer import TextScorer
+from .pair import Pair
 
 Reduce = Literal["mean", "min", "lcb", "policy"]
 Scale = Callable[[float], float]

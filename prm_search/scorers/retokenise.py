@@ -22,7 +22,7 @@ from ..engine.language_model import LanguageModel
 from ..engine.pending import Pending
 from ..tokens import TokenizerMatch, TokenText, encode_prompt, encode_text
 from ..tree import Node, Prompt, SearchTree
-from .base import log_ratio
+from .pair import log_ratio
 
 
 @dataclass(eq=False)

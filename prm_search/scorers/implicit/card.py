@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ... import checks
 from ...models.checkpoint import Checkpoint
 from ...tokens import TokenizerMatch
-from ..base import BETA
+from ..pair import BETA
 
 if TYPE_CHECKING:
     from ...engine.language_model import LanguageModel

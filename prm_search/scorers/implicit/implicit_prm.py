@@ -21,7 +21,7 @@ from ...engine.language_model import LanguageModel
 from ...engine.node_logprobs import logprobs_under
 from ...tokens import TokenizerMatch
 from ...tree import Node, SearchTree
-from ..base import BETA, Pair
+from ..pair import BETA, Pair
 from ..retokenise import PathReader, RetokenisedTree, score_paths
 from ..scores import Scores
 from .card import resolve
