@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,3 +95,24 @@ def test_bad_input_is_one_line(
     assert len(lines) == 1
     assert lines[0].startswith("prm-search: ")
     assert said in lines[0]
+
+
+@pytest.mark.parametrize("actor", [None, "an actor"])
+def test_engines_in_ray_workers_of_one_machine_do_not_bind_the_same_cores(
+    monkeypatch: pytest.MonkeyPatch, actor: str | None
+) -> None:
+    bound: list[str | None] = []
+    cpu = SimpleNamespace(is_cpu=lambda: True)
+    made = SimpleNamespace(LLM=lambda name, **options: bound.append(os.environ.get("VLLM_CPU_OMP_THREADS_BIND")))
+    ray = SimpleNamespace(
+        is_initialized=lambda: True, get_runtime_context=lambda: SimpleNamespace(get_actor_id=lambda: actor)
+    )
+    for name, module in (("ray", ray), ("vllm", made), ("vllm.platforms", SimpleNamespace(current_platform=cpu))):
+        monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
+    for said in (None, "0-3"):
+        if said is None:
+            monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+        else:
+            monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", said)
+        vllm_loading.load_llm("tiny")
+    assert bound == ["nobind" if actor else None, "0-3"]

