@@ -22,7 +22,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 from prm_models import QUESTION, prm_tokenizer, publish
 from servers import Served
 
-from prm_search.integrations.vllm import VLLMServer, VLLMStepPRM
+from prm_search import HFPolicy, Judge, JudgeFormat
+from prm_search.integrations.vllm import VLLMPolicy, VLLMServer, VLLMStepPRM
+from prm_search.scorers.explicit.judge_formats import grades
 from prm_search.scorers.explicit.step_prm import StepPRM
 from prm_search.tree import Prompt, SearchTree
 
@@ -102,6 +104,33 @@ def test_the_other_kind_of_engine_is_refused(engine: tuple[Any, Path, str]) -> N
         prm = VLLMStepPRM(llm, format="universal")
         with pytest.raises(ValueError, match="gives 2 numbers for a token, where this format needs 1"):
             prm.score_nodes(plant().nodes[1:])
+
+
+@pytest.mark.parametrize("engine", ["rlhflow"], indirect=True)
+@pytest.mark.parametrize("per", ["step", "answer"])
+def test_a_judges_verdicts_are_those_of_the_hf_engine(engine: tuple[Any, Path, str], per: Any) -> None:
+    llm, folder, _ = engine
+    asked = "{question}\n{steps}\nIs the last step right?" if per == "step" else "{question}\n{answer}\nIs it right?"
+    format = JudgeFormat(asked, grades(("a", "b", "c", "d", "e")), per=per)
+    judges = [
+        Judge(policy, format=format) for policy in (VLLMPolicy(llm), HFPolicy.from_pretrained(folder, dtype="float32"))
+    ]
+    scored = []
+    for judge in judges:
+        tree = plant()
+        for leaf in tree.nodes[1:]:
+            if not leaf.children:
+                leaf.finish = "stop"
+        for depth in range(1, 5):
+            judge.score_nodes([node for node in tree.nodes if node.depth == depth])
+        scored.append([node.reward_of("judge") for node in tree.nodes[1:]])
+        if judge is judges[0]:
+            assert tree.meter.counts["cached", judge.policy.id] > 0  # what questions begin with in common
+        judge.release(tree)
+    on_vllm, on_hf = scored
+    assert on_vllm == pytest.approx(on_hf, abs=1e-4)
+    judged = [score for score in on_hf if score]
+    assert max(judged) - min(judged) > 1e-2  # they tell steps apart
 
 
 def test_a_pooling_server_encodes_each_path_whole(tmp_path: Path) -> None:
