@@ -84,15 +84,10 @@ class Recorder:
             stop_ids: the policy's tokens that end a response.
             values: scorer -> its own value's name, where it has one.
         """
-        record = {
-            "recording": VERSION,
-            "seed": sampling.seed,
-            "filters": {name: getattr(sampling, name) for name in FILTERS},
-            "stop_ids": sorted(stop_ids),
-            "special": sorted(getattr(tree.vocabularies.get(POLICY), "special", ())),
-            "values": {name: value for name, value in (values or {}).items() if isinstance(value, str)},
-            "tree": json.loads(tree.to_json()),
-        }
+        self.write(recorded(tree, sampling, stop_ids=stop_ids, values=values))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write a search as `recorded` has it."""
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
 
@@ -105,6 +100,25 @@ class Recorder:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def recorded(
+    tree: SearchTree,
+    sampling: Sampling,
+    *,
+    stop_ids: Iterable[int] = (),
+    values: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A search as a line of a recording, plain values; arguments as of Recorder.add."""
+    return {
+        "recording": VERSION,
+        "seed": sampling.seed,
+        "filters": {name: getattr(sampling, name) for name in FILTERS},
+        "stop_ids": sorted(stop_ids),
+        "special": sorted(getattr(tree.vocabularies.get(POLICY), "special", ())),
+        "values": {name: value for name, value in (values or {}).items() if isinstance(value, str)},
+        "tree": json.loads(tree.to_json()),
+    }
 
 
 class Recording:

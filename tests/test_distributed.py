@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -21,6 +22,7 @@ from workers import (
     killed_while_loading,
     last_vote,
     scorer,
+    text_of,
     two_machines,
 )
 
@@ -187,9 +189,22 @@ def evaluated_alone() -> list[dict[str, Any]]:
 
 
 def test_an_evaluation_is_that_of_one_process_though_a_worker_dies(crew, evaluated_alone, notices, tmp_path):
-    assert evaluated(crew(3), policy=partial(Doomed, str(tmp_path / "mark"), 40)) == text(map(untimed, evaluated_alone))
+    told: list[Any] = []
+    records = evaluated(
+        crew(3),
+        policy=partial(Doomed, str(tmp_path / "mark"), 40),
+        tell=text_of,
+        on_told=lambda *each: told.append(each),
+    )
+    assert records == text(map(untimed, evaluated_alone))
     assert (tmp_path / "mark").exists()
     assert len(notices) == 1
+    units = PLAN.units(5, ["prm", "other"])
+    assert sorted(units.index(unit) for unit, _ in told) == list(range(len(units)))  # each once
+    for unit, (shown, policy, names) in told:
+        assert (policy, names) == ("Doomed", ["prm", "other"])
+        if unit.kind != "samples":
+            assert shown == evaluated_alone[units.index(unit)]["response"]
 
 
 def test_an_evaluation_goes_on_from_its_samples(crew, evaluated_alone):
@@ -197,6 +212,11 @@ def test_an_evaluation_goes_on_from_its_samples(crew, evaluated_alone):
     done = {record["index"]: record for record in evaluated_alone if record["kind"] == "samples" or record["index"] % 3}
     rest = [record for record in evaluated_alone if record["index"] not in done]
     assert evaluated(crew(1), done=done) == text(map(untimed, rest))
+
+
+def test_what_is_told_needs_somebody_who_listens(crew):
+    with crew(1) as cluster, pytest.raises(ValueError, match="tell and on_told belong together"):
+        distributed.evaluate(PROBLEMS, cluster=cluster, policy=FakePolicy, plan=PLAN, judge=first_letter, tell=text_of)
 
 
 def test_a_scorer_has_the_name_of_its_records(crew):
@@ -285,6 +305,14 @@ def folder(workdir: Path) -> Path:
     return workdir
 
 
+PROCESS = r"#[0-9a-f]+\.[0-9]+"  # names the process whose model drew a step
+
+
+def nameless(records: list[dict[str, Any]]) -> list[str]:
+    """Records as text, without the process."""
+    return [re.sub(PROCESS, "", text([untimed(record)])) for record in records]
+
+
 def test_the_commands_give_the_files_of_one_process(machines, run, folder, pair):
     on_ray = ("--ray", machines, "--gpus-per-worker", "0", "--workers")
     sampled = ("--policy", pair / "policy", "--data", "problems.jsonl", "--max-new-tokens", "24", "--batch", "2")
@@ -296,15 +324,25 @@ def test_the_commands_give_the_files_of_one_process(machines, run, folder, pair)
     }  # fmt: skip
     for name, command in commands.items():
         records = "records.jsonl" if name == "eval" else ""
-        status, printed, error = run(*command, "--out", "here")
+        kept = [("--html", f"{out}.html", "--record", f"{out}.draws") if name == "eval" else () for out in ("l", "r")]
+        status, printed, error = run(*command, "--out", "here", *kept[0])
         assert status == 0, error
-        status, on_workers, error = run(*command, "--out", "there", *on_ray, 2 if name == "rollout" else 1)
+        status, on_workers, error = run(*command, "--out", "there", *kept[1], *on_ray, 2 if name == "rollout" else 1)
         assert status == 0, error
         here, there = lines(Path("here", records)), lines(Path("there", records))
         assert [record["index"] for record in there] == list(range(len(here)))
         assert text(map(untimed, there)) == text(map(untimed, here))
         if name == "score":
             assert on_workers == printed
+        if name == "eval":
+            trees = [nameless(lines(f"{out}/trees.jsonl")) for out in ("here", "there")]
+            assert trees[0] == trees[1]
+            assert [json.loads(tree)["index"] for tree in trees[0]] == list(range(len(here)))
+            drawn = [sorted(nameless(lines(f"{out}.draws"))) for out in ("l", "r")]
+            assert drawn[0] == drawn[1]
+            assert len(drawn[0]) == len(here)
+            pages = [re.sub(PROCESS, "", Path(page).read_text()) for page in ("l.html", "r.html")]
+            assert pages[0] == pages[1]
         for path in (Path("here"), Path("there")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

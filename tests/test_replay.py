@@ -122,5 +122,7 @@ def test_eval_records_and_replays(workdir, float64_models, capsys):
     capsys.readouterr()
     assert main([*replay, "--out", "other", "--strategies", "majority", "--seeds", "5"]) == 2
     assert "seed 5" in capsys.readouterr().err
+    assert main([*replay, "--out", "none", "--ray"]) == 2
+    assert "--replay needs no model, and so no workers: leave --ray out" in capsys.readouterr().err
     assert main([*replay, "--out", "none", "--policy", "demo"]) == 2
     assert Path("draws.jsonl").is_file()

@@ -89,6 +89,11 @@ def last_vote(text: str) -> str | None:
     return first_letter(text, "")[0]
 
 
+def text_of(unit: Any, result: Any, policy: Any, scorers: Any) -> Any:
+    """What is told of a search."""
+    return result.text, type(policy).__name__, [scorer.name for scorer in scorers]
+
+
 def scorer(name: str = "prm") -> FakeScorer:
     """A scorer of that name."""
     return FakeScorer(name=name)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -18,9 +17,10 @@ from ..evaluation.report import PLOTS_NEED, table, write_report
 from ..evaluation.samples import Judge
 from ..policies.replay import ReplayPolicy
 from ..problems import Problem
-from ..recording import Recorder, Recording, told_by
+from ..recording import Recording
 from ..scorers.replay import ReplayScorer
 from . import BadInput, options
+from .eval_kept import Keep, Tell
 from .groups import Engine, Place
 from .problems import at_lines, encoded
 from .records import Item, digests, finished, reason
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from ..evaluation.responses import Answered
 
 RECORDS, RUN = "records.jsonl", "run.json"
-OnResult = Callable[["Unit", "Result"], object]
 
 
 @dataclass(frozen=True)
@@ -192,27 +191,26 @@ class EvalRun:
         done: Mapping[int, dict[str, Any]],
         batch: int,
         failures: Failures,
-        on_result: Callable[[Unit, Result], object] | None = None,
+        tell: Tell,
+        keep: Keep | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Compute what is missing, by workers where there are some, or by this process. Raises as those do.
 
-        `on_result` is for searches of this process; see evaluation.evaluate.
+        What `tell` tells of each search that ends is kept before its record is given out.
         """
         if workers.ray is None:
-            return self.records(done, batch, failures, on_result)
-        return self.records_of_workers(done, batch, workers, failures)
+            return self.records(done, batch, failures, tell, keep)
+        return self.records_of_workers(done, batch, workers, failures, tell, keep)
 
     def records(
         self,
         done: Mapping[int, dict[str, Any]],
         batch: int,
         failures: Failures,
-        on_result: Callable[[Unit, Result], object] | None = None,
+        tell: Tell,
+        keep: Keep | None,
     ) -> Iterator[dict[str, Any]]:
-        """Load the models here, and run what is missing; the bar watches them. Raises BadInput that names a line.
-
-        `on_result` is called with each search that ends; see evaluation.evaluate.
-        """
+        """Load the models here, and run what is missing; the bar watches them. Raises BadInput that names a line."""
         from ..evaluation.responses import evaluate_responses
         from ..evaluation.run import evaluate
 
@@ -225,36 +223,26 @@ class EvalRun:
             if self.answered:
                 yield from map(self._named, evaluate_responses(self.answered, **how))
             else:
+
+                def told(unit: Unit, result: Result) -> None:
+                    if keep is not None:
+                        keep(unit, tell(unit, result, policy, scorers))
+
                 problems = [encoded(item, policy) for item in self.items]
-                with self._recorder(bool(done), policy, scorers, on_result) as told:
-                    flow = evaluate(
-                        problems, policy=policy, batch=batch, on_result=told,
-                        on_failure=lambda unit, result: failures.lost(unit.problem, str(result.failure)), **how,
-                    )  # fmt: skip
-                    yield from map(self._named, flow)
-
-    @contextmanager
-    def _recorder(
-        self, resumed: bool, policy: Any, scorers: Sequence[Any], on_result: OnResult | None
-    ) -> Iterator[OnResult | None]:
-        """Return `on_result`, with a recorder before it where one is asked for."""
-        if self.record is None:
-            yield on_result
-            return
-        with Recorder(self.record, resume=resumed) as recorder:
-
-            def told(unit: Unit, result: Result) -> None:
-                sampling = self.plan.sampling(unit.seed or 0)
-                if unit.kind == "greedy":
-                    sampling = replace(sampling, temperature=0.0)
-                recorder.add(result.tree, sampling, **told_by(policy, *scorers))
-                if on_result is not None:
-                    on_result(unit, result)
-
-            yield told
+                flow = evaluate(
+                    problems, policy=policy, batch=batch, on_result=told,
+                    on_failure=lambda unit, result: failures.lost(unit.problem, str(result.failure)), **how,
+                )  # fmt: skip
+                yield from map(self._named, flow)
 
     def records_of_workers(
-        self, done: Mapping[int, dict[str, Any]], batch: int, workers: Workers, failures: Failures
+        self,
+        done: Mapping[int, dict[str, Any]],
+        batch: int,
+        workers: Workers,
+        failures: Failures,
+        tell: Tell,
+        keep: Keep | None,
     ) -> Iterator[dict[str, Any]]:
         """The same records, as they arrive from the workers of a cluster."""
         from ..distributed import evaluate, evaluate_responses
@@ -271,6 +259,8 @@ class EvalRun:
                 flow = evaluate_responses(self.answered, **how)
             else:
                 problems = [Problem(item.prompt, str(item.response)) for item in self.items]
+                if keep is not None:
+                    how |= {"tell": tell, "on_told": keep}
                 flow = evaluate(problems, policy=models.load_policy, batch=batch, **how)
             yield from map(self._named, flow)
 

@@ -1,10 +1,8 @@
-"""The search trees of `prm-search eval --html`: kept beside the records as they come, and shown on one page."""
+"""The search trees of `prm-search eval --html`, shown on one page."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.plan import Unit
 from ..viewer.page_tree import PageTree, costs_of
 from . import BadInput
-from .records import RecordFile, finished
+from .records import finished
 from .view import write_page
 from .view_records import page_tree, step_record
 
@@ -22,36 +20,6 @@ if TYPE_CHECKING:
 TREES = "trees.jsonl"
 MOST = 50_000  # steps of one page; what a browser opens at once
 SAMPLES = "The samples that the votes choose among; each vote's choice is in records.jsonl."
-
-
-@contextmanager
-def kept_trees(
-    folder: Path, units: Sequence[Unit], keys: Sequence[str], *, wanted: bool, resume: bool
-) -> Iterator[Callable[[Unit, Result], None] | None]:
-    """A function that keeps the tree of each search that ends, for `evaluate`; None where no trees are wanted.
-
-    Args:
-        folder: of the evaluation; the file is `TREES` in it.
-        units: of the run, in order of their indices.
-        keys: of the records of the units.
-        wanted: whether trees are to be kept.
-        resume: go on with a file that exists.
-
-    Raises:
-        BadInput, ValueError: as RecordFile does.
-    """
-    if not wanted:
-        yield None
-        return
-    places = {unit: place for place, unit in enumerate(units)}
-    with RecordFile(str(folder / TREES), keys, resume=resume) as file:
-
-        def keep(unit: Unit, result: Result) -> None:
-            place = places[unit]
-            if place not in file.done:  # a run that was stopped between the tree and its record
-                file.write({"index": place, "key": keys[place], **_record(unit, result)})
-
-        yield keep
 
 
 def trees_page(folder: Path, html: str, title: str, expected: int) -> None:
@@ -86,7 +54,7 @@ def trees_page(folder: Path, html: str, title: str, expected: int) -> None:
     write_page("--html", html, title, trees, notes)
 
 
-def _record(unit: Unit, result: Result) -> dict[str, Any]:
+def tree_record(unit: Unit, result: Result) -> dict[str, Any]:
     """A search as `view` reads it."""
     if unit.cell is None:
         what = "samples" if unit.kind == "samples" else "greedy"

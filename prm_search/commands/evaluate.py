@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +15,9 @@ import typer
 from ..evaluation.plan import OWN, PLANNED, STRATEGIES, VOTES, WEIGHTS, Plan
 from . import BadInput, groups, options
 from .config import Common
+from .eval_kept import Tell, kept
 from .eval_run import RECORDS, EvalRun, NamedModels, describe, rebuild
-from .eval_trees import kept_trees, trees_page
+from .eval_trees import trees_page
 from .grouped import grouped
 from .options import ADVANCED, DATA, MODELS, OUTPUT, PAIR_HELP, listed, numbers
 from .problems import answer_of, make_judge
@@ -216,8 +218,8 @@ def evaluate(
         pairs.scorers(), recorded.replay,
     )  # fmt: skip
     _check_source(policy, problems, compared, recorded, workers)
-    if output.html is not None and (problems.responses is not None or workers.ray is not None):
-        raise BadInput("--html shows the searches of this process: there are none with --responses, nor with --ray")
+    if output.html is not None and problems.responses is not None:
+        raise BadInput("--html shows searches: there are none with --responses")
     label, answer = labels.label, labels.answer
     judge = make_judge(label, answer if ":" not in label else None)
     items, answered = problems.read()
@@ -241,16 +243,19 @@ def _record(
     run: EvalRun, keys: Sequence[str], folder: Path, about: dict[str, Any], output: Output, workers: Workers
 ) -> Failures:
     """Run what is missing, each record on disk before the next one is made. Returns the problems that failed."""
-    with (
-        RecordFile(str(folder / RECORDS), keys, resume=output.resume) as file,
-        kept_trees(folder, run.units, keys, wanted=output.html is not None, resume=output.resume) as keep,
-    ):
+    tell = Tell(run.plan, tree=output.html is not None, draws=run.record is not None)
+    with RecordFile(str(folder / RECORDS), keys, resume=output.resume) as file, ExitStack() as stack:
         records = dict(file.done)
+        keep = None
+        if tell.tree or tell.draws:
+            keep = stack.enter_context(
+                kept(folder, run.units, keys, tell, run.record, resume=output.resume, more=bool(records))
+            )
         bar = Bar("records", len(keys) - len(records))
         failures = Failures(run.items, bar)
         try:
             if len(records) < len(keys):
-                flow = run.records_of(workers, dict(records), output.batch, failures, keep)
+                flow = run.records_of(workers, dict(records), output.batch, failures, tell, keep)
                 with bar:
                     for record in flow:
                         if not records:
@@ -285,8 +290,10 @@ def _check_source(
     if recorded.record is not None:
         writable("--record", recorded.record)
     for option, file in (("record", recorded.record), ("replay", recorded.replay)):
-        if file is not None and (existing or workers.ray is not None):
-            raise BadInput(f"--{option} is of searches of this process: there are none with --responses or --ray")
+        if file is not None and existing:
+            raise BadInput(f"--{option} is of searches: there are none with --responses")
+    if recorded.replay is not None and workers.ray is not None:
+        raise BadInput("--replay needs no model, and so no workers: leave --ray out")
     of_data = {
         "data-config": problems.data_config, "template": problems.template, "seeds": compared.seeds,
         "search-values": compared.search_values, "shape": compared.shape,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from ..answers import Answer, resolve_answer
 from ..checks import count
 from ..driver.participants import Participants
+from ..driver.result import Result
 from ..evaluation.plan import Plan, Unit
 from ..evaluation.responses import Answered, check_responses, response_records
 from ..evaluation.run import EvaluationPart, Record, SampledTokens, check_scorers, sampled_tokens
@@ -21,6 +22,8 @@ from .crew import Crew
 from .loading import Load, policy_loader, scorer_loader
 from .runs import OnFailure, check_open, distribute, encoded
 from .worker import Entry, Feed, OpenWork, Task
+
+Tell = Callable[[Unit, Result, Any, Sequence[Any]], Any]
 
 
 def evaluate(
@@ -35,6 +38,8 @@ def evaluate(
     done: Mapping[int, Record] | None = None,
     batch: int = 32,
     on_failure: OnFailure | None = None,
+    tell: Tell | None = None,
+    on_told: Callable[[Unit, Any], object] | None = None,
 ) -> Iterator[Record]:
     """`evaluation.evaluate` by the workers of a cluster: the same records, in another order, and other seconds.
 
@@ -48,18 +53,23 @@ def evaluate(
             without arguments that loads any scorer of that name in the worker that calls it.
         batch: problems that a worker has under way; changes no record but its seconds.
         on_failure: as of `rollout`.
+        tell: is sent to the workers, and called there with each search that ends: its unit, its Result, the policy, and
+            the scorers. What it returns, plain values, comes with the record.
+        on_told: is called with the unit and that, before the record is given out.
 
     Raises:
         ClusterError, TypeError: as `rollout`.
-        ValueError: as evaluation.evaluate.
+        ValueError: as evaluation.evaluate; or only one of tell and on_told is there.
     """
+    if (tell is None) != (on_told is None):
+        raise ValueError("tell and on_told belong together: give both, or neither")
     loaders = {name: scorer_loader(scorer, name) for name, scorer in (scorers or {}).items()}
     check_scorers(plan, list(loaders))
     count("batch", batch)
     check_open(cluster)
     extract = resolve_answer(answer) or final_answer
-    open_work = partial(EvaluationWork, policy_loader(policy), loaders, plan, judge, extract, batch)
-    return _evaluate(problems, cluster, open_work, plan, list(loaders), done or {}, batch, on_failure)
+    open_work = partial(EvaluationWork, policy_loader(policy), loaders, plan, judge, extract, batch, tell)
+    return _evaluate(problems, cluster, open_work, plan, list(loaders), done or {}, batch, on_failure, on_told)
 
 
 def _evaluate(
@@ -71,6 +81,7 @@ def _evaluate(
     done: Mapping[int, Record],
     batch: int,
     on_failure: OnFailure | None,
+    on_told: Callable[[Unit, Any], object] | None,
 ) -> Iterator[Record]:
     with Crew(cluster, open_work) as crew:
         prompts = encoded(crew, [problem.prompt for problem in problems])
@@ -82,8 +93,10 @@ def _evaluate(
         known: dict[int, SampledTokens] = {i: {} for i in missing}
         note_samples(plan, units, done, known)
         tasks = {i: Task(i, tuple(own), (*prompts[i], problems[i].answer, own, known[i])) for i, own in missing.items()}
-        for index, record in distribute(crew, cluster, tasks, batch, on_failure):
+        for index, (record, told) in distribute(crew, cluster, tasks, batch, on_failure):
             note_samples(plan, units, {index: record}, known)  # for a worker that takes the problem over
+            if on_told is not None:
+                on_told(units[index], told)
             yield record
 
 
@@ -100,12 +113,20 @@ class EvaluationWork:
     """A policy and scorers in a worker; see worker.Work."""
 
     def __init__(
-        self, policy: Load, scorers: Mapping[str, Load], plan: Plan, judge: Judge, extract: Answer, batch: int
+        self,
+        policy: Load,
+        scorers: Mapping[str, Load],
+        plan: Plan,
+        judge: Judge,
+        extract: Answer,
+        batch: int,
+        tell: Tell | None = None,
     ) -> None:
         self._policy = policy()
         self._own = PolicyBase.of(self._policy)
         self._scorers = load_scorers(scorers)
         self._plan, self._judge, self._extract, self._batch = plan, judge, extract, batch
+        self._tell = tell
 
     @property
     def forward_calls(self) -> int:
@@ -120,7 +141,8 @@ class EvaluationWork:
         return ids
 
     def run(self, feed: Feed) -> Iterator[Entry]:
-        """The records that tasks want, of `batch` problems together, so that those of one strategy share forwards.
+        """The records that tasks want, each with what is told of its search; of `batch` problems together, so that
+        searches of one strategy share forwards.
 
         A content is a prompt, its occurrence, the right answer, units by index, and the tokens of finished samples.
         """
@@ -135,9 +157,15 @@ class EvaluationWork:
             judgings[task.place] = Judging(self._judge, self._extract, answer)
             units |= {index: own[index] for index in task.wanted}
             known |= tokens
-        part = EvaluationPart(prompts, judgings, self._policy, self._scorers, self._plan, self._batch)
+        told: list[Any] = []  # of the search whose record comes next
+
+        def tell(unit: Unit, result: Result) -> None:
+            if self._tell is not None:
+                told.append(self._tell(unit, result, self._policy, list(self._scorers.values())))
+
+        part = EvaluationPart(prompts, judgings, self._policy, self._scorers, self._plan, self._batch, tell)
         for record in part.records(dict(sorted(units.items())), known):
-            yield Entry(record["problem"], record["index"], record)
+            yield Entry(record["problem"], record["index"], (record, told.pop() if told else None))
 
 
 def evaluate_responses(
