@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fakes import FakePolicy, ids, sampling
-from workers import POISON, first_letter
+from workers import POISON, Strict, first_letter
 
 from prm_search.distributed import FailedProblems
 from prm_search.distributed.crew import Crew
@@ -61,10 +61,19 @@ class Actor:
                 return lambda: About("here", 1)
             if name == "run":
                 return Messages(self.worker.run(*arguments))
+            if name == "encode":
+                return partial(encode, self.worker, *arguments)
             answer = getattr(self.worker, name)(*arguments)
             return lambda: answer
 
         return SimpleNamespace(remote=remote, options=lambda **options: SimpleNamespace(remote=remote))
+
+
+def encode(worker: Worker, prompts: Any) -> Any:
+    try:
+        return worker.encode(prompts)
+    except ValueError as error:
+        raise RayTaskError(error) from error
 
 
 class Deadly(FakePolicy):
@@ -126,3 +135,26 @@ def test_only_what_kills_or_fails_fails_and_it_alone(starts, prompts, error, wor
     assert set(failures) == bad
     assert len(failures) == len(bad)
     assert len(starts) == workers
+
+
+def test_prompts_are_encoded_between_runs_of_one_crew_and_again_where_the_worker_died(starts):
+    notices: list[str] = []
+    cluster: Any = SimpleNamespace(workers=1, gpus_per_worker=0, forward_calls=0, notice=notices.append)
+    open_work = partial(RolloutWork, Strict, 1, sampling(seed=1), first_letter, 2)
+    with Crew(cluster, open_work) as crew:
+        for texts in ("x y", "z"):
+            asked = [Prompt(token_ids=ids(text)) for text in texts.split()]
+            prompts = encoded(crew, asked)
+            assert [prompt.token_ids for prompt, _ in prompts] == [prompt.token_ids for prompt in asked]
+            tasks = {place: Task(place, (place,), (*prompt, "b")) for place, prompt in enumerate(prompts)}
+            assert sorted(index for index, _ in distribute(crew, cluster, tasks, 2, None)) == list(tasks)
+        assert len(starts) == 1
+
+        def die(prompts: Any) -> Any:
+            raise RayError("Worker exit detail: killed. Some common causes")
+
+        starts[0].worker.encode = die
+        assert crew.encode([Prompt(token_ids=ids("x"))]) == [ids("x")]
+        assert len(starts) == 2
+        with pytest.raises(ValueError, match=r"^problems\[1\]: zz is no prompt$"):
+            crew.encode([Prompt(token_ids=ids(text)) for text in ("x", "zz")])

@@ -14,12 +14,13 @@ from fakes import RULE, FakePolicy, FakeScorer
 from prm_search.evaluation.tuning.confirm import Limit, confirming, contests, verdicts
 from prm_search.evaluation.tuning.guidance import plain_config, read_config
 from prm_search.evaluation.tuning.pick import Table, affordable, baseline, pick, pick_within
+from prm_search.evaluation.tuning.pilot import Pilot, scale_of
 from prm_search.evaluation.tuning.race import Dropped, Race
 from prm_search.evaluation.tuning.report import write_tuning
-from prm_search.evaluation.tuning.run import Bench
+from prm_search.evaluation.tuning.run import Asked, Bench
 from prm_search.evaluation.tuning.trials import Config, Grid, Scale, Trial
 from prm_search.problems import Problem
-from prm_search.protocols import Sampling
+from prm_search.protocols import RequestFailed, Sampling
 from prm_search.strategies import Beam, BestOfN, ByDifficulty, Steer
 from prm_search.tree import Prompt
 
@@ -27,7 +28,8 @@ SCALE = Scale(tokens=32.0, steps=8.0, seconds=0.001, spread={"prm": {"q": 1.0, "
 
 
 def config(strategy: Any, tokens: int = 512, **fields: Any) -> Config:
-    return Config(strategy, "prm", "q", **({"select": "best", "weight_temperature": 1.0, "tokens": tokens} | fields))
+    given = {"scorer": "prm", "value": "q", "select": "best", "weight_temperature": 1.0, "tokens": tokens}
+    return Config(strategy, **(given | fields))
 
 
 def table(rows: Sequence[tuple[Config, Sequence[int], float]], difficulty: Sequence[float]) -> Table:
@@ -229,6 +231,7 @@ def test_a_race_leaves_problems_out_and_can_be_switched_off() -> None:
     assert not {index % 32 for index in there} & {0, 31}
     end, there = raced(Race(TRIALS, 32, bins=1, on=False), right(NONE, ALL))
     assert (end.dropped, len(there)) == ((), 3 * 32)
+    assert Race(TRIALS, 20, bins=1).ends == [10, 15, 20]  # of five problems the test can tell nothing
 
 
 def test_the_page_says_what_was_dropped(tmp_path: Path) -> None:
@@ -279,10 +282,10 @@ def test_a_grid_names_what_makes_no_sense(fields: dict[str, Any], message: str) 
         Grid(**fields)
 
 
-def bench(**given: Any) -> Bench:
+def bench(policy: FakePolicy | None = None, **given: Any) -> Bench:
     return Bench(
-        FakePolicy(), {"prm": FakeScorer()}, lambda text, answer: (text, text.endswith(answer)), lambda text: text[-1:],
-        Sampling(RULE, max_new_tokens=24, seed=1), **given,
+        policy or FakePolicy(), {"prm": FakeScorer()}, lambda text, answer: (text, text.endswith(answer)),
+        lambda text: text[-1:], Sampling(RULE, max_new_tokens=24, seed=1), **given,
     )  # fmt: skip
 
 
@@ -305,6 +308,48 @@ def test_a_run_goes_on_where_it_was_stopped_and_batches_change_nothing() -> None
     found = Table.of(trials, [*half.values(), *rest.values()], 5)
     searches = np.array([config.name != "best_of_n" for config in found.configs])
     assert (found.costs["policy_tokens"][searches] <= 60).all()
+
+
+def test_equal_prompts_of_a_run_that_goes_on_draw_what_they_would_have_drawn() -> None:
+    problems = [Problem(Prompt(token_ids=(5, 1)), "a")] * 3
+    trial = Trial(BestOfN(3), None, None, None, (config(BestOfN(3), select="majority", scorer=None, value=None),))
+    whole = {record["index"]: record for record in bench().records([trial], problems)}
+    assert len({record["ways"][0]["policy_tokens"] for record in whole.values()}) > 1
+    (last,) = bench().records([trial], problems, whole.keys() - {2})
+    assert last["ways"][0] | {"seconds": 0} == whole[2]["ways"][0] | {"seconds": 0}
+
+
+def test_the_scale_is_the_same_in_whatever_order_problems_end() -> None:
+    asked = {place: Asked(Prompt(token_ids=(5, place)), 0, "a") for place in range(6)}
+    pilot = [{"problem": place, **outcome} for place, outcome in bench().outcomes(Pilot(("q", "min")), asked)]
+    scales = [scale_of(records, ["prm"], ("q", "min")) for records in (pilot, pilot[::-1])]
+    assert scales[0] == scales[1]
+    with pytest.raises(ValueError, match="no problem of the pilot was answered"):
+        scale_of([], ["prm"], ("q",))
+
+
+class Failing(FakePolicy):
+    """Gives up on whatever it is asked about one prompt, as an endpoint does."""
+
+    def failures(self) -> list[tuple[Any, RequestFailed]]:
+        asked = [request for request in self.requests if request.node.tree.prompt_ids == (5, 2)]
+        return [(request, RequestFailed("HTTP 500")) for request in asked]
+
+
+def test_a_problem_that_the_policy_gives_up_on_is_named_once_and_has_no_further_records() -> None:
+    problems = [Problem(Prompt(token_ids=(5, place)), "a") for place in range(4)]
+    failed: list[tuple[int, str]] = []
+    scale = bench(Failing()).scale(problems, ("q", "min"), on_failure=lambda *each: failed.append(each))
+    trials = Grid((60,), ("best_of_n", "beam"), ("q", "min")).trials(scale, ["prm"])
+    found = list(bench(Failing()).records(trials, problems, on_failure=lambda *each: failed.append(each)))
+    assert failed == [(2, "a request failed: HTTP 500")] * 2  # of the pilot, and of the first trial
+    assert {record["problem"] for record in found} == {0, 1, 3}
+    assert len(found) == 3 * len(trials)
+    assert Table.of(trials, found, 4, {2}).right.shape[1] == 3
+    with pytest.raises(RequestFailed, match="HTTP 500"):
+        list(bench(Failing()).records(trials, problems))
+    with pytest.raises(RequestFailed, match="HTTP 500"):
+        bench(Failing()).scale(problems, ("q",))
 
 
 def test_fewer_samples_are_the_first_of_more() -> None:

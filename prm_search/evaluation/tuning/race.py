@@ -22,6 +22,7 @@ from .trials import Trial
 
 STAGES = (0.25, 0.5, 0.75)  # of the problems
 P = 0.01  # of the two-sided sign test
+FEWEST = 8  # problems of which the test can tell anything: eight to none has p = 1/128
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Race:
     @property
     def ends(self) -> list[int]:
         """Numbers of problems after which is judged, and the number of all."""
-        stages = {math.ceil(share * self.problems) for share in STAGES} if self.on else set()
-        return sorted({*stages, self.problems})
+        stages = [math.ceil(share * self.problems) for share in STAGES if self.on]
+        return sorted({*(end for end in stages if end >= FEWEST), self.problems})
 
     def standing(self, records: Mapping[int, Mapping[str, Any]], left_out: Collection[int] = ()) -> Standing:
         """The state by the records that there are.
