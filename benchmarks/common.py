@@ -69,6 +69,9 @@ class Machine:
         return cls("cuda" if cuda else "cpu", name, torch.get_num_threads(), versions)
 
 
+CEILING_SIZES = {"cuda": (8192, 1 << 30), "cpu": (1024, 1 << 26)}  # side of the matmul, bytes of the copy
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """Measured ceilings that a floor divides by, taken where the report is made: never a datasheet.
@@ -85,8 +88,7 @@ class Ceilings:
     @functools.cache
     def measure(cls, machine: Machine) -> Ceilings:
         """Measure once a process: the best of many, for a ceiling. Random operands: zeros run faster than models do."""
-        cuda = machine.device == "cuda"
-        side, count = (8192, 1 << 30) if cuda else (1024, 1 << 26)
+        side, count = CEILING_SIZES[machine.device]
         a, b = (torch.randn(side, side, device=machine.device).to(machine.dtype) for _ in range(2))
         source = torch.randint(256, (count,), dtype=torch.uint8, device=machine.device)
         target = torch.empty_like(source)
@@ -157,6 +159,7 @@ def paired(
     return seconds
 
 
+FLUSHED = 1 << 30  # bytes, more than any L2 holds
 HELD_CYCLES = 1_000_000  # of the device's clock, about half a millisecond
 
 
@@ -169,7 +172,7 @@ def on_device(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2)
     """
     if not torch.cuda.is_available():
         return paired(runs, repeats, warmup=1, collect=False)
-    flush = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-warmup, repeats):
         for name, run in runs.items():

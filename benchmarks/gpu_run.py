@@ -116,42 +116,76 @@ def _together(stage: Stage, limit: float, folder: Path) -> list[Line]:
 # --- the measurements, each table in a process of its own -----------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured on a machine.
+
+    Attributes:
+        shapes: of the models; see common.SHAPES.
+        quick: whether ops take their smallest shapes.
+        repeats: of an op.
+        decoding: (context, rows, families) of each line, and the tokens that each decodes.
+        scoring: (prompt, beams, length), and the numbers of steps.
+        host: rows of each line, tokens, and pairs.
+        searching: (prompts, prompt, new tokens, tokens of a step, n).
+    """
+
+    shapes: tuple[str, ...]
+    quick: bool
+    repeats: int
+    decoding: tuple[tuple[tuple[int, int, int], ...], int]
+    scoring: tuple[tuple[int, int, int], tuple[int, ...]]
+    host: tuple[tuple[int, ...], int, int]
+    searching: tuple[int, int, int, int, int]
+
+
+SIZES = {
+    "cuda": Sizes(
+        ("1.5b", "7b"), False, 20, (((550, 16, 4), (550, 64, 16), (4096, 64, 1)), 24), ((512, 16, 64), (5, 20)),
+        ((16, 64, 256), 64, 3), (1, 512, 256, 64, 16),
+    ),
+    "cpu": Sizes(
+        ("small",), True, 1, (((80, 8, 2), (80, 4, 1)), 2), ((60, 4, 8), (2,)), ((8,), 4, 1), (1, 40, 16, 8, 8)
+    ),
+}  # fmt: skip
+# What a search costs beside plain sampling of as many rows; then the other ways to search; then what they replace.
+SEARCHES = (("plain", "beam/shared"), ("best_of", "beam/separate"), ("beam/full_text",))
+
+
 def jobs(table: str, machine: Machine) -> Iterator[Job]:
     """The measurements of a table, those that answer most first; small ones where there is no GPU."""
-    cuda = machine.device == "cuda"
-    shapes = ["1.5b", "7b"] if cuda else ["small"]
+    sizes = SIZES[machine.device]
     if table == "ops":
         import attending
         import cases
         import heads
 
-        quick = not cuda
-        for case in itertools.chain(heads.cases(machine, quick), attending.cases(machine, quick)):
-            yield partial(cases.measure, case, machine, 20 if cuda else 1)
+        for case in itertools.chain(heads.cases(machine, sizes.quick), attending.cases(machine, sizes.quick)):
+            yield partial(cases.measure, case, machine, sizes.repeats)
     elif table == "decoding":
         import decoding
 
-        lines = [(550, 16, 4), (550, 64, 16), (4096, 64, 1)] if cuda else [(80, 8, 2)]
-        tokens = 24 if cuda else 2
-        for line, shape in itertools.product(lines, shapes):
+        lines, tokens = sizes.decoding
+        for line, shape in itertools.product(lines, sizes.shapes):
             yield partial(decoding.compare, machine, shape, *line, tokens=tokens, repeats=1)
     elif table == "scoring":
         import scoring
 
-        for shape, steps in itertools.product(shapes, (5, 20) if cuda else (2,)):
-            size = (512, 16, 64) if cuda else (60, 4, 8)
+        size, counts = sizes.scoring
+        for shape, steps in itertools.product(sizes.shapes, counts):
             yield partial(scoring.compare, machine, shape, *size, steps, 1, ["dynamic_cache"])
     elif table == "host":
         import host
 
-        for rows in (16, 64, 256) if cuda else (8,):
-            yield partial(host.compare, rows, 128, *((64, 3) if cuda else (4, 1)))
+        torch.set_num_threads(1)  # process time is of all threads
+        every_rows, tokens, pairs = sizes.host
+        for rows in every_rows:
+            yield partial(host.compare, rows, 128, tokens, pairs)
     else:
         import searching
 
-        for shape in shapes:
-            size = (1, 512, 256, 64, 16) if cuda else (1, 40, 16, 8, 8)
-            yield partial(searching.measure, machine, shape, *size, repeats=1)
+        for ways, shape in itertools.product(SEARCHES, sizes.shapes):
+            yield partial(searching.measure, machine, shape, *sizes.searching, repeats=1, only=ways)
 
 
 def measure(table: str, path: Path) -> None:

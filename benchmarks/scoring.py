@@ -145,13 +145,14 @@ def rival_rewards(method: str, prm: Any, ref: Any, work: Work, device: str) -> l
     return [(BETA * (a - b)).cpu().numpy() for a, b in pairs]
 
 
-def our_rewards(pair: ImplicitPRM, work: Work, streams: bool = False) -> tuple[list[np.ndarray], dict[str, int]]:
+def our_rewards(pair: ImplicitPRM, work: Work, streams: bool | None = None) -> tuple[list[np.ndarray], dict[str, int]]:
     """The same through SearchTree and ImplicitPRM, with the counts of the tree's meter and the KV held at the end.
 
     Args:
-        streams: whether each model has a CUDA stream of its own.
+        pair, work: whose rewards, of what.
+        streams: whether each model has a CUDA stream of its own; None leaves that as it is.
     """
-    if pair.prm.device.type == "cuda":
+    if streams is not None:
         for lm in filter(None, (pair.prm, pair.reference)):
             lm.own_stream(streams)
     tree = SearchTree(Prompt(token_ids=tuple(work.prompt)))
@@ -206,8 +207,9 @@ def compare(
     pair = ImplicitPRM(
         prm, ref, beta=BETA, capacity=every if methods else min(every, work.most_live() + beams * length)
     )
-    ways: dict[str, Callable[[Work], Any]] = {"ours": lambda given: our_rewards(pair, given)}
-    if machine.device == "cuda" and methods:
+    cuda = machine.device == "cuda"
+    ways: dict[str, Callable[[Work], Any]] = {"ours": lambda given: our_rewards(pair, given, False if cuda else None)}
+    if cuda and methods:
         ways["ours_streams"] = lambda given: our_rewards(pair, given, streams=True)
     for method in methods:
         ways[method] = lambda given, method=method: (rival_rewards(method, prm, ref, given, machine.device), None)
@@ -215,7 +217,7 @@ def compare(
     peaks, absent = {}, {}
     for name, way in list(ways.items()):  # a warm-up: the first step, or on a GPU the whole, for its peak of memory
         try:
-            peaks[name] = weighed(partial(way, work if machine.device == "cuda" else first))[1]
+            peaks[name] = weighed(partial(way, work if cuda else first))[1]
         except torch.OutOfMemoryError:
             absent[name] = "out of memory"
             del ways[name]

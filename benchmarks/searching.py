@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,9 +74,26 @@ def _logprobs(lm: Any, rows: list[list[int]], news: list[int]) -> list[np.ndarra
 
 
 def measure(
-    machine: Machine, shape: str, prompts: int, prompt: int, new_tokens: int, step: int, n: int, repeats: int
+    machine: Machine,
+    shape: str,
+    prompts: int,
+    prompt: int,
+    new_tokens: int,
+    step: int,
+    n: int,
+    repeats: int,
+    only: Collection[str] = ("plain", "best_of", "beam"),
 ) -> list[dict[str, Any]]:
-    """Lines of the report: seconds of each way to generate, and scorer over policy seconds inside the searches."""
+    """Lines of the report: seconds of each way to generate, and scorer over policy seconds inside the searches.
+
+    Args:
+        machine, shape: which model, and where.
+        prompts, prompt: how many, of how many tokens.
+        new_tokens, step: of a response, and of a step at most.
+        n: responses of a best-of-n, and children at each level of the beam.
+        repeats: rounds.
+        only: the ways, as "kind" or "kind/scorer".
+    """
     policy, prm, other = (model(shape, seed, machine) for seed in (1, 2, 3))
     tokenizer = tokenizer_of(policy.config.vocab_size)
     draw = torch.Generator().manual_seed(0)
@@ -112,12 +129,17 @@ def measure(
         phases.setdefault(name, []).append(dict(out.prm[0].usage.seconds))
         usages[name] = [result.usage for result in out.prm]
 
-    runs: dict[str, Any] = {"plain_1": lambda: plain(1), f"plain_{n}": lambda: plain(n)}
+    runs: dict[str, Any] = {}
+    if "plain" in only:
+        runs = {"plain_1": lambda: plain(1), f"plain_{n}": lambda: plain(n)}
     ways: dict[str, tuple[str, str]] = {}
     for strategy in strategies:
+        kind = strategy.rpartition("_")[0]
         for scorer in scorers:
-            if scorer == "full_text" and not strategy.startswith("beam"):
+            if scorer == "full_text" and kind != "beam":
                 continue  # a best-of-n is scored once, at its end, in that scheme too
+            if kind not in only and f"{kind}/{scorer}" not in only:
+                continue
             name = f"{strategy}/{scorer}"
             ways[name] = scorer, strategy
             runs[name] = lambda name=name, scorer=scorer, strategy=strategy: guided(name, scorer, strategy)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -173,26 +174,64 @@ def test_live_tokens_are_those_of_distinct_path_nodes():
 
 REHEARSAL = """
 import json, sys
-from pathlib import Path
 import gpu_run, report
 whole = gpu_run.stages
-print(json.dumps([stage.name for stage in whole(Path("lines"))]))
-for table in ("ops", "decoding", "scoring", "host", "searching"):
-    assert callable(next(gpu_run.jobs(table, report.Machine.here()))), table
-gpu_run.stages = lambda lines: [stage for stage in whole(lines) if stage.name == "host"]
+print(json.dumps([stage.name for stage in whole(gpu_run.Path("lines"))]))
+command = (sys.executable, str(gpu_run.TESTS / "pretend_cuda.py"))
+gpu_run.stages = lambda lines: [gpu_run.Stage("everything", 1.0, ((*command, str(lines)),))]
 sys.argv = ["report.py", "--suite", "gpu", "--minutes", "100", "--out", sys.argv[1]]
 report.main()
 """
+# What the machine of the run lacks.
+ABSENT = ("matplotlib", "pytest_benchmark", "hypothesis", "peft", "trl", "typer", "rich", "fastapi", "openai", "ray")
+BARE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))"
 
 
-def test_the_gpu_run_is_rehearsed_without_a_gpu(tmp_path):
-    """One stage of it here, which stands for the others: they differ in what they measure."""
-    names = json.loads(run("-c", REHEARSAL, str(tmp_path)).stdout.splitlines()[0])
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory) -> tuple[list[str], Path, list[dict[str, Any]]]:
+    """Every stage of the GPU run but its tests, as on CUDA, in one process: (names of the stages, folder, lines)."""
+    folder = tmp_path_factory.mktemp("gpu")
+    folder.joinpath("sitecustomize.py").write_text(BARE)
+    done = run("-c", REHEARSAL, str(folder), PYTHONPATH=str(folder))
+    lines = [json.loads(line) for line in (folder / "lines.jsonl").read_text().splitlines()]
+    return json.loads(done.stdout.splitlines()[0]), folder, lines
+
+
+def test_every_stage_of_the_gpu_run_is_rehearsed_in_a_bare_environment(rehearsed):
+    names, folder, lines = rehearsed
     assert names == ["correctness", "ops", "decoding", "scoring", "host", "searching"]
-    measured, stage = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
-    assert (stage["stage"], stage["ends"][0]["code"], measured["table"]) == ("host", 0, "host")
-    assert list(json.loads((tmp_path / "report.json").read_text())["suites"]["gpu"]) == ["host"]
-    assert "### host" in (tmp_path / "report.md").read_text()
+    assert lines[-1]["stage"] == "everything"
+    assert lines[-1]["ends"][0]["code"] == 0, (folder / "everything.log").read_text()[-4000:]
+    assert [line for line in lines if "failed" in line or "skipped" in line] == []
+    counted = Counter(line["table"] for line in lines if "line" in line)
+    assert counted == {"ops": 7, "decoding": 3, "scoring": 2, "host": 1, "searching": 7}
+
+
+def test_the_rehearsal_takes_the_branches_of_a_gpu(rehearsed):
+    _, _, lines = rehearsed
+    tables = {table: [line["line"] for line in lines if line.get("table") == table] for table in ("ops", "scoring")}
+    assert all(row["dtype"] == "bfloat16" for row in tables["ops"])
+    assert all("peak_bytes" in way for row in tables["ops"] for way in row["ways"].values() if "ms" in way)
+    assert all("ours_streams" in row["over_ours"] for row in tables["scoring"])
+    assert all(row["no_graph_over_ours"] for row in (x["line"] for x in lines if x.get("table") == "decoding"))
+    (calls,) = [line["calls"] for line in lines if "calls" in line]
+    assert {"own_stream True", "own_stream False", "synchronize None"} <= set(calls)
+    assert sum(call.startswith("sleep") for call in calls) == 1  # the device waits until an op's launches are queued
+
+
+def test_the_gpu_runs_searches_are_all_ways_and_the_most_telling_first(rehearsed):
+    _, _, lines = rehearsed
+    ways = [line["line"]["way"] for line in lines if line.get("table") == "searching"]
+    assert ways[:3] == ["plain_1", "plain_8", "beam_2x4/shared"]
+    assert sorted(ways[3:]) == ["beam_2x4/full_text", "beam_2x4/separate", "best_of_8/separate", "best_of_8/shared"]
+
+
+def test_the_gpu_runs_report_is_written(rehearsed):
+    _, folder, _ = rehearsed
+    tables = json.loads((folder / "report.json").read_text())["suites"]["gpu"]
+    text = (folder / "report.md").read_text()
+    assert list(tables) == ["ops", "decoding", "scoring", "host", "searching"]
+    assert all(f"### {table}" in text for table in tables)
 
 
 GPU_RUN = """

@@ -53,7 +53,7 @@ def test_each_token_is_encoded_once(lm: LanguageModel, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         KVPool,
         "write",
-        lambda pool, layer, slots, k, v: (written.append(len(slots)), write(pool, layer, slots, k, v))[1],
+        lambda pool, layer, slots, *rest: (written.append(len(slots)), write(pool, layer, slots, *rest))[1],
     )
     tree, nodes = grown(lm)
     node_logprobs(lm, nodes[:2])

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _block(
@@ -41,7 +43,7 @@ def _block(
     s = tl.dot(q, k, input_precision=PRECISION)
     if HAS_CAP:
         y = s * scale / softcap  # tanh(y) = sign(y) * (1 - e) / (1 + e) with e = exp(-2|y|)
-        e = tl.exp(-2.0 * tl.abs(y))
+        e = tl.exp2(tl.abs(y) * (-2.0 * LOG2E))
         t = (1.0 - e) / (1.0 + e)
         s = softcap * tl.where(y < 0, -t, t)
     if MASKED:

@@ -10,6 +10,7 @@ from prm_search.triton_kernels.reference import COLDEST
 
 _GUIDE_BLOCK = 2048
 _PART_BLOCK = 1024
+PICK_WARPS = 8  # four spill on sm_90
 
 
 def guide_logits(policy: Tensor, prm: Tensor, ref: Tensor, alpha: Tensor, out: Tensor | None = None) -> Tensor:
@@ -56,6 +57,6 @@ def sample_rows(logits: Tensor, draws: Tensor, temperature: Tensor) -> tuple[Ten
         launch.launch(
             jit.sample_pick_kernel, (rows,), logits.device, logits, temperature, draws, parts, firsts, tokens, out,
             vocabulary, logits.stride(0), splits, share, rows, COUNTERS=draws.dtype == torch.int64, COLDEST=COLDEST,
-            SPLITS=tiles.power_of_two(splits), BLOCK=_PART_BLOCK, num_warps=4,
+            SPLITS=tiles.power_of_two(splits), BLOCK=_PART_BLOCK, num_warps=PICK_WARPS,
         )  # fmt: skip
     return tokens, out[0], out[1]

@@ -123,9 +123,13 @@ def logit_gradient(
 def guide_logits(policy_logits: Tensor, prm: Tensor, reference: Tensor, alpha: Tensor) -> Tensor:
     """`policy + alpha * (log_softmax(prm) - log_softmax(reference))`, `[B, V]` in the policy's dtype."""
     width = min(policy_logits.shape[1], prm.shape[1], reference.shape[1])
-    dtype = accumulate_dtype(policy_logits.dtype)
-    ratio = (log_softmax(prm)[:, :width] - log_softmax(reference)[:, :width]).to(dtype)
-    policy = policy_logits[:, :width]
+    return guide_by_ratio(policy_logits, log_softmax(prm)[:, :width] - log_softmax(reference)[:, :width], alpha)
+
+
+def guide_by_ratio(policy_logits: Tensor, ratio: Tensor, alpha: Tensor) -> Tensor:
+    """`policy + alpha * ratio` on the columns that the ratio has, `[B, V]` in the policy's dtype."""
+    width, dtype = ratio.shape[1], accumulate_dtype(policy_logits.dtype)
+    ratio, policy = ratio.to(dtype), policy_logits[:, :width]
     steered = torch.addcmul(policy.to(dtype), alpha[:, None].to(dtype), ratio).to(policy.dtype)
     # A token that either model holds impossible has no ratio and stays as it is; the policy's own -inf stays by itself.
     steered = torch.where(ratio.isfinite(), steered, policy)

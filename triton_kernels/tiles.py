@@ -35,8 +35,8 @@ HOPPER_GRADIENT = MatmulTile(128, 128, 64, stages=3, warps=8, tma=True)
 POINTER_FEW = MatmulTile(16, 128, 64, stages=4, warps=4)
 POINTER_SOME = MatmulTile(64, 128, 32, stages=4, warps=4, resident=2)
 POINTER_MANY = MatmulTile(128, 128, 32, stages=4, warps=8)
-# fp32 operands are multiplied exactly (no tf32), without tensor cores; a depth of 32 spills on sm_80 with bias and cap.
-FULL = MatmulTile(64, 64, 16, stages=2, warps=4, resident=2)
+# fp32 operands are multiplied exactly (no tf32), without tensor cores; four warps spill on sm_90 with bias and cap.
+FULL = MatmulTile(64, 64, 16, stages=3, warps=8, resident=2)
 INTERPRETER = MatmulTile(16, 32, 32, stages=1, warps=1)
 
 
@@ -135,7 +135,7 @@ def attention_tile(*, capability: tuple[int, int], half: bool, packed: int, head
     if capability == (0, 0):
         return INTERPRETER_ATTENTION
     if not half:
-        return AttentionTile(16, 16, stages=2, warps=4)  # three spill on sm_90
+        return AttentionTile(16, 16, stages=3, warps=8)  # four warps spill on sm_90
     if packed <= 16:
         resident = 1 if capability[0] == 8 else 2 if wide else 3
         return AttentionTile(16, 32 if wide else 64, stages=3, warps=4, resident=resident)

@@ -161,8 +161,10 @@ def switched(layers: list[Any], state: tuple[str, ...] | None) -> Iterator[None]
 def device_of(module: Any) -> torch.device:
     """Return where a model takes its input ids; also where its weights are offloaded and only visit the device."""
     embedding = module.get_input_embeddings()
-    device = embedding.weight.device
+    device: torch.device = embedding.weight.device
+    if device.type != "meta":  # asked several times a forward: a module's missing attribute is dear
+        return device
     visited = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    if device.type != "meta" or visited is None:
+    if visited is None:
         return device
     return torch.device("cuda", visited) if isinstance(visited, int) else torch.device(visited)

@@ -23,7 +23,7 @@ class KVPool:
         self._made_for: tuple[torch.dtype, torch.device] | None = None
 
     def write(
-        self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+        self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, every: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the K and V of T tokens and return the layer's pools.
 
@@ -32,6 +32,7 @@ class KVPool:
             slots: [T] int64.
             keys: [T, kv_heads, k_dim].
             values: [T, kv_heads, v_dim].
+            every: whether no slot is negative, which would be a token that is not stored.
         """
         pools = self.layers.get(layer)
         if pools is None:
@@ -40,7 +41,11 @@ class KVPool:
                 torch.empty((self.slots, *values.shape[1:]), dtype=values.dtype, device=values.device),
             )
             self.layers[layer] = pools
-        write_kv(*pools, keys, values, slots)
+        if every and keys.device.type == "cpu" and slots.dtype == torch.int64:
+            pools[0].index_copy_(0, slots, keys)  # a step of few tokens feels the op's checks in every layer
+            pools[1].index_copy_(0, slots, values)
+        else:
+            write_kv(*pools, keys, values, slots)
         return pools
 
     def follow(self, weight: torch.Tensor) -> None:

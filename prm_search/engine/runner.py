@@ -92,7 +92,7 @@ class TokenForward:
             ids, (positions, slots) = self._ids, to_device(self._integers, self._device)
         else:
             ids, positions, slots = to_device([self._ids, *self._integers], self._device)
-        return self._run.hidden(ids.long(), positions.long(), Packed(self._run.pool, slots, self._layout))
+        return self._run.hidden(ids.long(), positions.long(), Packed(self._run.pool, slots, self._layout, every=True))
 
 
 class PackedForward:
@@ -143,5 +143,5 @@ class PackedForward:
         rest = on[3 : 3 + len(also)]
         self._layout.place(on[3 + len(also) :])
         known = on[0].long() if ids is None else ids.index_select(0, rest.pop().long())
-        hidden = run.hidden(known, on[1].long(), Packed(run.pool, on[2], self._layout))
+        hidden = run.hidden(known, on[1].long(), Packed(run.pool, on[2], self._layout, every=True))
         return hidden, [part.long() for part in rest]

@@ -19,7 +19,7 @@ from ..engine.kv_tree import Branch
 from ..engine.language_model import LanguageModel
 from ..engine.pending import Pending
 from ..engine.prompts import SharedPrompts
-from ..triton_kernels.reference import log_softmax
+from ..triton_kernels.reference import guide_by_ratio, log_softmax
 from ..usage import Meter
 from .kl_bound import bounded_alpha
 
@@ -207,18 +207,21 @@ class Steering:
         tables = {lm: pending.result().to(logits.device) for lm, pending in zip(self._lms, begun, strict=True)}
         every = [row for row, _ in rows] == list(range(len(logits)))
         mine = logits if every else logits[torch.tensor([row for row, _ in rows], device=logits.device)]
-        prm, reference = (mine if lm is None else tables[lm] for lm in self._halves)
+        prm, reference = (log_softmax(mine) if lm is None else tables[lm] for lm in self._halves)
         alpha = torch.tensor([stream.alpha for stream in streams], dtype=torch.float32, device=logits.device)
         bounded = [i for i, stream in enumerate(streams) if stream.alpha and stream.max_kl < math.inf]
         observed = [i for i, stream in enumerate(streams) if stream.observed]
         if bounded:
             at = torch.tensor(bounded, device=logits.device)
             kl = torch.tensor([streams[i].max_kl for i in bounded], device=logits.device)
-            alpha[at] = bounded_alpha(mine[at], _log_ratio(prm[at], reference[at]), alpha[at], kl)
+            alpha[at] = bounded_alpha(mine[at], _ratio(prm[at], reference[at]), alpha[at], kl)
         if observed:
             at = torch.tensor(observed, device=logits.device)
-            seen = _log_ratio(prm[at], reference[at])
-        guided = guide_logits(mine, prm, reference, alpha)
+            seen = _ratio(prm[at], reference[at])
+        if mine.is_cuda:
+            guided = guide_logits(mine, prm, reference, alpha)  # in one pass, and a log-softmax is its own
+        else:
+            guided = guide_by_ratio(mine, _ratio(prm, reference)[:, : mine.shape[1]], alpha)
         if every:
             logits.copy_(guided)
         else:
@@ -282,7 +285,7 @@ class Steering:
                 return
 
 
-def _log_ratio(prm: Tensor, reference: Tensor) -> Tensor:
-    """[B, W] log-ratio in nats of two tables of logits or log-probabilities, over the narrower width."""
+def _ratio(prm: Tensor, reference: Tensor) -> Tensor:
+    """[B, W] log-ratio in nats of two tables of log-probabilities, over the narrower width."""
     width = min(prm.shape[1], reference.shape[1])
-    return log_softmax(prm.float())[:, :width] - log_softmax(reference.float())[:, :width]
+    return prm[:, :width] - reference[:, :width]

@@ -41,14 +41,16 @@ class Packed:
         pool: where keys and values live.
         slots: [T] int32 or int64, slot of each packed token; a negative one is written nowhere.
         layout: which tokens attend over which paths.
+        every: whether no slot is negative.
 
     Attributes:
         no_mask: stands for "no mask". transformers hands a mask of four dimensions on as it is; from none at all it
             would look for packed sequences in the position ids, and wait for the device to answer.
     """
 
-    def __init__(self, pool: KVPool, slots: torch.Tensor, layout: Layout) -> None:
+    def __init__(self, pool: KVPool, slots: torch.Tensor, layout: Layout, every: bool = False) -> None:
         self.pool = pool
+        self._every = every
         self.layout = layout
         self.no_mask = _no_mask(slots.device)
         self._slots = slots
@@ -69,7 +71,8 @@ class Packed:
         """
         if self._slots.device != key.device:
             self._slots = self._slots.to(key.device)
-        keys, values = self.pool.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        news = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        keys, values = self.pool.write(layer, self._slots, *news, self._every)
         return self.layout.attend(Operands(query[0], key[0], value[0], keys, values, modifiers))[None]
 
 

@@ -85,6 +85,7 @@ class Group:
         self.even = bool((self.new == self.length).all())
         self.fresh = self.even and bool((self.full == self.new).all())  # nothing before the new tokens
         self._tables: dict[tuple[int | None, torch.device], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._runs: dict[int | None, slice] = {}  # window -> slots of a single unit that are neighbours
         self._bias: dict[tuple[int | None, torch.device, torch.dtype], torch.Tensor | None] = {}
         self._rows: dict[torch.device, torch.Tensor] = {}
 
@@ -127,6 +128,8 @@ class Group:
         if window is not None:
             allowed &= keys > queries - window
         mask = None if allowed.all() else torch.from_numpy(allowed).to(device)
+        if len(slots) == 1 and slots[0, -1] - slots[0, 0] == width - 1 and bool((np.diff(slots[0]) == 1).all()):
+            self._runs[window] = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
         self._tables[key] = torch.from_numpy(slots).to(device), mask
         return self._tables[key]
 
@@ -162,8 +165,8 @@ class Group:
             v = value[:, span].unflatten(1, (count, self.length)).transpose(0, 1)
         else:
             slots, allowed = self.tables(modifiers.window, query.device)
-            k = keys.index_select(0, slots.view(-1)).view(*slots.shape, *keys.shape[1:]).transpose(1, 2)
-            v = values.index_select(0, slots.view(-1)).view(*slots.shape, *values.shape[1:]).transpose(1, 2)
+            run = self._runs.get(modifiers.window)
+            k, v = (_read(pool, slots) if run is None else pool[run].transpose(0, 1)[None] for pool in (keys, values))
         if not plain:
             result = _eager(q, k, v, allowed, modifiers)
         else:
@@ -179,6 +182,11 @@ class Group:
     def _packed(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [tokens, ...] without the padding."""
         return rows.flatten(0, 1) if self.even else rows[self.real(rows.device)]
+
+
+def _read(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Keys or values in slots [B, S]: [B, kv_heads, S, dim]."""
+    return pool.index_select(0, slots.view(-1)).view(*slots.shape, *pool.shape[1:]).transpose(1, 2)
 
 
 def buckets(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -50,8 +50,10 @@ class TorchLayout:
     def attend(self, operands: Operands) -> torch.Tensor:
         """[T, heads, v_dim]: attention of the packed queries over their paths."""
         query, value = operands.query, operands.value
-        out = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))
         groups = self.groups
+        if self.kin is None and len(groups) == 1:
+            return groups[0].attend(operands)
+        out = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))
         if self.kin is not None:
             if self.kin.mergeable(operands):
                 self.kin.attend(out, operands)
