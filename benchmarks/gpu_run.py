@@ -118,7 +118,7 @@ def _together(stage: Stage, limit: float, folder: Path) -> list[Line]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured on a machine.
+    """Measurements of one kind of machine.
 
     Attributes:
         shapes: of the models; see common.SHAPES.
