@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 import prm_search as ps
-from prm_search.engine import pool as pool_module
 from prm_search.engine.language_model import LanguageModel
+from prm_search.engine.pool import KVPool
 from prm_search.strategies import MCTS, AdaptiveBranch, Expand, ParticleFilter, Rebase
 
 VOCAB, EOS = 24, 1
@@ -153,13 +153,14 @@ def cached(tree, model_id) -> dict[str, int]:
 def test_a_fork_copies_nothing_and_each_token_is_written_once(monkeypatch):
     lm = LanguageModel.of(tiny(3))
     written = []
-    write = pool_module.write_kv
+    write = KVPool.write
 
-    def counting(k_pool, v_pool, k_new, v_new, slots, **kwargs):
-        written.append(sum(t.numel() * t.element_size() for t in (k_new, v_new)))
-        return write(k_pool, v_pool, k_new, v_new, slots, **kwargs)
+    def counting(pool, layer, slots, keys, values, **kwargs):
+        assert len(slots) == len(keys) == len(values)
+        written.append(sum(t.numel() * t.element_size() for t in (keys, values)))
+        return write(pool, layer, slots, keys, values, **kwargs)
 
-    monkeypatch.setattr(pool_module, "write_kv", counting)
+    monkeypatch.setattr(KVPool, "write", counting)
     root = lm.tree.root([3, 4, 5])
     lm.extend([root], [[]], want=None)
     branches, tokens = [root], 3

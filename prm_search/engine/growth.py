@@ -61,6 +61,7 @@ class Growth:
         count: [R] tokens that each row has encoded since its node.
         length: [R] tokens of its path; only while live, as are the paths.
         paths: [R, P] slots of its path.
+        rows: each row as a branch, the same object as long as it grows.
         stems, shared: rows with equal stems begin with the same `shared` slots, [R].
         version: another number whenever rows have come or gone.
         unnamed: the newest tokens are on the device, and the host does not know them.
@@ -70,6 +71,7 @@ class Growth:
         self.tree = tree
         self.live = True
         self.tips: list[Branch] = []
+        self.rows: list[GrownPath] = []
         self.stems: list[int] = []
         self.version = 0
         self.plan: Any = None  # of attention, whoever makes it; for one version
@@ -77,7 +79,6 @@ class Growth:
         self._done: list[list[Branch]] = []
         self._ends: list[list[tuple[int, torch.Tensor | None]]] = []  # where steps end, and the hidden row there
         self._hidden: torch.Tensor | None = None  # of the newest tokens
-        self._as_branches: list[GrownPath] = []
         self._held: list[Branch | None] = []  # parent of an empty tip; None where the tip itself is pinned
         none = np.zeros(0, np.int64)
         self.count, self.length, self.shared = none, none, none
@@ -107,7 +108,7 @@ class Growth:
         self._done += [[] for _ in nodes]
         self._ends += [[] for _ in nodes]
         self._held += [None] * count
-        self._as_branches += [GrownPath(self, node) for node in nodes]
+        self.rows += [GrownPath(self, node) for node in nodes]
         zeros = np.zeros(count, np.int64)
         self.shared = np.concatenate([self.shared, [node.length for node in nodes]])
         for name in ("count", "length", "_stored", "_base"):
@@ -134,7 +135,7 @@ class Growth:
         gone = set(places)
         branches = [[*self._done[place], self.tips[place]] for place in places]
         kept = [place for place in range(len(self.tips)) if place not in gone]
-        for name in ("tips", "stems", "_nodes", "_done", "_ends", "_held", "_as_branches"):
+        for name in ("tips", "stems", "_nodes", "_done", "_ends", "_held", "rows"):
             old = getattr(self, name)
             setattr(self, name, [old[place] for place in kept])
         for name in ("count", "length", "shared", "_stored", "_base", "_due", "_at", "_tokens", "paths"):
@@ -144,7 +145,7 @@ class Growth:
             hidden, before, due = self._undo
             self._undo = hidden, before[kept], due[kept]
         if not kept:
-            self._hidden, self.live, self._undo, self.unnamed = None, True, None, False
+            self._hidden, self.live, self._undo, self.unnamed, self.plan = None, True, None, False, None
             self.tree.growing.discard(self)
         self.version += 1
         return branches
@@ -220,7 +221,7 @@ class Growth:
         """Return the newest tokens as pieces of branches, after `begin`."""
         pieces: list[Piece] = []
         newest = self._tokens[np.arange(len(self.tips)), self.count - 1].tolist()
-        for place, (path, token) in enumerate(zip(self._as_branches, newest, strict=True)):
+        for place, (path, token) in enumerate(zip(self.rows, newest, strict=True)):
             path.place, path.encoded = place, int(self.length[place]) - path.start
             piece = GrownPiece(path, path.encoded - 1, path.encoded)  # type: ignore[arg-type]
             piece.newest = token
@@ -279,10 +280,10 @@ class Growth:
             for place in range(len(self.tips) if upto is None else upto):
                 self._store(place)
                 self._let_go(place)
-            for path in self._as_branches:
+            for path in self.rows:
                 path.epoch += 1
             self.live = False
-            self._hidden = None
+            self._hidden = self.plan = None
             self._earlier.clear()
             self._at = np.full_like(self._at, -1)
             self.version += 1

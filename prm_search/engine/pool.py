@@ -29,7 +29,7 @@ class KVPool:
 
         Args:
             layer: layer index.
-            slots: [T] int64.
+            slots: [T] int32 or int64.
             keys: [T, kv_heads, k_dim].
             values: [T, kv_heads, v_dim].
             every: whether no slot is negative, which would be a token that is not stored.

@@ -14,6 +14,7 @@ from .attention.row_layout import RowLayout
 from .attention.torch_layout import TorchLayout
 from .graph_step.choice import TokenSteps
 from .graph_step.static_step import StaticForward
+from .graph_step.tapes import Tapes
 from .growth import Growth
 from .module_run import ModuleRun
 from .to_device import to_device
@@ -54,7 +55,8 @@ class Runner:
         gpu = device.type == "cuda"
         if run.backend == "triton" or (run.backend == "auto" and gpu) or self.token_steps.static(gpu):
             return None
-        return TokenForward(run, device, growth, tokens, slots)
+        tapes = self.token_steps.tapes if self.token_steps.mode == "auto" else None
+        return TokenForward(run, device, growth, tokens, slots, tapes)
 
 
 def layout_of(run: ModuleRun, units: Sequence[QueryRun]) -> TorchLayout | KernelLayout:
@@ -71,6 +73,7 @@ class TokenForward:
         run: of the module.
         device: its.
         growth, tokens, slots: as Runner.plan_rows.
+        tapes: of the module's forwards; None to do without.
     """
 
     def __init__(
@@ -80,9 +83,10 @@ class TokenForward:
         growth: Growth,
         tokens: np.ndarray | torch.Tensor,
         slots: np.ndarray,
+        tapes: Tapes | None,
     ) -> None:
-        self._run, self._device = run, device
-        self._layout = RowLayout(growth, slots, run.pool.width)
+        self._run, self._device, self._tapes = run, device, tapes
+        self._layout = RowLayout(growth, run.pool)
         self._ids = tokens
         self._integers = [growth.length - 1, slots]
 
@@ -92,7 +96,8 @@ class TokenForward:
             ids, (positions, slots) = self._ids, to_device(self._integers, self._device)
         else:
             ids, positions, slots = to_device([self._ids, *self._integers], self._device)
-        return self._run.hidden(ids.long(), positions.long(), Packed(self._run.pool, slots, self._layout, every=True))
+        forward = Packed(self._run.pool, slots, self._layout, every=True)
+        return (self._tapes or self._run).hidden(ids.long(), positions.long(), forward)
 
 
 class PackedForward:

@@ -73,7 +73,7 @@ class Packed:
             self._slots = self._slots.to(key.device)
         news = key[0].transpose(0, 1), value[0].transpose(0, 1)
         keys, values = self.pool.write(layer, self._slots, *news, self._every)
-        return self.layout.attend(Operands(query[0], key[0], value[0], keys, values, modifiers))[None]
+        return self.layout.attend(Operands(query[0], key[0], value[0], keys, values, modifiers, layer))[None]
 
 
 @functools.cache

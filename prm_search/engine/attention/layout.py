@@ -58,6 +58,7 @@ class Operands(NamedTuple):
         key, value: [kv_heads, T, k_dim or v_dim] of the new tokens.
         keys, values: [slots, kv_heads, k_dim or v_dim], the new tokens included.
         modifiers: of the scores.
+        layer: index of the layer, one for all that its pools hold.
     """
 
     query: torch.Tensor
@@ -66,6 +67,7 @@ class Operands(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     modifiers: ScoreModifiers
+    layer: int = 0
 
 
 class Group:
@@ -151,7 +153,7 @@ class Group:
             operands: of all packed tokens.
             mass: [tokens, heads] to be filled with the log-sum-exps of the scores (CPU, plain scores).
         """
-        query, key, value, keys, values, modifiers = operands
+        query, key, value, keys, values, modifiers, _ = operands
         count, span = len(self.units), slice(self.start, self.stop)
         if self.even:
             q = query[:, span].unflatten(1, (count, self.length)).transpose(0, 1)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .layout import Group, Operands, QueryRun, buckets, flash, group_units, one_query
+from .own_rows import OwnRows, Room
 from .torch_layout import SHARED_FROM, Prefixes
 
 # Numbers of K that rows of a family would read again, from which the second attention and the merge cost less.
@@ -16,27 +17,29 @@ WORTH_SHARING = 1 << 17
 
 if TYPE_CHECKING:
     from ..growth import Growth
+    from ..pool import KVPool
 
 
 class RowPlan:
     """The part of a layout that lasts as long as the same rows grow together.
 
     Args:
-        growth: live.
-        width: numbers of K that a token has in a layer.
+        growth: live; its plan until now, if any, leaves its mirrors to this one.
+        pool: where the keys and values live.
 
     Attributes:
         version: of the growth that it was made for.
-        offset: [R] slots of each path that are read with its family, not with its own.
+        prefixes: read once for each family.
+        groups: the rows, and what they read each for itself.
     """
 
-    def __init__(self, growth: Growth, width: int) -> None:
+    def __init__(self, growth: Growth, pool: KVPool) -> None:
         self.version = growth.version
         stems, places = np.unique(growth.stems, return_inverse=True)
         sizes = np.bincount(places, minlength=len(stems))
         kin = (sizes[places] > 1) & (growth.shared >= SHARED_FROM)
-        kin &= (sizes[places] - 1) * growth.shared * width >= WORTH_SHARING
-        self.offset = np.where(kin, growth.shared, 0)
+        kin &= (sizes[places] - 1) * growth.shared * pool.width >= WORTH_SHARING
+        offset = np.where(kin, growth.shared, 0)
         self.prefixes: list[_Prefix] = []
         families = [np.flatnonzero(kin & (places == family)) for family in np.flatnonzero(sizes > 1)]
         families = [members for members in families if len(members)]
@@ -44,46 +47,28 @@ class RowPlan:
         if families:
             for batch in buckets([(len(members), len(path)) for members, path in zip(families, paths, strict=True)]):
                 self.prefixes.append(_Prefix([paths[i] for i in batch], [families[i] for i in batch], len(kin)))
-        own = growth.length - self.offset
+        own, room = growth.length - offset, Room(pool.bytes() // 2)
         self.groups = [
-            _Rows(np.array(sorted(batch)), growth, self.offset)
+            OwnRows(np.array(sorted(batch)), growth, offset, room)
             for kind in (kin, ~kin)
             if kind.any()
             for batch in _numbered(np.flatnonzero(kind), buckets([(1, int(n)) for n in own[kind]]))
         ]
+        if growth.plan is not None:
+            for group in growth.plan.groups:
+                group.forget_elders()
+            for group in self.groups:
+                group.inherit(growth.plan.groups)
+
+    def grow(self) -> None:
+        """Take every row's newest token in."""
+        for group in self.groups:
+            group.forget_elders()
+            group.grow()
 
 
 def _numbered(places: np.ndarray, batches: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[int(places[i]) for i in batch] for batch in batches]
-
-
-class _Rows:
-    """Rows of similar length, attended to together over what is their own.
-
-    Attributes:
-        places: which rows [B]; None for all of them in order.
-        slots: [B, W] slots of their own, padded.
-    """
-
-    def __init__(self, places: np.ndarray, growth: Growth, offset: np.ndarray) -> None:
-        self.at = places
-        self.places = None if len(places) == len(growth) else torch.from_numpy(places)
-        self._first = offset[places]
-        own = growth.length[places] - self._first
-        width = 64 * (1 + int(own.max()) // 64)
-        columns = np.minimum(self._first[:, None] + np.arange(width), growth.paths.shape[1] - 1)
-        self.slots = growth.paths[places[:, None], columns]
-        self.slots[np.arange(width) >= own[:, None]] = self.slots[0, 0]  # masked, but must hold finite numbers
-        self._lines = np.arange(len(places))
-
-    def append(self, slots: np.ndarray, length: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """Take each row's newest slot, at length - 1 of its path. Returns slots [B, S], and how many are whose [B]."""
-        own = length[self.at] - self._first
-        widest = int(own.max())
-        if widest > self.slots.shape[1]:
-            self.slots = np.concatenate([self.slots, np.broadcast_to(self.slots[:1, :1], self.slots.shape)], axis=1)
-        self.slots[self._lines, own - 1] = slots[self.at]
-        return torch.from_numpy(self.slots[:, :widest]), own
 
 
 class _Prefix:
@@ -115,23 +100,22 @@ class RowLayout:
 
     Args:
         growth: live, with the new tokens' slots in its paths.
-        slots: [R] of the new tokens.
-        width: see RowPlan.
+        pool: where the keys and values live.
     """
 
-    def __init__(self, growth: Growth, slots: np.ndarray, width: int) -> None:
+    def __init__(self, growth: Growth, pool: KVPool) -> None:
         if growth.plan is None or growth.plan.version != growth.version:
-            growth.plan = RowPlan(growth, width)
+            growth.plan = RowPlan(growth, pool)
+        else:
+            growth.plan.grow()
         self._plan: RowPlan = growth.plan
         self._growth = growth
-        self._tables = [group.append(slots, growth.length) for group in self._plan.groups]
-        self._bias: dict[tuple[int, torch.dtype], torch.Tensor | None] = {}
         self._longest = int(growth.length.max())
         self._whole: tuple[list[Group], torch.Tensor] | None = None
 
     def attend(self, operands: Operands) -> torch.Tensor:
         """As TorchLayout.attend."""
-        query, _, value, keys, values, modifiers = operands
+        query, _, value, keys, values, modifiers, layer = operands
         window = modifiers.window is not None and modifiers.window < self._longest
         if query.device.type != "cpu" or modifiers.softcap is not None or modifiers.sinks is not None or window:
             return self._one_by_one(operands)
@@ -139,12 +123,10 @@ class RowLayout:
             return self._one_by_one(operands)
         plan = self._plan
         out = weight = None
-        for number, (group, (slots, own)) in enumerate(zip(plan.groups, self._tables, strict=True)):
-            flat = slots.reshape(-1)
-            k = keys.index_select(0, flat).view(*slots.shape, *keys.shape[1:]).transpose(1, 2)
-            v = values.index_select(0, flat).view(*slots.shape, *values.shape[1:]).transpose(1, 2)
+        for group in plan.groups:
+            k, v = group.read(layer, keys, values)
             q = query if group.places is None else query.index_select(1, group.places)
-            part, mass = one_query(q, k, v, self._masked(number, own, query.dtype), modifiers.scale)
+            part, mass = one_query(q, k, v, group.bias(query.dtype), modifiers.scale)
             if group.places is None:
                 out, weight = part, mass
             else:
@@ -157,18 +139,6 @@ class RowLayout:
         for prefix in plan.prefixes:
             self._merge(prefix, operands, out, weight)
         return out
-
-    def _masked(self, number: int, own: np.ndarray, dtype: torch.dtype) -> torch.Tensor | None:
-        """[B, 1, 1, S] additive mask of what is behind a row's own; None where nothing is."""
-        key = (number, dtype)
-        if key not in self._bias:
-            widest = int(own.max())
-            bias = None
-            if int(own.min()) < widest:
-                behind = torch.from_numpy(np.arange(widest) >= own[:, None])
-                bias = torch.zeros(behind.shape, dtype=dtype).masked_fill_(behind, -torch.inf)[:, None, None]
-            self._bias[key] = bias
-        return self._bias[key]
 
     @staticmethod
     def _merge(prefix: _Prefix, operands: Operands, out: torch.Tensor, weight: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from ..module_run import ModuleRun
 from ..waves import Piece
 from .cuda_graphs import Graphs, obstacle, signature
 from .static_step import LONGEST_PATH, ROWS, Shape, StaticForward, StaticStep
+from .tapes import Tapes
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -43,11 +44,13 @@ class TokenSteps:
         mode: "auto" takes graphs on a CUDA device where nothing speaks against them, else "packed"; "graph" never falls
             back; "static" runs the static step without a graph, on any device; "packed" does without either.
         graphs: those captured so far.
+        tapes: the same for steps that are not static; used in "auto".
     """
 
     def __init__(self, run: ModuleRun) -> None:
         self.mode: Mode = "auto"
         self.graphs = Graphs()
+        self.tapes = Tapes(run)
         self._run = run
         self._step = StaticStep(run)
         self._why_not: str | None = None
@@ -97,21 +100,20 @@ class TokenSteps:
         return StaticForward(self._step, self._launch, wave, slots)
 
     def refresh(self, layers: list[Any]) -> None:
-        """Before a tree is begun: drop what was captured of weights, adapters or hooks that are others now.
+        """Before a tree is begun: drop what was captured or recorded of weights, adapters or hooks that are others now.
 
         Args:
             layers: the module's adapter layers.
         """
-        if not self._run.on_gpu and self.mode == "auto":
-            return
         known = signature(self._run.module, layers)
         if known != self._known:
             self.forget()
             self._known = known
 
     def forget(self) -> None:
-        """Drop everything: captured graphs, static tensors, and why there were none."""
+        """Drop everything: captured graphs, tapes, static tensors, and why there were none."""
         self.graphs.clear()
+        self.tapes.forget()
         self.graphs.refused = None
         self._step.reset()
         self._why_not = None

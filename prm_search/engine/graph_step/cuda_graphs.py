@@ -190,7 +190,7 @@ def obstacle_in(module: Any) -> str | None:
 
 def signature(module: Any, layers: list[Any]) -> Hashable:
     """Changes when a graph would compute something else than the module does now: weights that moved, were cast or
-    exchanged; adapters that were added, activated or rescaled; hooks.
+    exchanged; adapters that were added, activated or rescaled; hooks, and forwards that were put over a class's own.
 
     Args:
         module: a causal LM.
@@ -201,5 +201,9 @@ def signature(module: Any, layers: list[Any]) -> Hashable:
     adapters = [
         (tuple(sorted(getattr(layer, "scaling", {}).items())), tuple(layer.active_adapters)) for layer in layers
     ]
-    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
-    return hash((tuple(weights), tuple(adapters), hooks))
+    parts = [(len(part._forward_hooks), len(part._forward_pre_hooks), _own_forward(part)) for part in module.modules()]
+    return hash((tuple(weights), tuple(adapters), tuple(parts)))
+
+
+def _own_forward(part: Any) -> int:
+    return id(vars(part).get("forward"))
