@@ -97,7 +97,7 @@ class Race:
                 left = self._missing(records, alive, self.problems, left_out)
                 return Standing(alive, tuple(dropped), tuple(missing), len(left))
             losers = self._losers(records, alive, end, left_out)
-            dropped += [Dropped(trial, end) for trial in losers]
+            dropped += [Dropped(trial, end) for trial in sorted(losers)]
             alive = tuple(trial for trial in alive if trial not in losers)
         raise AssertionError("the last end is that of all problems")
 
