@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,23 +16,31 @@ from .beam import value_of
 from .thompson import Moments, Thompson
 
 Prior = Literal["gaussian", "beta"]
+Rule = Literal["values", "published"]
 
 
 @dataclass(frozen=True)
 class AdaptiveBranch:
     """Draw each new child where Thompson sampling says: beside a node's children, or below one of them.
 
-    Every node has two arms, GEN (a new child) and CONT (below a child), and each child an arm of its own. A walk from
-    the root samples what each arm may give from its posterior and takes the larger, until it takes GEN. The score of
-    the new child is an observation of that node's GEN. At each ancestor it is an observation of CONT and of the child
-    on the way.
     Source: Y. Inoue et al., "Wider or Deeper? Scaling LLM Inference-Time Compute with Adaptive Branching Tree Search"
-    (AB-MCTS-A, arXiv 2503.04412), and its released code (treequest), whose priors these are: normal-inverse-chi-square
-    with m = 0, kappa = 1, nu = 1, tau^2 = .1, or Beta(1/2, 1/2).
+    (AB-MCTS-A, arXiv 2503.04412), and its released code (treequest). rule="published" is that: every node has two arms,
+    GEN (a new child) and CONT (below a child), and each child an arm of its own. A walk from the root samples what each
+    arm may give from its posterior and takes the larger, until it takes GEN. The score of the new child is an
+    observation of that node's GEN. At each ancestor it is an observation of CONT and of the child on the way. Priors
+    are those of the code: normal-inverse-chi-square with m = 0, kappa = 1, nu = 1, tau^2 = .1, or Beta(1/2, 1/2).
 
-    Values enter on a scale of [0, 1] between the lowest and the highest seen in the tree so far. There a node was a
-    whole answer; here it is a step. With until="end" each draw goes on to the end of a response. Scores then compare
-    whole answers, and a walk chooses the step from which the next answer branches off. until="step" draws single steps.
+    Published nodes are whole answers, and nothing is known of one before it is drawn. rule="values" is for scorers that
+    value every step:
+        GEN competes with each child rather than with all of them pooled, so one good child is enough to go deeper.
+        An arm's prior is centred at the value of its own node, and tau^2 = .01.
+        Scores are less their trend, the mean change of a value from a step to the next one, so that prefixes of
+        different depth compare. Without it a fresh first step looks better than a path that was followed.
+    It was chosen on development problems of the demo's task (benchmarks/results/method/strategies.md).
+
+    Values enter on a scale of [0, 1] between the lowest and the highest seen in the tree so far. With until="end" each
+    draw goes on to the end of a response. Scores then compare whole answers, and a walk chooses the step from which the
+    next answer branches off. until="step" draws single steps.
 
     With `policies`, several models share the search. Each of them is a GEN arm of its own at every node, which learns
     from the children that this model drew there; the search's policy is a PolicyPool that has these names.
@@ -42,6 +51,7 @@ class AdaptiveBranch:
         until: "end" or "step"; see above.
         batch: walks at once, each from the same posterior, so that batches stay full.
         policies: names of policies, each an action; () for the search's only policy.
+        rule: "values" or "published".
         value: the score; None for what the search ranks by.
 
     Raises:
@@ -55,6 +65,7 @@ class AdaptiveBranch:
     batch: int = 4
     value: Value | str | None = None
     policies: tuple[str, ...] = ()
+    rule: Rule = "values"
 
     def __post_init__(self) -> None:
         if not isinstance(self.policies, list | tuple) or not all(isinstance(name, str) for name in self.policies):
@@ -69,14 +80,17 @@ class AdaptiveBranch:
             raise ValueError(f"prior={self.prior!r}: it is 'gaussian' or 'beta'")
         if not is_one_of(self.until, ("end", "step")):
             raise ValueError(f"until={self.until!r}: it is 'end' or 'step'")
+        if not is_one_of(self.rule, ("values", "published")):
+            raise ValueError(f"rule={self.rule!r}: it is 'values' or 'published'")
         if self.value is not None:
             resolve_value(self.value)
 
     def run(self, root: Node) -> Run:
-        walks = _Walks(root, self.prior, self.policies or (None,))
+        walks = _Walks(root, self.prior, self.policies or (None,), published=self.rule == "published")
         finished: list[Node] = []
         drawn = 0
         while drawn < self.draws and walks.root.open:
+            walks.settle()
             chosen = [walks.choose() for _ in range(min(self.batch, self.draws - drawn))]
             drawn += len(chosen)
             for policy in self.policies or (None,):
@@ -104,20 +118,22 @@ class _Arms:
 
     Attributes:
         node, parent, children: the tree; children are in order of creation.
+        score: its node's value, finite; 0 of the root.
         row: of its own arm among its parent's.
         moments: what each of its arms has given, by row.
         open: whether anything below can still be drawn.
     """
 
-    __slots__ = ("children", "moments", "node", "open", "parent", "row")
+    __slots__ = ("children", "moments", "node", "open", "parent", "row", "score")
 
-    def __init__(self, node: Node, parent: _Arms | None, policies: int) -> None:
-        self.node, self.parent = node, parent
+    def __init__(self, node: Node, parent: _Arms | None, policies: int, score: float) -> None:
+        self.node, self.parent, self.score = node, parent, score
         self.children: list[_Arms] = []
-        self.moments = Moments(rows=GEN + policies)
+        self.moments = Moments(GEN + policies, math.nan if parent is None else score, node.depth)
         self.open = not node.finished
-        self.row = 0 if parent is None else parent.moments.add_row(barred=not self.open)
+        self.row = 0
         if parent is not None:
+            self.row = parent.moments.add_row(score, node.depth, barred=not self.open)
             parent.children.append(self)
 
     def close(self) -> None:
@@ -130,11 +146,15 @@ class _Arms:
 class _Walks:
     """The arms of a search, and the walks over them."""
 
-    def __init__(self, root: Node, prior: Prior, policies: Sequence[str | None]) -> None:
-        self._policies = policies
-        self.root = _Arms(root, None, len(policies))
+    def __init__(self, root: Node, prior: Prior, policies: Sequence[str | None], *, published: bool) -> None:
+        self._policies, self._pooled = policies, published
+        self.root = _Arms(root, None, len(policies), 0.0)
         self._arms = {root: self.root}
-        self._thompson = Thompson(root.tree, prior)
+        self._thompson = Thompson(root.tree, prior, published=published)
+
+    def settle(self) -> None:
+        """Take in what was learnt, before walks that share a posterior."""
+        self._thompson.settle()
 
     def choose(self) -> tuple[_Arms, str | None]:
         """Walk from the root to the node that gets a new child, and to the policy that draws it."""
@@ -145,18 +165,25 @@ class _Walks:
             going = moments.barred < len(arms.children)
             worth = [draw.sample(moments, row) for row in range(GEN, first)] if going or len(policies) > 1 else [0.0]
             best = worth.index(max(worth))
-            if not going or worth[best] >= draw.sample(moments, CONT):
+            if not going:
                 return arms, policies[best]
-            arms = arms.children[draw.best(moments, first) - first]
+            if self._pooled:
+                if worth[best] >= draw.sample(moments, CONT):
+                    return arms, policies[best]
+                _, row = draw.best(moments, first)
+            else:
+                below, row = draw.best(moments, first)
+                if worth[best] >= below:
+                    return arms, policies[best]
+            arms = arms.children[row - first]
 
     def learn(self, chosen: Iterable[_Arms], ends: Sequence[Node], policy: str | None) -> None:
         """Take in what this policy drew at these places, which ends with these nodes."""
         for end in ends:
-            score = self._thompson.seen(value_of(end))
             if end in self._arms:  # the budget let its place have no child
                 self._arms[end].close()
                 continue
-            self._plant(end, score, policy)
+            self._plant(end, policy)
         for arms in chosen:
             if not arms.children and arms.parent is not None and arms.node.finished:
                 arms.close()
@@ -166,7 +193,7 @@ class _Walks:
         leaves = [arms.node for arms in self._arms.values() if not arms.node.finished and not arms.children]
         return max((leaf for leaf in leaves if leaf.parent is not None), key=value_of, default=self.root.node)
 
-    def _plant(self, end: Node, score: float, policy: str | None) -> None:
+    def _plant(self, end: Node, policy: str | None) -> None:
         """Add the chain that ends here, and tell every arm that leads to it."""
         new: list[Node] = []
         node: Node | None = end
@@ -174,14 +201,17 @@ class _Walks:
             new.append(node)
             node = node.parent
         base = arms = self._arms[node or self.root.node]
-        base.moments.add(GEN + self._policies.index(policy), score)
+        draw, depth = self._thompson, end.depth
+        score = draw.seen(value_of(end), depth, value_of(end) - base.score, depth - base.node.depth)
+        base.moments.add(GEN + self._policies.index(policy), score, depth)
         for node in reversed(new):
             if arms is not base:
-                arms.moments.add(CONT, score)
-            child = self._arms[node] = _Arms(node, arms, len(self._policies))
-            arms.moments.add(child.row, score)
+                arms.moments.add(CONT, score, depth)
+            own = score if node is end else draw.finite(value_of(node))
+            child = self._arms[node] = _Arms(node, arms, len(self._policies), own)
+            arms.moments.add(child.row, score, depth)
             arms = child
         while base.parent is not None:
-            base.parent.moments.add(base.row, score)
-            base.parent.moments.add(CONT, score)
+            base.parent.moments.add(base.row, score, depth)
+            base.parent.moments.add(CONT, score, depth)
             base = base.parent

@@ -18,6 +18,7 @@ from .resampling import SCHEMES, effective_size, log_mean_exp, multinomial, norm
 
 Weights = Literal["increments", "last"]
 _CLIP = 1e-7  # its_hub's bound on scores before their logit
+AUTO = 0.25  # temperature="auto", in standard deviations; chosen on development problems of the demo's task
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class ParticleFilter:
     Particle-Based Monte Carlo Methods", arXiv 2502.01618); these do not telescope, and there is no log_z. its_hub
     resamples multinomially at each step: resample="multinomial", ess=1.0.
 
+    temperature="auto" follows the spread of the values, so that a filter resamples whatever their unit. At each step it
+    is a quarter of the standard deviation of what the particles gained since their weights were last equal, over all
+    steps of the sweep so far. Such a temperature depends on the particles: there is no stated target, and no log_z.
+    Choosing it from the particles is what adaptive tempering does (A. Jasra et al., "Inference for Levy-driven
+    stochastic volatility models via adaptive sequential Monte Carlo", Scandinavian Journal of Statistics 2011), there
+    by the effective sample size.
+
     A finished particle keeps its weight and takes part in resampling. With sweeps > 1 each further sweep keeps one
     answer of the one before, drawn by its weight, and draws the others anew around it (particle Gibbs: C. Andrieu,
     A. Doucet, R. Holenstein, "Particle Markov chain Monte Carlo methods", JRSS B 2010); such sweeps resample
@@ -46,7 +54,7 @@ class ParticleFilter:
 
     Args:
         particles: answers grown at once, of each sweep.
-        temperature: > 0, in the unit of the values.
+        temperature: > 0, in the unit of the values; or "auto".
         resample: "systematic", "multinomial", "residual" or "stratified".
         ess: resample where the effective sample size is at most this share of the particles; 0 never, 1 always.
         weights: "increments" or "last".
@@ -55,13 +63,13 @@ class ParticleFilter:
         value: what weighs; None for what the search ranks by.
 
     Raises:
-        ValueError: a number is out of range, a name is unknown; or, while it runs, weights="last" meets a value outside
-            [0, 1].
+        ValueError: a number is out of range, a name is unknown, or weights="last" has temperature="auto"; or, while it
+            runs, weights="last" meets a value outside [0, 1].
         TypeError: a number is of another type.
     """
 
     particles: int = 16
-    temperature: float = 1.0
+    temperature: float | Literal["auto"] = 1.0
     resample: Literal["systematic", "multinomial", "residual", "stratified"] = "systematic"
     ess: float = 0.5
     weights: Weights = "increments"
@@ -75,7 +83,13 @@ class ParticleFilter:
         at_least("sweeps", self.sweeps)
         if self.sweeps > 1 and self.particles < 2:
             raise ValueError(f"particles={self.particles!r}: sweeps={self.sweeps} needs at least 2, one of them kept")
-        number("temperature", self.temperature, "a finite number > 0", lambda value: 0 < value < math.inf)
+        if isinstance(self.temperature, str):
+            if self.temperature != "auto":
+                raise ValueError(f"temperature={self.temperature!r}: it is a finite number > 0, or 'auto'")
+            if self.weights == "last":
+                raise ValueError("temperature='auto' needs weights='increments', not 'last'")
+        else:
+            number("temperature", self.temperature, "a finite number > 0", lambda value: 0 < value < math.inf)
         number("ess", self.ess, "a number in [0, 1]", lambda value: 0 <= value <= 1)
         if not is_one_of(self.resample, SCHEMES):
             raise ValueError(f"resample={self.resample!r} is unknown; it is one of {', '.join(sorted(SCHEMES))}")
@@ -94,12 +108,12 @@ class ParticleFilter:
             seen += sweep.finished
             if not sweep.particles:  # the budget let the sweep have none
                 break
-            weights = normalised([sweep.log_weights[node] for node in sweep.particles])
+            weights = normalised(sweep.scaled())
             for node in sweep.finished:
                 node.weight = node.weight or 0.0
             for node, weight in zip(sweep.particles, weights, strict=True):
                 node.weight = (node.weight or 0.0) + float(weight) / self.sweeps
-            if kept is None and self.weights == "increments":
+            if kept is None and self.weights == "increments" and self.temperature != "auto":
                 root.tree.log_z = sweep.log_z
             kept = sweep.particles[int(multinomial(weights, 1, choosing).argmax())]
         return distinct(seen)
@@ -111,7 +125,8 @@ class _Sweep:
     Attributes:
         particles: at the end, the finished nodes that were reached, as often as they are particles.
         log_weights: of each particle's node, nats, since weights were last made equal. It is a function of the node:
-            particles that share a node have shared their history.
+            particles that share a node have shared their history. With temperature="auto" it is in the unit of the
+            values, and `scaled` divides it.
         log_z: sum of the log-mean weights so far, nats.
         finished: every finished node met, repetitions included.
     """
@@ -123,6 +138,13 @@ class _Sweep:
         self.log_weights: dict[Node, float] = {root: 0.0}
         self.log_z = 0.0
         self.finished: list[Node] = []
+        self._temperature = 1.0 if isinstance(config.temperature, str) else config.temperature
+        self._spread = _Spread() if isinstance(config.temperature, str) else None
+
+    def scaled(self) -> np.ndarray:
+        """Return the particles' log weights, [particles] nats."""
+        log_weights = np.array([self.log_weights[node] for node in self.particles])
+        return log_weights if self._spread is None else log_weights / self._spread.temperature
 
     def grow(self, *, anew: bool) -> Run:
         """Run the sweep. `anew` says that another one begins at the root after it."""
@@ -162,7 +184,7 @@ class _Sweep:
         self.particles = [*nodes, *self.particles]
 
     def _log_weight(self, node: Node) -> float:
-        value, temperature = value_of(node), self.config.temperature
+        value, temperature = value_of(node), self._temperature
         if self.config.weights == "last":
             if not 0 <= value <= 1:
                 raise ValueError(
@@ -180,7 +202,9 @@ class _Sweep:
     def _offspring(self) -> Sequence[int]:
         """Count what goes on from each particle, beside the kept answer; where it resamples, weights become equal."""
         config, n, kept = self.config, len(self.particles), bool(self.kept)
-        log_weights = np.array([self.log_weights[node] for node in self.particles])
+        if self._spread is not None:
+            self._spread.see(np.array([self.log_weights[node] for node in self.particles]))
+        log_weights = self.scaled()
         weights = normalised(log_weights)
         if effective_size(weights) > config.ess * n * (1 + 1e-9):
             return [0 if kept and index == 0 else 1 for index in range(n)]
@@ -190,6 +214,26 @@ class _Sweep:
             self.log_z += log_mean_exp(log_weights)
             self.log_weights.update(dict.fromkeys(self.particles, 0.0))
         return counts
+
+
+class _Spread:
+    """The spread of what particles gained, within their steps: what temperature="auto" follows.
+
+    Attributes:
+        temperature: AUTO standard deviations, in the unit of the values; 1 while nothing differs.
+    """
+
+    def __init__(self) -> None:
+        self.temperature = 1.0
+        self._squares, self._count = 0.0, 0
+
+    def see(self, gains: np.ndarray) -> None:
+        """Take in the particles' gains at a step, [particles]."""
+        gains = gains[np.isfinite(gains)]
+        if gains.size:
+            self._squares += float(np.square(gains - gains.mean()).sum())
+            self._count += gains.size
+        self.temperature = AUTO * math.sqrt(self._squares / max(1, self._count)) or 1.0
 
 
 class _Growth:
