@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from prm_search.answers import Select
 from prm_search.evaluation.plan import shape
 from prm_search.evaluation.tuning.trials import Config, Grid, Trial
 from prm_search.strategies import (
@@ -12,16 +13,21 @@ from prm_search.strategies import (
     AdaptiveBranch,
     Beam,
     BestOfN,
+    DeepConf,
     Lookahead,
     ParticleFilter,
     Rebase,
+    SelfConsistency,
     Strategy,
 )
 
-SIZES = {4: 100, 16: 60}  # in whole samples (128 and 512 policy tokens of a test problem) -> test problems of a seed
+SIZES = (4, 8, 16, 32)  # in whole samples: 128, 256, 512 and 1,024 policy tokens of a test problem
+FEW = (4, 8, 16)  # of variants whose family has another line
+PROBLEMS = 40  # test problems of a seed
 VALUE = "min"
 WEIGHT = 0.1  # temperature of weighted votes
 BUDGETS = (256, 512)
+ACCEPT = -0.3  # least step reward of a draft's proposal: between the rewards of right and of wrong steps
 
 
 @dataclass(frozen=True)
@@ -33,36 +39,56 @@ class Entry:
         size: in whole samples.
         trial: what is run; its configs are named by `names`.
         names: of the lines that are read off it.
+        draft: whether a small model proposes the steps.
     """
 
     name: str
     size: int
     trial: Trial
     names: tuple[str, ...]
+    draft: bool = False
 
 
-def searches(n: int, tokens_per_answer: int, steps: int) -> dict[str, Strategy]:
+def searches(n: int, steps: int) -> dict[str, Strategy]:
     """Line -> a search that may spend as much as n whole samples. The budget in tokens is the limit of each."""
     return {
         "beam": Beam(*shape(n)),
         "dvts": DVTS(max(2, n // 4), 1, max(2, n // max(2, n // 4))),
         "lookahead": Lookahead(*shape(n // 2)),
         "lookahead, greedy": Lookahead(*shape(n // 2), greedy=True),
-        "particle filter": ParticleFilter(n, temperature=0.1),
+        "particle filter": ParticleFilter(n, temperature="auto"),
         "particle filter, T 1": ParticleFilter(n),
-        "particle Gibbs": ParticleFilter(max(2, n // 4), temperature=0.1, sweeps=4),
+        "particle Gibbs": ParticleFilter(max(2, n // 4), temperature="auto", sweeps=4),
         "rebase": Rebase(n),
         "mcts, puct": MCTS(n * steps // 4),
         "mcts, uct": MCTS(n * steps // 4, rule="uct"),
         "mcts, rollouts": MCTS(n * steps // 4, rollout_steps=2),
+        "adaptive branch, steps": AdaptiveBranch(2 * n * steps, until="step"),
         "adaptive branch, answers": AdaptiveBranch(4 * n),
-        "adaptive branch, steps": AdaptiveBranch(n * steps, until="step"),
+        "adaptive branch, steps, published": AdaptiveBranch(2 * n * steps, until="step", rule="published"),
+        "adaptive branch, answers, published": AdaptiveBranch(4 * n, rule="published"),
     }
+
+
+def votes(n: int, tokens_per_answer: int) -> dict[str, Strategy]:
+    """Line -> a vote without a scorer. Those that stop early may draw more answers than n; the tokens limit them."""
+    return {
+        "self-consistency, adaptive": SelfConsistency(n, stop="adaptive"),
+        "self-consistency, beta": SelfConsistency(n, stop="beta"),
+        "self-consistency, confidence": SelfConsistency(n, weight="confidence"),
+        "deepconf": DeepConf(max(2, n // 4), 2 * n, keep=0.5, window=tokens_per_answer // 4),
+    }
+
+
+MAIN = (
+    "samples", "beam", "dvts", "particle filter", "rebase", "mcts, puct", "adaptive branch, steps",
+    "adaptive branch, answers", "self-consistency, beta", "deepconf",
+)  # fmt: skip
 
 
 def entries(tokens_per_answer: int, steps: int) -> list[Entry]:
     """All lines at all sizes."""
-    found = []
+    lines = []
     for n in SIZES:
         tokens = n * tokens_per_answer
         samples = BestOfN(n)
@@ -72,11 +98,28 @@ def entries(tokens_per_answer: int, steps: int) -> list[Entry]:
             Config(samples, "prm", VALUE, "weighted", WEIGHT, tokens),
         )
         trial = Trial(samples, None, None, None, configs)
-        found.append(Entry("samples", n, trial, ("majority", "best of n", "weighted vote")))
-        for name, strategy in searches(n, tokens_per_answer, steps).items():
-            config = Config(strategy, "prm", VALUE, "best", 1.0, tokens)
-            found.append(Entry(name, n, Trial(strategy, "prm", VALUE, tokens, (config,)), (name,)))
-    return found
+        lines.append(Entry("samples", n, trial, ("majority", "best of n", "weighted vote")))
+        lines += [_entry(name, n, one, "prm", VALUE, "best", tokens) for name, one in searches(n, steps).items()]
+        for name, one in votes(n, tokens_per_answer).items():
+            select: Select = one.select  # type: ignore[attr-defined]
+            lines.append(_entry(name, n, one, None, None, select, tokens))
+    return [line for line in lines if line.size in (SIZES if line.name in MAIN else FEW)]
+
+
+def drafted(tokens_per_answer: int) -> list[Entry]:
+    """Lines whose policy is a DraftPolicy: both models' tokens are policy tokens."""
+    lines = []
+    for n in FEW:
+        for name, one in {"draft, best of n": BestOfN(n), "draft, beam": Beam(*shape(n))}.items():
+            lines.append(replace(_entry(name, n, one, "prm", VALUE, "best", n * tokens_per_answer), draft=True))
+    return lines
+
+
+def _entry(
+    name: str, n: int, strategy: Strategy, scorer: str | None, value: str | None, select: Select, tokens: int
+) -> Entry:
+    config = Config(strategy, scorer, value, select, 1.0, tokens)
+    return Entry(name, n, Trial(strategy, scorer, value, tokens, (config,)), (name,))
 
 
 def grid() -> Grid:

@@ -71,8 +71,8 @@ class Protocol:
     width: int = 4
     expansions: int = 4
     tokens_per_step: int = 4
-    strategy_problems: int = 100
-    tuned_on: int = 40
+    strategy_problems: int = 40
+    tuned_on: int = 32
     strategy_budgets: tuple[int, ...] | None = None
 
     @property

@@ -18,7 +18,7 @@ from lineup import Entry
 from protocol import WITHOUT, Protocol, Run
 from transformers import AutoModelForCausalLM
 
-from prm_search import Beam, Budget, ConstantReference, ImplicitPRM, StepRule, search
+from prm_search import Beam, Budget, ConstantReference, DraftPolicy, ImplicitPRM, StepRule, search
 from prm_search.cli import main as command
 from prm_search.commands.models import load_pair, load_policy
 from prm_search.demo import tokenizer
@@ -38,6 +38,7 @@ from prm_search.training.run import train
 
 Log = Callable[[str], object]
 CHUNK = 50  # problems of one record of beams
+DRAFT_WIDTH = 64  # of the draft's hidden states; the policy's are 96 wide
 
 
 class Seed:
@@ -213,24 +214,41 @@ class Seed:
         for entry in lineup.entries(p.test_length * p.tokens_per_step, p.test_length):
             self.line(entry, self.path(run))
         self.tuned(self.path(run))
+        self.draft()
+        for entry in lineup.drafted(p.test_length * p.tokens_per_step):
+            self.line(entry, self.path(run))
 
-    def bench(self, model: Path) -> Bench:
+    def draft(self) -> None:
+        """Train the draft: a narrower policy, by the policy's recipe."""
+        with self._stage("draft", [asdict(self.recipe), DRAFT_WIDTH]) as note:
+            if note is None:
+                return
+            model, learnt = train_policy(self.seed, self.recipe, self.log, width=DRAFT_WIDTH)
+            model.save_pretrained(self.folder / "draft")
+            tokenizer.build().save_pretrained(self.folder / "draft")
+            note |= learnt | {"parameters": model.num_parameters()}
+
+    def bench(self, model: Path, *, draft: bool = False) -> Bench:
         """The models of the comparison, ready to search."""
         sampling = Sampling(StepRule(DELIMITER, max_tokens=8), max_new_tokens=48, temperature=1.0, seed=self.seed)
         policy = load_policy(str(self.folder / "policy"), device="cpu")
         pair = load_pair(str(model), None, None, device="cpu")
+        if draft:
+            small = load_policy(str(self.folder / "draft"), device="cpu")
+            both = DraftPolicy(small, policy, pair, lineup.ACCEPT)
+            return Bench(both, {"prm": pair}, judge, answer, sampling, batch=CHUNK)
         return Bench(policy, {"prm": pair}, judge, answer, sampling, batch=CHUNK)
 
     def line(self, entry: Entry, model: Path) -> None:
         """One line at one size: outcomes, tokens, and CPU seconds of a problem."""
-        asked = self.asked[: min(lineup.SIZES.get(entry.size, 60), self.protocol.strategy_problems)]
+        asked = self.asked[: min(lineup.PROBLEMS, self.protocol.strategy_problems)]
         settings = [repr(entry.trial), len(asked)]
         with self._stage(f"strategy {entry.name.replace(',', '')} {entry.size}", settings) as note:
             if note is None:
                 return
-            bench = self.bench(model)
+            bench = self.bench(model, draft=entry.draft)
             began = time.process_time()
-            records = sorted(bench.records([entry.trial], as_problems(asked), {}), key=lambda r: r["problem"])
+            records = sorted(bench.records([entry.trial], as_problems(asked)), key=lambda r: r["problem"])
             seconds = (time.process_time() - began) / len(records)
             note["ways"] = {
                 name: {key: [record["ways"][way][key] for record in records] for key in records[0]["ways"][way]}
@@ -248,7 +266,7 @@ class Seed:
                 bench = self.bench(model)
                 scale = bench.scale(other, grid.values)
                 trials = grid.trials(scale, ["prm"])
-                table = Table.of(trials, bench.records(trials, other, {}), len(other))
+                table = Table.of(trials, bench.records(trials, other), len(other))
                 note["scale"], note["tried"] = scale.card(), len(table.configs)
                 note["picks"] = []
                 for budget in grid.budgets:

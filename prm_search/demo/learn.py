@@ -39,16 +39,20 @@ class PolicyRecipe:
     extra_steps: int = 200  # at full learning rate, before each extra round's annealing
 
 
-def new_model(seed: int) -> LlamaForCausalLM:
-    """An untrained Llama of about a quarter of a million parameters."""
+WIDTH = 96  # of hidden states
+HEAD = 32  # dimensions: the smallest that vLLM's CPU attention takes
+
+
+def new_model(seed: int, width: int = WIDTH) -> LlamaForCausalLM:
+    """An untrained Llama; of the default width it has about a quarter of a million parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(TOKENS),
-        hidden_size=96,
-        intermediate_size=288,
+        hidden_size=width,
+        intermediate_size=3 * width,
         num_hidden_layers=2,
-        num_attention_heads=3,  # of 32 dimensions: the smallest that vLLM's CPU attention takes
-        num_key_value_heads=3,
+        num_attention_heads=width // HEAD,
+        num_key_value_heads=width // HEAD,
         max_position_embeddings=128,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=True,
@@ -103,13 +107,21 @@ def gate_ratio(model: LlamaForCausalLM, recipe: PolicyRecipe, seed: int) -> floa
         return _loss(model, prompts, responses).item() / floor
 
 
-def train_policy(seed: int, recipe: PolicyRecipe, log: Log) -> tuple[LlamaForCausalLM, dict[str, Any]]:
-    """Trains the policy until it passes the gate, or until the bound on rounds.
+def train_policy(
+    seed: int, recipe: PolicyRecipe, log: Log, *, width: int = WIDTH
+) -> tuple[LlamaForCausalLM, dict[str, Any]]:
+    """Train the policy until it passes the gate, or until the bound on rounds.
+
+    Args:
+        seed: of weights and data.
+        recipe: rates and lengths of training.
+        log: is called with a line now and then.
+        width: of hidden states, a multiple of HEAD.
 
     Returns:
         The model, and what happened: steps, the gate's ratio after each round, whether it passed.
     """
-    model = new_model(seed)
+    model = new_model(seed, width)
     data = _Demonstrations("policy", seed)
     lengths = random.Random(f"curriculum/{seed}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)

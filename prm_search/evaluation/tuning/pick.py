@@ -74,7 +74,7 @@ class Table:
         ]
         difficulty: dict[tuple[str, str], list[float]] = defaultdict(list)
         for trial, row_of in zip(chosen, indices, strict=True):
-            if trials[trial].scorer is None:
+            if trials[trial].whole:
                 for index in row_of:
                     for scorer, means in by_index[index]["difficulty"].items():
                         for value, mean in means.items():

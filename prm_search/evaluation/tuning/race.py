@@ -141,7 +141,7 @@ class Race:
             price = table.cost(self.cost)
         behind = [self._behind(table, price, place) for place in range(len(owners))]
         kept = {owner for owner, lost in zip(owners, behind, strict=True) if not lost}
-        return {trial for trial in alive if trial not in kept and self.trials[trial].scorer is not None}
+        return {trial for trial in alive if trial not in kept and not self.trials[trial].whole}
 
     def _behind(self, table: Table, price: np.ndarray, place: int) -> bool:
         own = table.right[place]

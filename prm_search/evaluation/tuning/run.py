@@ -166,7 +166,7 @@ class Bench:
                 on_failure(one.place, result.failure)
             elif isinstance(job, Pilot):
                 yield one.place, self._of_pilot(job, result, judging, one.seconds)
-            elif trial.scorer is None:
+            elif trial.whole:
                 yield one.place, self._of_samples(trial, result, judging, one.seconds)
             else:
                 yield one.place, self._of_search(trial, result, judging, one.seconds)
@@ -178,7 +178,8 @@ class Bench:
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
             seed=sampling.seed, stop=sampling.stop, include_stop_str=sampling.include_stop_str,
-            budget=Budget(tokens=trial.tokens, seconds=self.seconds if trial.scorer is not None else None),
+            budget=Budget(tokens=trial.tokens, seconds=None if trial.whole else self.seconds),
+            answer=self.answer,
         )  # fmt: skip
 
     def _read(

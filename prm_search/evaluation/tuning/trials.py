@@ -14,9 +14,11 @@ from ...strategies import (
     AdaptiveBranch,
     Beam,
     BestOfN,
+    DeepConf,
     Lookahead,
     ParticleFilter,
     Rebase,
+    SelfConsistency,
     Steer,
     Strategy,
     plain_strategy,
@@ -72,8 +74,8 @@ class Trial:
     """One search of every problem, and the ways to answer that are read off it.
 
     Attributes:
-        strategy: what searches. With BestOfN the samples serve every scorer, value and number up to n.
-        scorer, value: None for whole samples.
+        strategy: what searches.
+        scorer, value: None for whole samples, and for votes without a scorer.
         tokens: sampled tokens of a problem at most.
         configs: what can be read off its trees.
     """
@@ -83,6 +85,11 @@ class Trial:
     value: str | None
     tokens: int | None
     configs: tuple[Config, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Return True if it draws whole samples, which serve every scorer, value and number up to its n."""
+        return self.scorer is None and isinstance(self.strategy, BestOfN)
 
 
 @dataclass(frozen=True)
@@ -148,9 +155,26 @@ SEARCHES: dict[str, Callable[[int, float, float], list[Strategy]]] = {
     "mcts": _mcts,
     "adaptive_branch": _adaptive,
 }
+
+
+def _self_consistency(n: int, tokens: float) -> list[Strategy]:
+    return [SelfConsistency(n, stop="beta"), SelfConsistency(n, weight="confidence")] if n > 1 else []
+
+
+def _deep_conf(n: int, tokens: float) -> list[Strategy]:
+    # A quarter of the budget warms up; what is stopped early leaves room for as many answers again.
+    window = max(1, round(tokens / 4))
+    return [DeepConf(max(2, n // 4), 2 * n, keep=keep, window=window) for keep in (0.1, 0.9)] if n > 1 else []
+
+
+#: Name -> votes without a scorer, of the size of n whole samples of so many tokens.
+VOTERS: dict[str, Callable[[int, float], list[Strategy]]] = {
+    "self_consistency": _self_consistency,
+    "deep_conf": _deep_conf,
+}
 #: Searches whose answers differ enough to vote.
 DIVERSE = ("dvts", "particle_filter", "rebase", "adaptive_branch", "steer")
-NAMES = ("best_of_n", *SEARCHES, "steer")
+NAMES = ("best_of_n", *SEARCHES, *VOTERS, "steer")
 
 
 @dataclass(frozen=True)
@@ -190,6 +214,9 @@ class Grid:
         """Everything that is tried with these scorers: the samples first, then each search."""
         sizes = {budget: scale.samples(budget) for budget in self.budgets}
         trials = [self._samples(scale, scorers, sizes)]
+        for budget, n in sizes.items():
+            for name in self.strategies:
+                trials += [self._vote(one, budget) for one in VOTERS.get(name, _no_votes)(n, scale.tokens)]
         for scorer in scorers:
             for budget, n in sizes.items():
                 for value in self.values:
@@ -218,6 +245,10 @@ class Grid:
             configs.append(Config(strategy, None, None, "majority", 1.0, budget))
         return Trial(BestOfN(max(sizes.values())), None, None, None, tuple(configs))
 
+    def _vote(self, strategy: Strategy, budget: int) -> Trial:
+        select: Select = strategy.select  # type: ignore[attr-defined]
+        return Trial(strategy, None, None, budget, (Config(strategy, None, None, select, 1.0, budget),))
+
     def _search(self, name: str, strategy: Strategy, scorer: str, value: str, spread: float, budget: int) -> Trial:
         configs = [Config(strategy, scorer, value, "best", 1.0, budget)]
         if name in DIVERSE:
@@ -230,6 +261,10 @@ class Grid:
             Config(strategy, scorer, value, "weighted", two_digits(spread * share), budget)
             for share in self.temperatures
         ]
+
+
+def _no_votes(n: int, tokens: float) -> list[Strategy]:
+    return []
 
 
 def _short(value: Any) -> str:
