@@ -61,7 +61,7 @@ ALL = st.one_of(
     st.builds(
         ParticleFilter,
         particles=st.integers(2, 5),
-        temperature=st.sampled_from([0.1, 1.0]),
+        temperature=st.sampled_from([0.1, 1.0, "auto"]),
         resample=st.sampled_from(["systematic", "multinomial", "residual", "stratified"]),
         ess=st.sampled_from([0.0, 0.5, 1.0]),
         sweeps=small,
@@ -84,6 +84,7 @@ ALL = st.one_of(
         prior=st.sampled_from(["gaussian", "beta"]),
         until=st.sampled_from(["end", "step"]),
         batch=small,
+        rule=st.sampled_from(["values", "published"]),
     ),
     st.builds(Rebase, width=st.integers(1, 6), temperature=st.sampled_from([0.05, 1.0]), merge=merging),
     st.builds(

@@ -15,6 +15,7 @@ from search_cases import SEEDS
 from prm_search.driver.result import Result
 from prm_search.search import search
 from prm_search.strategies import BestOfN, ParticleFilter
+from prm_search.strategies.particle_filter import _Spread
 from prm_search.strategies.resampling import SCHEMES, effective_size, log_mean_exp, normalised
 from prm_search.tree import Node
 
@@ -144,6 +145,27 @@ def test_a_filter_that_never_resamples_draws_what_best_of_n_draws(particles: int
     assert filtered.log_z == pytest.approx(log_mean_exp([n.q for n in best.candidates for _ in range(n.count)]))
 
 
+def test_an_automatic_temperature_knows_no_unit_of_the_values() -> None:
+    def drawn(unit: float) -> list[tuple[tuple[int, ...], int]]:
+        results = filters(20, ParticleFilter(8, temperature="auto"), value=lambda node: unit * node.q)
+        assert all(result.log_z is None for result in results)
+        assert all(math.isclose(sum(n.weight for n in r.candidates), 1.0) for r in results)
+        return [(tuple(node.path_ids()), node.count) for result in results for node in result.candidates]
+
+    assert drawn(1.0) == drawn(1024.0) == drawn(2.0**-10)
+    assert drawn(1.0) != [
+        (tuple(node.path_ids()), node.count) for result in filters(20, BestOfN(8)) for node in result.candidates
+    ]  # it resamples
+
+
+def test_an_automatic_temperature_is_a_quarter_of_the_pooled_spread() -> None:
+    spread = _Spread()
+    spread.see(np.array([1.0, 1.0]))
+    assert spread.temperature == 1.0  # nothing differs
+    spread.see(np.array([0.0, 4.0, math.inf]))
+    assert spread.temperature == pytest.approx(0.25 * math.sqrt(8 / 4))
+
+
 def test_final_weights_weigh_the_vote() -> None:
     results = filters(
         40, ParticleFilter(6, temperature=0.3), select="weighted", answer=lambda text: text[0] if text else None
@@ -182,7 +204,8 @@ def test_weights_of_all_sizes() -> None:
     [
         ({"particles": 0}, "particles=0"), ({"sweeps": 0}, "sweeps=0"), ({"particles": 1, "sweeps": 2}, "particles=1"),
         ({"temperature": 0}, "temperature=0"), ({"temperature": float("nan")}, "temperature=nan"),
-        ({"ess": 1.5}, "ess=1.5"),
+        ({"ess": 1.5}, "ess=1.5"), ({"temperature": "cold"}, "temperature='cold'"),
+        ({"temperature": "auto", "weights": "last"}, "temperature='auto' needs weights='increments'"),
         ({"resample": "bootstrap"}, "resample='bootstrap'"),
         ({"weights": "all"}, "weights='all'"), ({"value": "best"}, "value='best'"),
     ],

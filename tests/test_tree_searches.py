@@ -130,16 +130,48 @@ def test_a_finished_answer_takes_one_off_the_width_of_rebase() -> None:
     assert texts(result.candidates) == ["d", "b;b", "b;a"]
 
 
+@pytest.mark.parametrize("rule", ["values", "published"])
 @pytest.mark.parametrize("prior", ["gaussian", "beta"])
-def test_adaptive_branching_draws_more_where_more_was_found(prior: str) -> None:
+def test_adaptive_branching_draws_more_where_more_was_found(prior: str, rule: str) -> None:
     script = {"": ["d;", "e;"], "d;": ["d.", "c."], "e;": ["e.", "e."]}
-    result, policy = play(script, AdaptiveBranch(40, prior=prior, batch=1))
+    result, policy = play(script, AdaptiveBranch(40, prior=prior, batch=1, rule=rule))
     drawn = Counter[str]()
     for text, count in policy.asked:
         drawn[text] += count
     assert sum(drawn.values()) == 40
     assert drawn["d;"] > 3 * max(1, drawn["e;"])
     assert result.text == "d;d"
+
+
+def test_adaptive_branching_by_values_follows_a_path_whose_value_falls() -> None:
+    # every step costs 1, and a good one .1 only: a first step always looks better than what follows it
+    script = {"d;" * k: ["d;", "e;", "d;", "e;"] for k in range(6)} | {"d;" * 6: ["d.", "e."]}
+    for bad in range(6):
+        for more in range(6 - bad):
+            script["d;" * bad + "e;" + "e;" * more] = ["e;", "e;"]
+
+    def fall(node: Node) -> float:
+        return -sum(0.1 if step.text[0] == "d" else 1.0 for step in node.path())
+
+    def deepest(rule: str) -> int:
+        strategy = AdaptiveBranch(60, until="step", rule=rule)
+        _, policy = play(script, strategy, value=fall, max_new_tokens=14, seed=2)
+        return max(text.count(";") for text, _ in policy.asked[:-1])
+
+    assert deepest("values") == 6
+    assert deepest("published") <= 4
+
+
+def test_the_trend_of_values_changes_no_choice() -> None:
+    script = {"": ["d;", "e;", "d;", "c;"]} | {f"{a};": ["d.", "c.", "e."] for a in "cde"}
+
+    def asked(drop: float) -> list[tuple[str, int]]:
+        base = scores({"c": 3.0, "d": 4.0, "e": 1.0})
+        strategy = AdaptiveBranch(30, until="step", batch=1)
+        _, policy = play(script, strategy, value=lambda node: base(node) - drop * node.depth)
+        return policy.asked
+
+    assert asked(0.0) == asked(64.0)  # a power of two: the sums are exact
 
 
 @pytest.mark.parametrize(
@@ -154,7 +186,7 @@ def test_adaptive_branching_draws_more_where_more_was_found(prior: str) -> None:
         (lambda: Rebase(temperature=0), "temperature=0"), (lambda: Rebase(value="best"), "value='best'"),
         (lambda: AdaptiveBranch(0), "draws=0"), (lambda: AdaptiveBranch(batch=True), "batch=True"),
         (lambda: AdaptiveBranch(prior="normal"), "prior='normal'"),
-        (lambda: AdaptiveBranch(until="here"), "until='here'"),
+        (lambda: AdaptiveBranch(until="here"), "until='here'"), (lambda: AdaptiveBranch(rule="new"), "rule='new'"),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(make: Callable[[], object], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from prm_search.evaluation.tuning.run import Asked, Bench
 from prm_search.evaluation.tuning.trials import Config, Grid, Scale, Trial
 from prm_search.problems import Problem
 from prm_search.protocols import RequestFailed, Sampling
-from prm_search.strategies import Beam, BestOfN, ByDifficulty, Steer
+from prm_search.strategies import Beam, BestOfN, ByDifficulty, DeepConf, SelfConsistency, Steer
 from prm_search.tree import Prompt
 
 SCALE = Scale(tokens=32.0, steps=8.0, seconds=0.001, spread={"prm": {"q": 1.0, "min": 0.25}})
@@ -266,6 +267,48 @@ def test_a_grid_tries_shapes_of_each_budget_and_reads_votes_off_the_same_trees()
     assert [len(t.configs) for t in searches if isinstance(t.strategy, Beam)] == [1] * 12
     for one in (each for trial in trials for each in trial.configs):
         assert read_config(plain_config(one)) == one
+
+
+def test_votes_without_a_scorer_are_tried_once_whatever_the_scorers() -> None:
+    trials = Grid((128, 512), ("best_of_n", "beam", "self_consistency", "deep_conf"), ("q", "min")).trials(
+        Scale(32.0, 8.0, 0.001, {name: {"q": 1.0, "min": 0.25} for name in ("prm", "other")}, 64), ["prm", "other"]
+    )
+    votes = [trial for trial in trials if isinstance(trial.strategy, SelfConsistency | DeepConf)]
+    assert [(trial.strategy, trial.tokens) for trial in votes if trial.tokens == 512] == [
+        (SelfConsistency(16, stop="beta"), 512), (SelfConsistency(16, weight="confidence"), 512),
+        (DeepConf(4, 32, keep=0.1, window=8), 512), (DeepConf(4, 32, keep=0.9, window=8), 512),
+    ]  # fmt: skip
+    assert len(votes) == 8
+    assert {(trial.scorer, trial.value, trial.whole) for trial in votes} == {(None, None, False)}
+    assert [trial.whole for trial in trials].count(True) == 1
+    for one in (each for trial in votes for each in trial.configs):
+        assert one.select == one.strategy.select
+        assert read_config(plain_config(one)) == one
+
+
+def test_votes_by_confidence_read_what_the_policy_tells() -> None:
+    grid = Grid((512,), ("best_of_n", "self_consistency", "deep_conf"), ("q",))
+    votes = [trial.strategy for trial in grid.trials(replace(SCALE, top_tokens=5), ["prm"])[1:]]
+    assert [getattr(one, "top", None) for one in votes if one.confidence_tokens] == [5, 5, 5]
+    assert [trial.strategy for trial in grid.trials(SCALE, ["prm"])[1:]] == [SelfConsistency(16, stop="beta")]
+    assert bench().scale([Problem(Prompt(token_ids=(5,)), "a")], ("q",)).top_tokens == FakePolicy().top_tokens
+
+
+def test_a_vote_that_is_decided_costs_what_it_drew() -> None:
+    problems = [Problem(Prompt(token_ids=(5, place)), "a") for place in range(4)]
+    agreed = Bench(
+        FakePolicy(), {"prm": FakeScorer()}, lambda text, answer: (text, True), lambda text: "same",
+        Sampling(RULE, max_new_tokens=12, seed=1),
+    )  # fmt: skip
+    trials = Grid((600,), ("best_of_n", "self_consistency"), ("q",)).trials(replace(SCALE, top_tokens=4), ["prm"])
+    table = Table.of(trials, agreed.records(trials, problems), 4)
+    costs = dict(zip(table.configs, table.costs["policy_tokens"].mean(axis=1), strict=True))
+    (stopped,) = (cost for one, cost in costs.items() if getattr(one.strategy, "stop", None) == "beta")
+    (drawn,) = (cost for one, cost in costs.items() if getattr(one.strategy, "weight", None) == "confidence")
+    assert 0 < stopped < drawn / 2  # four equal answers decide
+    votes = [config.scorer is None and config.name == "self_consistency" for config in table.configs]
+    assert not table.costs["prm_tokens"][votes].any()
+    assert set(table.difficulty) == {("prm", "q")}  # of whole samples alone
 
 
 @pytest.mark.parametrize(

@@ -120,21 +120,29 @@ class _Arms:
         node, parent, children: the tree; children are in order of creation.
         score: its node's value, finite; 0 of the root.
         row: of its own arm among its parent's.
-        moments: what each of its arms has given, by row.
+        moments: what each of its arms has given, by row; made when the first of them is asked for.
         open: whether anything below can still be drawn.
     """
 
-    __slots__ = ("children", "moments", "node", "open", "parent", "row", "score")
+    __slots__ = ("_moments", "_policies", "children", "node", "open", "parent", "row", "score")
 
     def __init__(self, node: Node, parent: _Arms | None, policies: int, score: float) -> None:
         self.node, self.parent, self.score = node, parent, score
         self.children: list[_Arms] = []
-        self.moments = Moments(GEN + policies, math.nan if parent is None else score, node.depth)
+        self._policies = policies
+        self._moments: Moments | None = None
         self.open = not node.finished
         self.row = 0
         if parent is not None:
             self.row = parent.moments.add_row(score, node.depth, barred=not self.open)
             parent.children.append(self)
+
+    @property
+    def moments(self) -> Moments:
+        if self._moments is None:
+            own = math.nan if self.parent is None else self.score
+            self._moments = Moments(GEN + self._policies, own, self.node.depth)
+        return self._moments
 
     def close(self) -> None:
         """Draw nothing below any more."""
@@ -161,11 +169,13 @@ class _Walks:
         arms, draw, policies = self.root, self._thompson, self._policies
         first = GEN + len(policies)
         while True:
+            if not arms.children and len(policies) == 1:
+                return arms, policies[0]
             moments = arms.moments
-            going = moments.barred < len(arms.children)
-            worth = [draw.sample(moments, row) for row in range(GEN, first)] if going or len(policies) > 1 else [0.0]
+            draw.renew(moments)
+            worth = [draw.sample(moments, row) for row in range(GEN, first)]
             best = worth.index(max(worth))
-            if not going:
+            if moments.barred == len(arms.children):
                 return arms, policies[best]
             if self._pooled:
                 if worth[best] >= draw.sample(moments, CONT):
@@ -201,17 +211,18 @@ class _Walks:
             new.append(node)
             node = node.parent
         base = arms = self._arms[node or self.root.node]
-        draw, depth = self._thompson, end.depth
+        draw, pooled, depth = self._thompson, self._pooled, end.depth
         score = draw.seen(value_of(end), depth, value_of(end) - base.score, depth - base.node.depth)
-        base.moments.add(GEN + self._policies.index(policy), score, depth)
+        draw.add(base.moments, GEN + self._policies.index(policy), score, depth)
         for node in reversed(new):
-            if arms is not base:
-                arms.moments.add(CONT, score, depth)
+            if pooled and arms is not base:
+                draw.add(arms.moments, CONT, score, depth)
             own = score if node is end else draw.finite(value_of(node))
             child = self._arms[node] = _Arms(node, arms, len(self._policies), own)
-            arms.moments.add(child.row, score, depth)
+            draw.add(arms.moments, child.row, score, depth)
             arms = child
         while base.parent is not None:
-            base.parent.moments.add(base.row, score, depth)
-            base.parent.moments.add(CONT, score, depth)
+            draw.add(base.parent.moments, base.row, score, depth)
+            if pooled:
+                draw.add(base.parent.moments, CONT, score, depth)
             base = base.parent

@@ -26,7 +26,7 @@ def scale_of(records: Iterable[Mapping[str, Any]], scorers: Sequence[str], value
 
     Args:
         records: of each problem "problem", its place; "tokens" and "depths", of each sample; "values", scorer -> value
-            -> number of each sample; "seconds", drawing and scoring.
+            -> number of each sample; "seconds", drawing and scoring; "top_tokens" of the policy.
         scorers: their names.
         values: of plan.PLANNED.
 
@@ -43,7 +43,8 @@ def scale_of(records: Iterable[Mapping[str, Any]], scorers: Sequence[str], value
     }
     depths = [depth for record in ordered for depth in record["depths"]]
     seconds = math.fsum(record["seconds"] for record in ordered)
-    return Scale(tokens / (PROBE * len(ordered)), fmean(depths), seconds / tokens, spread)
+    top_tokens = min(record["top_tokens"] for record in ordered)
+    return Scale(tokens / (PROBE * len(ordered)), fmean(depths), seconds / tokens, spread, top_tokens)
 
 
 def _spread(groups: Sequence[Sequence[float]]) -> float:

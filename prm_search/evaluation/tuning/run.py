@@ -198,6 +198,7 @@ class Bench:
                 for scorer in self.scorers
             },
             "seconds": seconds + sum(cost.seconds for cost in costs.values()),
+            "top_tokens": PolicyBase.of(self.policy).top_tokens,
         }
 
     def _of_samples(self, trial: Trial, result: Result, judging: Judging, seconds: float) -> Record:

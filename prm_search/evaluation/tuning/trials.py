@@ -8,6 +8,7 @@ from typing import Any
 
 from ...answers import Select
 from ...checks import MANY, integer, number
+from ...confidence import TOP_TOKENS
 from ...strategies import (
     DVTS,
     MCTS,
@@ -100,12 +101,14 @@ class Scale:
         tokens, steps: of a whole sample, means.
         seconds: of a sampled token, its scoring included.
         spread: scorer -> value -> standard deviation of a sample's value within its problem.
+        top_tokens: most probable tokens that the policy tells at each place, for votes by confidence; 0 for none.
     """
 
     tokens: float
     steps: float
     seconds: float
     spread: Mapping[str, Mapping[str, float]]
+    top_tokens: int = 0
 
     def samples(self, tokens: int) -> int:
         """Return how many whole samples so many tokens are, at least 1."""
@@ -114,7 +117,8 @@ class Scale:
     def card(self) -> dict[str, Any]:
         """As plain values."""
         spread = {scorer: dict(values) for scorer, values in self.spread.items()}
-        return {"tokens": self.tokens, "steps": self.steps, "seconds": self.seconds, "spread": spread}
+        return {"tokens": self.tokens, "steps": self.steps, "seconds": self.seconds, "spread": spread,
+                "top_tokens": self.top_tokens}  # fmt: skip
 
 
 def _beams(n: int, steps: float, spread: float) -> list[Strategy]:
@@ -157,18 +161,22 @@ SEARCHES: dict[str, Callable[[int, float, float], list[Strategy]]] = {
 }
 
 
-def _self_consistency(n: int, tokens: float) -> list[Strategy]:
-    return [SelfConsistency(n, stop="beta"), SelfConsistency(n, weight="confidence")] if n > 1 else []
+def _self_consistency(n: int, tokens: float, top: int) -> list[Strategy]:
+    if n < 2:
+        return []
+    return [SelfConsistency(n, stop="beta"), *([SelfConsistency(n, weight="confidence", top=top)] if top else [])]
 
 
-def _deep_conf(n: int, tokens: float) -> list[Strategy]:
+def _deep_conf(n: int, tokens: float, top: int) -> list[Strategy]:
+    if n < 2 or not top:
+        return []
     # A quarter of the budget warms up; what is stopped early leaves room for as many answers again.
     window = max(1, round(tokens / 4))
-    return [DeepConf(max(2, n // 4), 2 * n, keep=keep, window=window) for keep in (0.1, 0.9)] if n > 1 else []
+    return [DeepConf(max(2, n // 4), 2 * n, keep=keep, window=window, top=top) for keep in (0.1, 0.9)]
 
 
-#: Name -> votes without a scorer, of the size of n whole samples of so many tokens.
-VOTERS: dict[str, Callable[[int, float], list[Strategy]]] = {
+#: Name -> votes without a scorer, of the size of n whole samples of so many tokens; the policy tells `top` tokens.
+VOTERS: dict[str, Callable[[int, float, int], list[Strategy]]] = {
     "self_consistency": _self_consistency,
     "deep_conf": _deep_conf,
 }
@@ -215,8 +223,9 @@ class Grid:
         sizes = {budget: scale.samples(budget) for budget in self.budgets}
         trials = [self._samples(scale, scorers, sizes)]
         for budget, n in sizes.items():
-            for name in self.strategies:
-                trials += [self._vote(one, budget) for one in VOTERS.get(name, _no_votes)(n, scale.tokens)]
+            for name in (name for name in self.strategies if name in VOTERS):
+                made = VOTERS[name](n, scale.tokens, min(TOP_TOKENS, scale.top_tokens))
+                trials += [self._vote(one, budget) for one in made]
         for scorer in scorers:
             for budget, n in sizes.items():
                 for value in self.values:
@@ -261,10 +270,6 @@ class Grid:
             Config(strategy, scorer, value, "weighted", two_digits(spread * share), budget)
             for share in self.temperatures
         ]
-
-
-def _no_votes(n: int, tokens: float) -> list[Strategy]:
-    return []
 
 
 def _short(value: Any) -> str:
