@@ -36,6 +36,9 @@ from .to_host import begin_copy, to_host
 Combine = Callable[[Sequence[torch.Tensor], Sequence[DecodingRow]], torch.Tensor]
 
 
+AHEAD_ON = frozenset(("cuda",))
+
+
 class Decoder:
     """The decode loop behind HFPolicy.
 
@@ -50,10 +53,9 @@ class Decoder:
 
     Attributes:
         ahead: launch the next forward from tokens that are on the device still, while the host books them. A row that
-            has ended wastes a column of work (`Encoder.wasted`); no draw changes. Off until a GPU has shown a gain.
+            has ended wastes a column of work (`Encoder.wasted`); no draw changes. On where all models are on a device
+            of AHEAD_ON: a CPU computes nothing meanwhile, and pays for what is wasted.
     """
-
-    ahead = False
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class Decoder:
         stop: Callable[[Sequence[DecodingRow]], Sequence[bool]] | None = None,
     ) -> None:
         self.lms = lms
+        self.ahead = all(lm.device.type in AHEAD_ON for lm in lms)
         self.combine = combine
         self.sampler = sampler
         self.tokens = tokens
