@@ -95,6 +95,10 @@ def branches(forward: Any) -> Any:
     return lambda x: forward(x) if x.sum() != 0.5 else x
 
 
+def loops(forward: Any) -> Any:
+    return lambda x: sum((forward(x) for _ in torch.where(x[0, 0] > 1e9)[0]), start=forward(x))
+
+
 def brings_a_tensor(forward: Any) -> Any:
     one = torch.ones(1)
     return lambda x: forward(x) * one
@@ -108,7 +112,8 @@ def differs(forward: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (looks, "looks at numbers.*item"), (branches, "looks at numbers.*bool"), (brings_a_tensor, "neither a param"),
+        (looks, "looks at numbers.*item"), (branches, "looks at numbers.*bool"),
+        (loops, "looks at numbers.*where"), (brings_a_tensor, "neither a param"),
         (differs, "other numbers"),
     ],
 )  # fmt: skip

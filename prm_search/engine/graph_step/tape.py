@@ -17,7 +17,7 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, ScoreModifiers
 Tape = Callable[[torch.Tensor, torch.Tensor, Attend], torch.Tensor]
 
 # Calls that look at numbers, so that the Python behind them may go another way in the next step.
-_READS = frozenset(("item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "nonzero", "unique"))
+_READS = frozenset(("item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "unique"))
 _READS |= {f"__{name}__" for name in ("array", "bool", "int", "float", "index", "contains")}
 _SAME = frozenset(("to", "float", "half", "bfloat16", "double", "type", "contiguous", "dropout"))  # or a new tensor
 _PLAIN = (int, bool, str, type(None))  # what Python writes as it reads it
@@ -53,7 +53,7 @@ class Recorder(TorchFunctionMode):
         if self._within:
             return out
         name = getattr(func, "__name__", "")
-        if name in _READS:
+        if name in _READS or (name == "where" and len(args) + len(kwargs) == 1):  # which is nonzero by another name
             raise Unrecordable(f"it looks at numbers that it has computed, by {name}")
         if isinstance(out, torch.Tensor):
             if not (name in _SAME and args and out is args[0]):
