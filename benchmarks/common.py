@@ -160,6 +160,20 @@ def paired(
 
 
 FLUSHED = 1 << 30  # bytes, more than any L2 holds
+
+
+def process_seconds(runs: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
+    """Process seconds of each run, taken in turn; one round goes before."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(-1, pairs):
+        for name, run in runs.items():
+            begin = time.process_time()
+            run()
+            if turn >= 0:
+                seconds[name].append(time.process_time() - begin)
+    return seconds
+
+
 HELD_CYCLES = 1_000_000  # of the device's clock, about half a millisecond
 
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import ratio
+from common import process_seconds, ratio
 from searching import tokenizer_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -35,18 +33,6 @@ def one_layer(vocab: int) -> Any:
         num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, pad_token_id=1,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).eval()
-
-
-def process_seconds(runs: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
-    """Process seconds of each run, taken in turn; one round goes before."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-1, pairs):
-        for name, run in runs.items():
-            begin = time.process_time()
-            run()
-            if turn >= 0:
-                seconds[name].append(time.process_time() - begin)
-    return seconds
 
 
 def compare(rows: int, vocab: int, tokens: int, pairs: int) -> dict[str, Any]:

@@ -282,6 +282,20 @@ def _step_prms(rows: list[dict[str, Any]]) -> str:
     return _table(head, body)
 
 
+def _best_of(rows: list[dict[str, Any]]) -> str:
+    head = ["shape", "prompt", "tokens", "sequences", "ours (s)", "generate (s)", "generate / ours"]
+    body = [
+        [
+            row["shape"],
+            *(str(row[name]) for name in ("prompt", "tokens", "rows")),
+            *(f"{row['seconds'][way]:.3g}" for way in ("ours", "generate")),
+            f"**{row['generate_over_ours']:.2f}x**",
+        ]
+        for row in rows
+    ]
+    return _table(head, body)
+
+
 TABLES = {
     "ops": _ops,
     "host": _host,
@@ -290,6 +304,7 @@ TABLES = {
     "steering": _steering,
     "memory": _memory,
     "searching": _searching,
+    "best_of": _best_of,
     "step_prms": _step_prms,
     "vllm_searching": _vllm_searching,
     "vllm_steering": _vllm_steering,
@@ -319,6 +334,8 @@ NOTES = {
     "half of the reward is free) or a third model (`separate`). `full_text` is search-and-learn's scheme in the same "
     "search: every active beam's whole text at every step, through PRM and third model anew. The first step is from "
     "the call until it is drawn and scored.",
+    "best_of": "`search` with BestOfN over HFPolicy, without a scorer, against `generate` with as many sequences. On a "
+    "CPU: process time of one thread, pairs in turn.",
     "step_prms": "The scores of a 4 x 4 beam's steps under a step PRM (Qwen2.5-Math-PRM's layout). `whole texts`: "
     "every active beam's text tokenised and encoded from the beginning at each step, as search-and-learn, its_hub and "
     "vLLM's step pooling do, all beams of a level in one batch. Both tokenise texts and give the same scores.",

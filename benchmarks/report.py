@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import best_of
 import decoding
 import gpu_run
 import host
@@ -94,6 +95,18 @@ def run_searching(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     return found
 
 
+def run_best_of(machine: Machine, quick: bool) -> list[dict[str, Any]]:
+    """No scorer: what a search costs beyond sampling; one thread on a CPU, whose process time is compared."""
+    shape, pairs = ("1.5b", 3) if machine.device == "cuda" else ("small", 9)
+    lines = [("small", 16, 8, 4, 1)] if quick else [(shape, 64, tokens, 8, pairs) for tokens in (80, 160)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [best_of.compare(machine, *line) for line in progress("best_of", lines)]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def run_step_prms(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     """S swept, because re-encoding grows with it."""
     shape, prompt, length = ("1.5b", 512, 64) if machine.device == "cuda" else ("small", 150, 25)
@@ -154,7 +167,7 @@ SUITES: dict[str, dict[str, Table]] = {
     "host": {"host": run_host},
     "kernels": {"ops": run_ops},
     "engine": {"scoring": run_scoring, "decoding": run_decoding, "steering": run_steering, "memory": run_memory},
-    "search": {"searching": run_searching},
+    "search": {"searching": run_searching, "best_of": run_best_of},
     "step-prms": {"step_prms": run_step_prms},
     "vllm": {"vllm_searching": run_vllm_searching},
     "vllm-steering": {"vllm_steering": run_vllm_steering},

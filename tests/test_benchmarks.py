@@ -50,7 +50,7 @@ def test_the_report_names_its_machine_and_its_ceilings(report):
         "host": ["host"],
         "kernels": ["ops"],
         "engine": ["scoring", "decoding", "steering", "memory"],
-        "search": ["searching"],
+        "search": ["searching", "best_of"],
         "step-prms": ["step_prms"],
     }
 
@@ -59,6 +59,12 @@ def test_the_decode_loop_is_compared_with_generate(report):
     (row,) = report["suites"]["host"]["host"]
     assert set(row["us_a_row_and_token"]) == {"ours", "generate"}
     assert row["ours_over_generate"] > 0
+
+
+def test_best_of_n_is_compared_with_generate(report):
+    (row,) = report["suites"]["search"]["best_of"]
+    assert set(row["seconds"]) == {"ours", "generate"}
+    assert row["generate_over_ours"] > 0
 
 
 def test_a_step_prms_tokens_are_question_steps_and_markers_once(report):
