@@ -33,12 +33,15 @@ from prm_search.strategies import (
     Lookahead,
     ParticleFilter,
     Rebase,
+    SelfConsistency,
     Strategy,
 )
 from prm_search.tree import Node, Prompt, SearchTree
 
 DEPTH, STEP, KINDS = 8, 4, 5  # steps of an answer, tokens of a step, distinct steps that may follow a node
 SAMPLING = Sampling(StepRule(), max_new_tokens=STEP * DEPTH)
+
+CROWD = 64  # draws a prompt, about, where prompts are many
 
 #: name -> a strategy of a given size: about that many draws a prompt.
 SIZED: dict[str, Callable[[int], Strategy]] = {
@@ -58,6 +61,8 @@ SIZED: dict[str, Callable[[int], Strategy]] = {
     "adaptive_branch step": lambda draws: AdaptiveBranch(draws, until="step"),
     "adaptive_branch end": lambda draws: AdaptiveBranch(draws),
     "adaptive_branch beta": lambda draws: AdaptiveBranch(draws, prior="beta"),
+    "adaptive_branch published": lambda draws: AdaptiveBranch(draws, rule="published"),
+    "self_consistency": SelfConsistency,
 }
 
 
@@ -161,12 +166,16 @@ def drive(
 
 
 def lines(sizes: Sequence[int], prompts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """Microseconds of a draw: each strategy at growing sizes for one prompt, and Beam(16, 4) at growing numbers."""
+    """Microseconds of a draw: each strategy at growing sizes for one prompt, and for few and for many prompts."""
     table = []
     for name, make in SIZED.items():
-        crowds = [(64 * DEPTH, count) for count in prompts] if name == "beam 16 x 4" else [(size, 1) for size in sizes]
+        if name == "beam 16 x 4":
+            crowds = [(64 * DEPTH, count) for count in prompts]
+        else:
+            crowds = [*((size, 1) for size in sizes), *((CROWD, count) for count in (min(prompts), max(prompts)))]
         for size, count in crowds:
-            runs = [drive(make(size), count, distinct=name.startswith("adaptive")) for _ in range(repeats)]
+            times = repeats if count == 1 else 1
+            runs = [drive(make(size), count, distinct=name.startswith("adaptive")) for _ in range(times)]
             line = {
                 "strategy": name, "config": repr(make(size)), "prompts": count, "draws": runs[0].draws,
                 "nodes": runs[0].nodes, "us_per_draw": round(statistics.median(r.microseconds for r in runs), 2),
@@ -192,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for driving.json and driving.md")
     parser.add_argument("--sizes", default="128,512,2048,4000", help="draws a prompt, about")
-    parser.add_argument("--prompts", default="30,100,300,1000", help="of Beam(16, 4)")
+    parser.add_argument("--prompts", default="30,100,300,1000", help="of Beam(16, 4); others: least, most")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     sizes, prompts = ([int(word) for word in text.split(",")] for text in (given.sizes, given.prompts))

@@ -52,7 +52,7 @@ def test_every_stage_runs_once_and_the_tables_are_made_of_them(report, tmp_path,
     assert found["seeds"]["1"]["training"]["ce"]["data"]["responses"] == len(lines) == 80
     assert {each["infer"] for each in found["reference"]} == {"with", "without"}
     page = (out / "report.md").read_text() + (out / "strategies.md").read_text()
-    assert "| best of n | 16 samples |" in page
+    assert "| best of n | 8 samples |" in page
     assert "| tune | 64 tokens |" in page
     assert set(re.findall(r"\]\((\w+\.png)\)", page)) == {path.name for path in out.glob("*.png")}
 
@@ -86,6 +86,43 @@ def test_step_errors_by_hand():
     assert same
     assert other
     assert (one["f1"], one["lowest_is_wrong"]) == (0, 0)  # nothing to find
+
+
+EQUAL = """
+import json
+from strategies import equal
+def line(name, size, cost, right):
+    return {"name": name, "size": size, "policy": cost, "total": 2 * cost, "seconds": 1.0, "right": [right]}
+plain = line("best of n", 16, 512.0, [1.0, 0.0, 0.0, 1.0])
+lines = [plain, line("beam", 8, 256.0, [0.0, 0.0, 1.0, 1.0]), line("beam", 32, 1024.0, [1.0, 0.0, 1.0, 1.0])]
+lines += [line("short", 16, 300.0, [0.0] * 4), line("dear", 4, 600.0, [1.0] * 4), line("near", 16, 515.0, [1.0] * 4)]
+lines.append(line("near", 8, 300.0, [0.0] * 4))
+print(json.dumps({each["name"]: each for each in equal(lines, "policy", plain)}))
+"""
+
+
+def test_costs_are_made_equal_by_mixtures_of_two_sizes():
+    done = subprocess.run([sys.executable, "-c", EQUAL], capture_output=True, text=True, cwd=FOLDER, check=True)
+    found = json.loads(done.stdout)
+    assert set(found) == {"best of n", "beam", "short", "near"}  # the smallest size of "dear" costs too much
+    beam = found["beam"]
+    assert (beam["sizes"], beam["w"], beam["policy"], beam["total"]) == ([8, 32], pytest.approx(1 / 3), 512, 1024)
+    assert beam["accuracy"] == pytest.approx((1 / 3 + 0 + 1 + 1) / 4)
+    assert beam["difference"] == pytest.approx(beam["accuracy"] - 0.5)
+    assert (found["short"]["sizes"], found["short"]["policy"]) == ([16], 300)
+    assert (found["near"]["sizes"], found["near"]["accuracy"]) == ([16], 1.0)  # within 2 % of the limit
+
+
+def test_the_strategies_page_has_the_figures_beside_it():
+    code = (
+        "import json, sys; from strategies import _page; from protocol import Protocol; from pathlib import Path;"
+        "r = json.loads((Path(sys.argv[1]) / 'strategies.json').read_text());"
+        "sys.stdout.write(_page(r, Protocol(), 'strategies.png'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(RESULTS)], capture_output=True, text=True, cwd=FOLDER, check=True
+    )
+    assert done.stdout == (RESULTS / "strategies.md").read_text()
 
 
 def test_the_report_that_is_committed_is_whole():

@@ -131,6 +131,24 @@ def test_search_export_train(folder, capsys):
     assert pair.score([ASKED[0].prompt], [ASKED[0].steps[0]])[0].reward != 0
 
 
+def test_search_by_mcts_export_train_and_search_again(folder, capsys):
+    """The loop of docs/training.md, one command each: the pair that it trains is what the second search reads."""
+    ways = ["--strategy", '{"name": "mcts", "simulations": 6}', "--value", "min", "--temperature", "1"]
+    ways += ["--max-new-tokens", "24", "--budget", "120"]
+    search = ["generate", "--policy", "demo", "--prompts-file", "problems.jsonl", *ways]
+    assert main([*search, "--pair", "demo", "--tree", "--out", "trees.jsonl"]) == 0
+    assert main([*EXPORT, "--answer", "prm_search.demo.chains:answer", "--out", "searched.jsonl"]) == 0
+    assert {record["label"] for record in lines("searched.jsonl")} == {0, 1}
+    status = main(["train", "--model", "demo", "--rollouts", "searched.jsonl", "--out", "prm-2", "--lr", "1e-3",
+                   "--holdout", "0", "--batch", "4", "--delimiter", ";"])  # fmt: skip
+    assert status == 0
+    assert main([*search, "--pair", "prm-2", "--out", "again.jsonl"]) == 0
+    first, again = lines("trees.jsonl"), lines("again.jsonl")
+    assert len(again) == len(ASKED)
+    assert all(record["text"] for record in again)
+    assert [record["value"] for record in first] != [record["value"] for record in again]
+
+
 def test_a_tree_by_itself_and_without_labels(folder, capsys):
     tree = by_hand()
     Path("tree.json").write_text(tree.to_json(indent=2))

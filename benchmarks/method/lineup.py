@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from prm_search.answers import Select
@@ -27,6 +28,7 @@ PROBLEMS = 40  # test problems of a seed
 VALUE = "min"
 WEIGHT = 0.1  # temperature of weighted votes
 BUDGETS = (256, 512)
+EQUAL = 16  # best of so many sets the cost at which lines are compared
 ACCEPT = -0.3  # least step reward of a draft's proposal: between the rewards of right and of wrong steps
 
 
@@ -50,7 +52,10 @@ class Entry:
 
 
 def searches(n: int, steps: int) -> dict[str, Strategy]:
-    """Line -> a search that may spend as much as n whole samples. The budget in tokens is the limit of each."""
+    """Line -> a search that may spend as much as n whole samples. The budget in tokens is the limit of each.
+
+    Simulations of MCTS leave room for one answer, which it samples from the best leaf where none was reached.
+    """
     return {
         "beam": Beam(*shape(n)),
         "dvts": DVTS(max(2, n // 4), 1, max(2, n // max(2, n // 4))),
@@ -60,9 +65,9 @@ def searches(n: int, steps: int) -> dict[str, Strategy]:
         "particle filter, T 1": ParticleFilter(n),
         "particle Gibbs": ParticleFilter(max(2, n // 4), temperature="auto", sweeps=4),
         "rebase": Rebase(n),
-        "mcts, puct": MCTS(n * steps // 4),
-        "mcts, uct": MCTS(n * steps // 4, rule="uct"),
-        "mcts, rollouts": MCTS(n * steps // 4, rollout_steps=2),
+        "mcts, puct": MCTS((n - 1) * steps // 4),
+        "mcts, uct": MCTS((n - 1) * steps // 4, rule="uct"),
+        "mcts, rollouts": MCTS((n - 1) * steps // 4, rollout_steps=2),
         "adaptive branch, steps": AdaptiveBranch(2 * n * steps, until="step"),
         "adaptive branch, answers": AdaptiveBranch(4 * n),
         "adaptive branch, steps, published": AdaptiveBranch(2 * n * steps, until="step", rule="published"),
@@ -86,10 +91,10 @@ MAIN = (
 )  # fmt: skip
 
 
-def entries(tokens_per_answer: int, steps: int) -> list[Entry]:
-    """All lines at all sizes."""
+def entries(tokens_per_answer: int, steps: int, sizes: Sequence[int] = SIZES) -> list[Entry]:
+    """All lines at all sizes, in whole samples."""
     lines = []
-    for n in SIZES:
+    for n in sizes:
         tokens = n * tokens_per_answer
         samples = BestOfN(n)
         configs = (
@@ -103,14 +108,17 @@ def entries(tokens_per_answer: int, steps: int) -> list[Entry]:
         for name, one in votes(n, tokens_per_answer).items():
             select: Select = one.select  # type: ignore[attr-defined]
             lines.append(_entry(name, n, one, None, None, select, tokens))
-    return [line for line in lines if line.size in (SIZES if line.name in MAIN else FEW)]
+    return [line for line in lines if line.name in MAIN or line.size in FEW]
 
 
-def drafted(tokens_per_answer: int) -> list[Entry]:
-    """Lines whose policy is a DraftPolicy: both models' tokens are policy tokens."""
+def drafted(tokens_per_answer: int, sizes: Sequence[int] = SIZES) -> list[Entry]:
+    """Lines whose policy is a DraftPolicy: both models' tokens are policy tokens.
+
+    A step that is written twice costs twice, so half as many steps are asked for: all answers end within the budget.
+    """
     lines = []
-    for n in FEW:
-        for name, one in {"draft, best of n": BestOfN(n), "draft, beam": Beam(*shape(n))}.items():
+    for n in (size for size in sizes if size in FEW):
+        for name, one in {"draft, best of n": BestOfN(n // 2), "draft, beam": Beam(*shape(n // 2))}.items():
             lines.append(replace(_entry(name, n, one, "prm", VALUE, "best", n * tokens_per_answer), draft=True))
     return lines
 

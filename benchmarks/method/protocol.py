@@ -48,6 +48,7 @@ class Protocol:
         width, expansions: of step beams: width * expansions = samples, so both may sample as many tokens.
         tokens_per_step: of the task; the beams' budget follows.
         strategy_problems: so many test problems for the comparison of all strategies (see lineup).
+        strategy_sizes: sizes of every strategy, in whole samples; None for those of lineup.
         tuned_on: problems of the split "gate" on which `tune` chooses.
         strategy_budgets: of tune, in policy tokens; None for those of lineup.
     """
@@ -72,6 +73,7 @@ class Protocol:
     expansions: int = 4
     tokens_per_step: int = 4
     strategy_problems: int = 40
+    strategy_sizes: tuple[int, ...] | None = None
     tuned_on: int = 32
     strategy_budgets: tuple[int, ...] | None = None
 
@@ -123,5 +125,5 @@ class Protocol:
 QUICK = Protocol(
     seeds=(1,), lengths=((2, 24), (3, 16)), responses=2, single=((2, 40), (3, 40)), sweep_problems=(8, 40),
     sweep_responses=(1, 2), least_steps=2, batch=16, test_problems=4, samples=4, beam_problems=2, width=2, expansions=2,
-    strategy_problems=2, tuned_on=4, strategy_budgets=(64,),
+    strategy_problems=2, strategy_sizes=(4, 8), tuned_on=4, strategy_budgets=(64,),
 )  # fmt: skip

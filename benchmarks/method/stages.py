@@ -211,11 +211,12 @@ class Seed:
         run = p.runs(self.seed)[0]
         self.prm(run)
         self.asked = self.test_problems()
-        for entry in lineup.entries(p.test_length * p.tokens_per_step, p.test_length):
+        tokens, sizes = p.test_length * p.tokens_per_step, p.strategy_sizes or lineup.SIZES
+        for entry in lineup.entries(tokens, p.test_length, sizes):
             self.line(entry, self.path(run))
         self.tuned(self.path(run))
         self.draft()
-        for entry in lineup.drafted(p.test_length * p.tokens_per_step):
+        for entry in lineup.drafted(tokens, sizes):
             self.line(entry, self.path(run))
 
     def draft(self) -> None:
