@@ -19,6 +19,7 @@ from pairs import byte_tokenizer
 
 import prm_search as ps
 from prm_search.engine.graph_step.tape import Recorder
+from prm_search.engine.graph_step.tapes import USES
 from prm_search.engine.language_model import LanguageModel
 from prm_search.sampling import Request, Sampling
 from prm_search.tree import Prompt, SearchTree
@@ -28,10 +29,10 @@ PROMPT = tuple(range(40, 80))
 RULE = ps.StepRule(delimiter=[chr(i) for i in range(33, 127, 5)], max_tokens=9)
 
 
-def policy_of(module: Any, mode: Any = "auto") -> ps.HFPolicy:
+def policy_of(module: Any, mode: Any = "auto", stop_ids: tuple[int, ...] = (90,)) -> ps.HFPolicy:
     lm = LanguageModel(module, None, capacity=4096)
     lm.token_steps.set_mode(mode)
-    return ps.HFPolicy(lm, TOKENIZER, stop_ids=[90])
+    return ps.HFPolicy(lm, TOKENIZER, stop_ids=stop_ids)
 
 
 def rounds(policy: ps.HFPolicy, rows: int, tokens: int = 40, rule: ps.StepRule = RULE) -> Iterator[SearchTree]:
@@ -69,7 +70,7 @@ def test_a_tape_gives_what_the_module_gives(name: str) -> None:
 
 
 def test_a_replay_runs_no_python_of_the_module() -> None:
-    policy = policy_of(tiny())
+    policy = policy_of(tiny(), stop_ids=())
     ran: Counter[str] = Counter()
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
@@ -77,14 +78,31 @@ def test_a_replay_runs_no_python_of_the_module() -> None:
             ran[".".join(frame.f_globals.get("__name__", "").split(".")[:2])] += 1
 
     for turn, _ in enumerate(rounds(policy, 5, rule=ps.StepRule(None, max_tokens=40))):
-        if turn in (10, 20):
+        if turn in (16, 24):
             before = policy.lm.token_steps.tapes.replays
             sys.setprofile(profile)
-        elif turn in (11, 21):
+        elif turn in (17, 25):
             sys.setprofile(None)
             assert policy.lm.token_steps.tapes.replays == before + 1
     assert ran["prm_search.engine"] > 0
     assert ran["transformers.models"] == 0
+
+
+def test_a_tape_is_compared_with_the_module_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two of a module; a module that does something else each time has none."""
+    policy = policy_of(tiny(), stop_ids=())
+    tapes = policy.lm.token_steps.tapes
+    ran: list[int] = []
+    hidden = type(policy.lm.runner.run).hidden
+    monkeypatch.setattr(
+        type(policy.lm.runner.run), "hidden", lambda run, *given: (ran.append(len(given[0])), hidden(run, *given))[1]
+    )
+    for rows in (3, 4, 5):
+        ran.clear()
+        for _ in rounds(policy, rows, tokens=USES + 8, rule=ps.StepRule(None, max_tokens=None)):
+            pass
+        assert ran.count(rows) == USES + (rows < 5)
+    assert tapes.replays == 6 + 6 + 7
 
 
 def looks(forward: Any) -> Any:

@@ -13,14 +13,16 @@ from .cuda_graphs import obstacle_in
 from .tape import Recorder, Tape, Unrecordable
 
 KEPT = 256  # tapes of one model at most: one more, and all of them go
-USES = 3  # steps of so many rows before one is recorded
+USES = 6  # steps of so many rows before one is recorded: rows that come and go are hardly ever so many again
+PROOFS = 2  # tapes of a module that are compared with it
 
 
 class Tapes:
     """The tapes of one LanguageModel, one for each number of rows.
 
-    The step after the one that was recorded runs both ways. Where the tape gives other bits, or a module's forward is
-    no straight line of torch calls, steps run eagerly from then on, and `refused` says why.
+    The step after the first two that are recorded runs both ways: whether a forward does the same each time is the
+    module's nature, not that of the number of rows. Where a tape gives other bits, or the forward is no straight line of
+    torch calls, steps run eagerly from then on, and `refused` says why.
 
     Args:
         run: of the module.
@@ -31,6 +33,7 @@ class Tapes:
         self._proven: dict[int, Tape] = {}
         self._recorded: dict[int, Tape] = {}
         self._uses: Counter[int] = Counter()
+        self._proofs = 0
         self.refused: str | None = None
         self.replays = 0
 
@@ -39,6 +42,7 @@ class Tapes:
         self._proven.clear()
         self._recorded.clear()
         self._uses.clear()
+        self._proofs = 0
         self.refused = None
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, forward: Packed) -> torch.Tensor:
@@ -68,7 +72,8 @@ class Tapes:
         try:
             with recorder:
                 hidden = self._run.hidden(ids, positions, recorder.watch(forward))
-            self._recorded[len(ids)] = recorder.tape(hidden)
+            kept = self._recorded if self._proofs < PROOFS else self._proven
+            kept[len(ids)] = recorder.tape(hidden)
         except Unrecordable as why:
             self.refused = str(why)
             del forward.attend
@@ -82,7 +87,9 @@ class Tapes:
         again = tape(ids, positions, forward.attend)
         if again.shape == hidden.shape and torch.equal(again.view(torch.uint8), hidden.view(torch.uint8)):
             self._proven[len(ids)] = tape
+            self._proofs += 1
         else:
+            self.forget()
             self.refused = "a tape gave other numbers than the eager step"
         return hidden
 
