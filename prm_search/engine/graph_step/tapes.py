@@ -20,9 +20,9 @@ PROOFS = 2  # tapes of a module that are compared with it
 class Tapes:
     """The tapes of one LanguageModel, one for each number of rows.
 
-    The step after the first two that are recorded runs both ways: whether a forward does the same each time is the
-    module's nature, not that of the number of rows. Where a tape gives other bits, or the forward is no straight line of
-    torch calls, steps run eagerly from then on, and `refused` says why.
+    The steps after the first two that are recorded run both ways: whether a forward does the same each time is in the
+    nature of the module, not of the number of rows. Where a tape gives other bits, or the forward is no straight line
+    of torch calls, steps run eagerly from then on, and `refused` says why.
 
     Args:
         run: of the module.
