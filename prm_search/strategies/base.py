@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -102,12 +102,18 @@ class OwnNumbers:
         purpose: which of the strategy's sequences.
     """
 
+    AHEAD: ClassVar[int] = 16  # numbers that are drawn together: one at a time they cost as much each
+
     def __init__(self, tree: SearchTree, purpose: int = 0) -> None:
         self._tree, self._purpose, self._used = tree, purpose, 0
+        self._ahead = np.empty(0)
 
     def __call__(self, n: int) -> np.ndarray:
         """Return the next n numbers, [n] float64 in [0, 1)."""
-        numbers = strategy_uniforms(self._tree.seed, self._tree.stream, self._purpose, self._used, n)
+        if n > len(self._ahead):
+            more = max(n, self.AHEAD)
+            self._ahead = strategy_uniforms(self._tree.seed, self._tree.stream, self._purpose, self._used, more)
+        numbers, self._ahead = self._ahead[:n], self._ahead[n:]
         self._used += n
         return numbers
 
