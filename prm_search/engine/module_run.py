@@ -24,6 +24,9 @@ def own_modes(kind: str) -> Iterator[None]:
     Args:
         kind: type of the device that the model is on.
     """
+    if not (torch.is_inference_mode_enabled() or torch.is_grad_enabled() or torch.is_autocast_enabled(kind)):
+        yield  # they are switched off already, around several calls
+        return
     with torch.inference_mode(False), torch.no_grad():
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):

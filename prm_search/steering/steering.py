@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..engine.kv_tree import Branch
 from ..engine.language_model import LanguageModel
+from ..engine.module_run import own_modes
 from ..engine.pending import Pending
 from ..engine.prompts import SharedPrompts
 from ..triton_kernels.reference import guide_by_ratio, log_softmax
@@ -199,11 +200,12 @@ class Steering:
                 del stream.log_ratios[max(0, len(stream.output) - stream.first) :]
         self._note(streams)
         begun: list[Pending[Any]] = []  # every model's forward is launched before the first is waited for
-        for i, lm in enumerate(self._lms):
-            branches = [stream._branches[i] for stream in streams]
-            # What an earlier attempt appended stays, so that a row is never encoded twice.
-            new = [s.output[len(branch.token_ids) :] for s, branch in zip(streams, branches, strict=True)]
-            begun.append(lm.begin_extend(branches, new, want="log_softmax"))
+        with own_modes(self._lms[0].device.type):
+            for i, lm in enumerate(self._lms):
+                branches = [stream._branches[i] for stream in streams]
+                # What an earlier attempt appended stays, so that a row is never encoded twice.
+                new = [s.output[len(branch.token_ids) :] for s, branch in zip(streams, branches, strict=True)]
+                begun.append(lm.begin_extend(branches, new, want="log_softmax"))
         tables = {lm: pending.result().to(logits.device) for lm, pending in zip(self._lms, begun, strict=True)}
         every = [row for row, _ in rows] == list(range(len(logits)))
         mine = logits if every else logits[torch.tensor([row for row, _ in rows], device=logits.device)]

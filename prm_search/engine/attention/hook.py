@@ -71,9 +71,9 @@ class Packed:
         """
         if self._slots.device != key.device:
             self._slots = self._slots.to(key.device)
-        news = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        keys, values = self.pool.write(layer, self._slots, *news, self._every)
-        return self.layout.attend(Operands(query[0], key[0], value[0], keys, values, modifiers, layer))[None]
+        key, value = key[0], value[0]
+        keys, values = self.pool.write(layer, self._slots, key.transpose(0, 1), value.transpose(0, 1), self._every)
+        return self.layout.attend(Operands(query[0], key, value, keys, values, modifiers, layer))[None]
 
 
 @functools.cache

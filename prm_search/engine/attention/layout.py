@@ -32,6 +32,13 @@ class QueryRun:
     stem: int = 0
     shared: int = 0
 
+    def run(self) -> slice | None:
+        """The slots as a slice of the pool; None where they are no neighbours in order."""
+        first, last = int(self.path[0]), int(self.path[-1])
+        if last - first != len(self.path) - 1 or not bool((np.diff(self.path) == 1).all()):
+            return None
+        return slice(first, last + 1)
+
 
 @dataclass(frozen=True)
 class ScoreModifiers:
@@ -87,7 +94,7 @@ class Group:
         self.even = bool((self.new == self.length).all())
         self.fresh = self.even and bool((self.full == self.new).all())  # nothing before the new tokens
         self._tables: dict[tuple[int | None, torch.device], tuple[torch.Tensor, torch.Tensor | None]] = {}
-        self._runs: dict[int | None, slice] = {}  # window -> slots of a single unit that are neighbours
+        self._run = units[0].run() if len(units) == 1 else None
         self._bias: dict[tuple[int | None, torch.device, torch.dtype], torch.Tensor | None] = {}
         self._rows: dict[torch.device, torch.Tensor] = {}
 
@@ -130,8 +137,6 @@ class Group:
         if window is not None:
             allowed &= keys > queries - window
         mask = None if allowed.all() else torch.from_numpy(allowed).to(device)
-        if len(slots) == 1 and slots[0, -1] - slots[0, 0] == width - 1 and bool((np.diff(slots[0]) == 1).all()):
-            self._runs[window] = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
         self._tables[key] = torch.from_numpy(slots).to(device), mask
         return self._tables[key]
 
@@ -167,8 +172,8 @@ class Group:
             v = value[:, span].unflatten(1, (count, self.length)).transpose(0, 1)
         else:
             slots, allowed = self.tables(modifiers.window, query.device)
-            run = self._runs.get(modifiers.window)
-            k, v = (_read(pool, slots) if run is None else pool[run].transpose(0, 1)[None] for pool in (keys, values))
+            k = keys.index_select(0, slots.view(-1)).view(*slots.shape, *keys.shape[1:]).transpose(1, 2)
+            v = values.index_select(0, slots.view(-1)).view(*slots.shape, *values.shape[1:]).transpose(1, 2)
         if not plain:
             result = _eager(q, k, v, allowed, modifiers)
         else:
@@ -181,14 +186,19 @@ class Group:
             mass.copy_(self._packed(weight.transpose(1, 2)))
         return self._packed(result.transpose(1, 2))
 
+    def attend_one(self, operands: Operands) -> torch.Tensor | None:
+        """As `attend`, for one token alone whose path lies in neighbouring slots: where it lies. None for all else."""
+        query, modifiers, run = operands.query, operands.modifiers, self._run
+        if run is None or query.shape[1] != 1 or modifiers.softcap is not None or modifiers.sinks is not None:
+            return None
+        if modifiers.window is not None and modifiers.window < run.stop - run.start:
+            run = slice(run.stop - modifiers.window, run.stop)
+        k, v = (pool[run].transpose(0, 1)[None] for pool in (operands.keys, operands.values))
+        return _sdpa(query[None], k, v, None, modifiers.scale, causal=False)[:, :, 0]
+
     def _packed(self, rows: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [tokens, ...] without the padding."""
         return rows.flatten(0, 1) if self.even else rows[self.real(rows.device)]
-
-
-def _read(pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Keys or values in slots [B, S]: [B, kv_heads, S, dim]."""
-    return pool.index_select(0, slots.view(-1)).view(*slots.shape, *pool.shape[1:]).transpose(1, 2)
 
 
 def buckets(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -27,6 +27,10 @@ class TorchLayout:
     """
 
     def __init__(self, units: Sequence[QueryRun]) -> None:
+        self.kin: Siblings | None = None
+        if len(units) == 1:
+            self.groups, self.order = [Group(units, 0)], [0]
+            return
         stems: dict[int, list[int]] = {}
         for i, unit in enumerate(units):
             if unit.shared >= SHARED_FROM:
@@ -35,7 +39,6 @@ class TorchLayout:
         alone = sorted(set(range(len(units))) - set(kin))
         self.groups, order = group_units([units[i] for i in alone])
         self.order = [alone[i] for i in order]
-        self.kin = None
         if kin:
             self.kin = Siblings([units[i] for i in kin], self.groups[-1].stop if self.groups else 0)
             self.order += [kin[i] for i in self.kin.order]
@@ -52,7 +55,8 @@ class TorchLayout:
         query, value = operands.query, operands.value
         groups = self.groups
         if self.kin is None and len(groups) == 1:
-            return groups[0].attend(operands)
+            one = groups[0].attend_one(operands)
+            return groups[0].attend(operands) if one is None else one
         out = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))
         if self.kin is not None:
             if self.kin.mergeable(operands):
