@@ -97,6 +97,24 @@ def test_every_layout_equals_one_softmax_a_query(shapes, seed, window, softcap, 
         assert (got - oracle(units, layout.order, query, keys, values, modifiers)).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 1, 4, 40])
+@pytest.mark.parametrize("path", [range(3, 15), [3, 4, 6, 5, 7], [9]], ids=["a run", "scattered", "one"])
+def test_one_token_alone_reads_its_path_where_it_lies(path, window, softcap, monkeypatch):
+    """Without a copy of neighbouring slots, where the scores are plain."""
+    draw = torch.Generator().manual_seed(0)
+    query, keys, values = (
+        torch.randn(*size, generator=draw, dtype=torch.float64)
+        for size in ((HEADS, 1, K_DIM), (20, KV_HEADS, K_DIM), (20, KV_HEADS, 4))
+    )
+    units, modifiers, copies = [QueryRun(np.array(path), 1)], ScoreModifiers(0.4, softcap, window), []
+    select = torch.Tensor.index_select
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda *given: (copies.append(given), select(*given))[1])
+    got = run(TorchLayout(units), units, query, keys, values, modifiers)
+    assert (len(copies) == 0) == (softcap is None and list(path) != [3, 4, 6, 5, 7])
+    assert (got - oracle(units, [0], query, keys, values, modifiers)).abs().max() < 1e-12
+
+
 def test_a_shared_prefix_is_gathered_once_for_its_family(monkeypatch):
     units, query, keys, values = make(np.random.default_rng(0), [(64, [(0, 1)] * 8), (0, [(50, 1)])], K_DIM)
     gathered = []

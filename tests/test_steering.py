@@ -407,3 +407,43 @@ def test_a_row_without_any_token_keeps_its_strength():
     logits = torch.full((1, 8), -INF)
     got = bounded_alpha(logits, torch.ones(1, 8), torch.tensor([2.0]), torch.tensor([0.1]))
     assert got.tolist() == [2.0]
+
+
+# --- one token for each stream --------------------------------------------------------------------------------------
+
+
+def steered(steering: Steering, tokens: Sequence[int], prompt: Sequence[int] = (3, 4, 5)) -> torch.Tensor:
+    """The logits of a stream that reads these tokens, one a call."""
+    output: list[int] = []
+    stream, rows = steering.open(prompt, output), []
+    for token in tokens:
+        rows.append(logits_of(1, token))
+        steering.steer(rows[-1], {0: stream})
+        output.append(token)
+    assert stream.fault is None
+    steering.close(stream)
+    return torch.cat(rows)
+
+
+def test_a_token_of_a_stream_is_replayed_from_a_tape_and_is_the_same(modules):
+    """To the bit: the prompt, two eager steps, one recorded, one both ways, and five without the modules' Python."""
+    results = []
+    for taped in (True, False):
+        steering, lms = steering_of(modules)
+        for lm in lms:
+            lm.runner.taped = taped
+        results.append(steered(steering, range(10, 20)))
+        assert [lm.token_steps.tapes.replays for lm in lms] == [5 if taped else 0] * 2
+    assert torch.equal(*results)
+
+
+def test_weights_that_change_between_requests_are_seen_by_the_next():
+    pair = tiny("llama", seed=1), tiny("llama", seed=2)
+    steering, lms = steering_of(pair)
+    steered(steering, range(10, 20))
+    assert all(lm.token_steps.tapes.replays for lm in lms)
+    layer = pair[0].model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach() * 3)  # another tensor: what tapes hold is the old one
+    got = steered(steering, range(10, 20))
+    want = [logits_of(1, 10 + i).numpy()[0] + naive_ratio(pair, [3, 4, 5, *range(10, 10 + i)]) for i in range(10)]
+    assert np.abs(got.numpy() - np.stack(want)).max() < 2e-4

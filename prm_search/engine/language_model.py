@@ -144,10 +144,15 @@ class LanguageModel(RowEncoder):
             texts = self._texts[tree] = TextBranches(self.tree, tree.meter, self.id)
         return texts
 
-    def _meet(self) -> None:
-        """Look at the module again before a search begins: weights may have moved, and heads or adapters changed."""
+    def refresh(self) -> None:
+        """Forget the graphs and tapes of token steps if weights, adapters or hooks are others than they were."""
         with self.tree.lock:  # no forward of another thread is under way
             self.token_steps.refresh(adapters.tuner_layers(self.module))  # whoever else is searching
+
+    def _meet(self) -> None:
+        """Look at the module again before a search begins: weights may have moved, and heads or adapters changed."""
+        with self.tree.lock:
+            self.refresh()
             if not self.tree.used:
                 self.pool.follow(self.module.get_input_embeddings().weight)
                 if self.module.get_output_embeddings() is not self.head.linear:  # resized or exchanged

@@ -29,11 +29,14 @@ class Runner:
 
     Attributes:
         token_steps: how one token for each of a few branches is run.
+        taped: whether pieces of a token each may replay a tape, as the rows of a growth do. Whoever sets it calls
+            `token_steps.refresh` where weights may have changed.
     """
 
     def __init__(self, run: ModuleRun) -> None:
         self.run = run
         self.token_steps = TokenSteps(run)
+        self.taped = False
 
     def plan(self, wave: Sequence[Piece], slots: Sequence[np.ndarray]) -> PackedForward | StaticForward:
         """Return how these pieces are run.
@@ -42,7 +45,11 @@ class Runner:
             wave: the pieces.
             slots: where the new tokens of each go.
         """
-        return self.token_steps.plan(wave, slots) or PackedForward(self.run, wave, slots)
+        static = self.token_steps.plan(wave, slots)
+        if static is not None:
+            return static
+        single = self.taped and all(len(part) == 1 for part in slots)
+        return PackedForward(self.run, wave, slots, self._tapes() if single else None)
 
     def plan_rows(self, growth: Growth, tokens: np.ndarray | torch.Tensor, slots: np.ndarray) -> TokenForward | None:
         """Return how rows grow by a token each, in their order; None where that is run like any other pieces.
@@ -55,8 +62,10 @@ class Runner:
         gpu = device.type == "cuda"
         if run.backend == "triton" or (run.backend == "auto" and gpu) or self.token_steps.static(gpu):
             return None
-        tapes = self.token_steps.tapes if self.token_steps.mode == "auto" else None
-        return TokenForward(run, device, growth, tokens, slots, tapes)
+        return TokenForward(run, device, growth, tokens, slots, self._tapes())
+
+    def _tapes(self) -> Tapes | None:
+        return self.token_steps.tapes if self.token_steps.mode == "auto" else None
 
 
 def layout_of(run: ModuleRun, units: Sequence[QueryRun]) -> TorchLayout | KernelLayout:
@@ -106,12 +115,15 @@ class PackedForward:
     Args:
         run: of the module.
         wave, slots: as Runner.plan.
+        tapes: of the module's forwards, for pieces of a token each; None to do without.
 
     Attributes:
         order: the order in which the pieces are packed.
     """
 
-    def __init__(self, run: ModuleRun, wave: Sequence[Piece], slots: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self, run: ModuleRun, wave: Sequence[Piece], slots: Sequence[np.ndarray], tapes: Tapes | None = None
+    ) -> None:
         runs = chains(wave)
         units = []
         for chain in runs:
@@ -120,6 +132,7 @@ class PackedForward:
             units.append(QueryRun(wave[chain[-1]].branch.path_slots(), new, stem_of(top), top.start))
         self._run = run
         self._layout = layout_of(run, units)
+        self._tapes = tapes if isinstance(self._layout, TorchLayout) else None
         self.order = [i for unit in self._layout.order for i in runs[unit]]
         ids = [t for i in self.order for t in wave[i].ids()]
         starts = [wave[i].branch.start + wave[i].begin for i in self.order]
@@ -148,5 +161,6 @@ class PackedForward:
         rest = on[3 : 3 + len(also)]
         self._layout.place(on[3 + len(also) :])
         known = on[0].long() if ids is None else ids.index_select(0, rest.pop().long())
-        hidden = run.hidden(known, on[1].long(), Packed(run.pool, on[2], self._layout, every=True))
+        packed = Packed(run.pool, on[2], self._layout, every=True)
+        hidden = (self._tapes or run).hidden(known, on[1].long(), packed)
         return hidden, [part.long() for part in rest]

@@ -95,6 +95,8 @@ class Steering:
             raise ValueError("prm and reference are both the policy: their log-ratio is 0")
         self.meter = Meter()
         self._prompts = [SharedPrompts(lm.tree, self.meter) for lm in self._lms]
+        for lm in self._lms:
+            lm.runner.taped = True
         self._warn = warn or (lambda message: warnings.warn(message, RuntimeWarning, stacklevel=2))
         self._thrashed = False
 
@@ -264,6 +266,9 @@ class Steering:
         return None
 
     def _plant(self, stream: Stream) -> None:
+        if not self.live:  # nobody is steered meanwhile, so weights may have changed
+            for lm in self._lms:
+                lm.refresh()
         stream._branches = [prompts.open(stream.prompt) for prompts in self._prompts]
 
     def _free(self, stream: Stream) -> None:
