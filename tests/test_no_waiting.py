@@ -16,6 +16,8 @@ from prm_search.engine import runner
 from prm_search.engine.attention.kernel_layout import KernelLayout
 from prm_search.engine.language_model import LanguageModel
 from prm_search.engine.pending import Pending
+from prm_search.engine.sampler import filtered
+from prm_search.sampling import Sampling
 from prm_search.triton_kernels import reference
 
 WAITING = {
@@ -112,6 +114,22 @@ def test_the_second_model_is_launched_before_the_first_is_waited_for(monkeypatch
     )  # fmt: skip
     rounds = "".join("b" if word == "begin" else "w" for word, _ in said)
     assert rounds.count("bbbwww") == 4
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.5}], ids=str)
+def test_filters_hand_the_device_no_number_of_their_own(
+    filters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor made of Python's numbers is a copy that waits for all that is under way."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a tensor is made of numbers of the host")
+
+    logits = torch.linspace(-3, 3, 24).view(2, 12)
+    monkeypatch.setattr(torch, "tensor", refuse)
+    with NoWaiting():
+        scores = filtered(logits, Sampling(ps.StepRule(), max_new_tokens=1, **filters))
+    assert (scores.isinf().any().item()) == ("temperature" not in filters)
 
 
 class Ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ def filtered(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         scores = torch.full_like(scores, -torch.inf).scatter(1, order, ordered)
     if sampling.min_p > 0.0:
         top = scores.max(dim=-1, keepdim=True).values
-        floor = top + torch.log(torch.tensor(sampling.min_p, dtype=scores.dtype, device=scores.device))
+        floor = top + math.log(sampling.min_p)
         scores = scores.masked_fill(scores < floor, -torch.inf)
     return scores
 
@@ -69,7 +70,8 @@ class Sampler:
             if len(members) == len(rows):
                 return filtered(logprobs, sampling)
             out = out.clone() if out is logprobs else out
-            out[members] = filtered(logprobs[members], sampling)
+            at = number_to_device(np.array(members), logprobs.device)  # a list would be waited for
+            out[at] = filtered(logprobs[at], sampling)
         return out
 
     def draw(self, logprobs: torch.Tensor, rows: Sequence[DecodingRow]) -> torch.Tensor:
