@@ -102,6 +102,20 @@ def test_no_tensor_of_tokens_times_vocabulary_exists(monkeypatch, dtype):
     assert 0 < largest.elements <= 5000 * 8  # the weight's own gradient; [64, 5000] would be 320,000
 
 
+def test_the_weights_gradient_is_written_in_its_place(monkeypatch):
+    """A chunk at a time, in the weight's dtype: an fp32 product beside it would be twice its size on a large head."""
+    monkeypatch.setattr(_linear_autograd, "_GRADIENT_BUDGET", {"cpu": 1 << 14})
+    hidden, weight = randn(64, 8, dtype=torch.bfloat16), randn(5000, 8, seed=1, dtype=torch.bfloat16).requires_grad_()
+    logprob = linear_logprob(hidden, weight, torch.arange(64))
+    outs, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *given, out=None, **options: (outs.append(out), mm(*given, out=out))[1])
+    (grad,) = torch.autograd.grad(logprob.sum(), weight)
+    place = grad.untyped_storage().data_ptr()
+    written = [out for out in outs if out is not None and out.untyped_storage().data_ptr() == place]
+    assert sum(len(out) for out in written) == 5000
+    assert {out.dtype for out in written} == {torch.bfloat16}
+
+
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
