@@ -426,21 +426,22 @@ def steered(steering: Steering, tokens: Sequence[int], prompt: Sequence[int] = (
 
 
 def test_a_token_of_a_stream_is_replayed_from_a_tape_and_is_the_same(modules):
-    """To the bit: the prompt, two eager steps, one recorded, one both ways, and five without the modules' Python."""
+    """To the bit: the first are eager, one is recorded, and after those that run both ways none is without a tape."""
     results = []
     for taped in (True, False):
         steering, lms = steering_of(modules)
         for lm in lms:
             lm.runner.taped = taped
-        results.append(steered(steering, range(10, 20)))
-        assert [lm.token_steps.tapes.replays for lm in lms] == [5 if taped else 0] * 2
+        results.append(steered(steering, range(10, 30)))
+        replays = [lm.token_steps.tapes.replays for lm in lms]
+        assert all(replays) if taped else not any(replays)
     assert torch.equal(*results)
 
 
 def test_weights_that_change_between_requests_are_seen_by_the_next():
     pair = tiny("llama", seed=1), tiny("llama", seed=2)
     steering, lms = steering_of(pair)
-    steered(steering, range(10, 20))
+    steered(steering, range(10, 30))
     assert all(lm.token_steps.tapes.replays for lm in lms)
     layer = pair[0].model.layers[0].mlp.down_proj
     layer.weight = torch.nn.Parameter(layer.weight.detach() * 3)  # another tensor: what tapes hold is the old one
