@@ -52,7 +52,7 @@ def test_every_stage_runs_once_and_the_tables_are_made_of_them(report, tmp_path,
     assert found["seeds"]["1"]["training"]["ce"]["data"]["responses"] == len(lines) == 80
     assert {each["infer"] for each in found["reference"]} == {"with", "without"}
     page = (out / "report.md").read_text() + (out / "strategies.md").read_text()
-    assert "| best of n | 8 samples |" in page
+    assert "| best of n | 4 samples |" in page
     assert "| tune | 64 tokens |" in page
     assert set(re.findall(r"\]\((\w+\.png)\)", page)) == {path.name for path in out.glob("*.png")}
 

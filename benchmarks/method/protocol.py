@@ -125,5 +125,5 @@ class Protocol:
 QUICK = Protocol(
     seeds=(1,), lengths=((2, 24), (3, 16)), responses=2, single=((2, 40), (3, 40)), sweep_problems=(8, 40),
     sweep_responses=(1, 2), least_steps=2, batch=16, test_problems=4, samples=4, beam_problems=2, width=2, expansions=2,
-    strategy_problems=2, strategy_sizes=(4, 8), tuned_on=4, strategy_budgets=(64,),
+    strategy_problems=2, strategy_sizes=(4,), tuned_on=4, strategy_budgets=(64,),
 )  # fmt: skip
