@@ -37,6 +37,7 @@ SAYS = {
     "guidance": "generate's config",
     "search": "search, asearch",
     "driver": "ask/tell, loops, budgets",
+    "viewer": "pages of trees",
     "strategies": "Beam, MCTS, particles ...",
     "plain": "trees, steps, values, answers",
 }
@@ -116,7 +117,7 @@ def draw() -> str:
             )
     for name, (x, y) in place.items():
         wide = WIDTH - 40 if name == PLAIN else BOX
-        fill = "#eef6ee" if name in (PLAIN, "strategies", "driver", "search", "guidance") else "#eef1fa"
+        fill = "#eef6ee" if name in (PLAIN, "viewer", "strategies", "driver", "search", "guidance") else "#eef1fa"
         title = "plain records, known to all" if name == PLAIN else name
         parts.append(
             f'<rect x="{x:.0f}" y="{y:.0f}" width="{wide}" height="{HIGH}" rx="6" fill="{fill}" stroke="#556"/>'

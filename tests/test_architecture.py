@@ -197,6 +197,13 @@ def test_the_order_is_written_in_the_docs():
     assert table() in (ROOT / "docs/development.md").read_text(encoding="utf-8"), f"the order is now\n{table()}"
 
 
+def test_the_picture_has_every_room():
+    picture = (ROOT / "docs/images/architecture.svg").read_text(encoding="utf-8")
+    rooms = {room(module) for module in MODULES} - {"plain"}
+    missing = {name for name in rooms if f">{name}</text>" not in picture}
+    assert not missing, f"python scripts/draw_architecture.py draws it anew, with {sorted(missing)}"
+
+
 def test_a_circle_is_found_and_told():
     arrows = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"b"}, "e": {"a"}}
     assert circles(arrows) == {frozenset("abcd"): ["a", "b", "c", "a"]}
