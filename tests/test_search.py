@@ -221,7 +221,9 @@ def test_usage_is_exact(strategy: Strategy, seed: int) -> None:
     results = look([[1], [2, 2]], strategy=strategy, seed=seed)
     for result in results:
         nodes = result.tree.nodes[1:]
-        assert result.usage.sampled_tokens == {"policy": sum(len(n.token_ids) * n.count for n in nodes)}
+        # A candidate that a scorer chose for several answers of one stream was told once, and stands for all of them.
+        sampled = sum(len(n.token_ids) * len(set(n.lineages)) for n in nodes)
+        assert result.usage.sampled_tokens == {"policy": sampled}
         encoded = len(result.tree.prompt_ids) + sum(len(node.token_ids) for node in nodes)
         assert result.usage.encoded_tokens == {"prm": encoded, "reference": encoded}
 

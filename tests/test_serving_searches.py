@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +29,7 @@ from prm_search.serving.response import events, whole
 from prm_search.serving.schema import GuidanceBody, parse
 from prm_search.serving.service import Job, Service
 from prm_search.serving.text import TextStream, whole_text
-from prm_search.strategies import STRATEGIES, Beam, BestOfN, ByDifficulty, Strategy
+from prm_search.strategies import STRATEGIES, Beam, BestOfN, ByDifficulty, DeepConf, Strategy
 from prm_search.tree import Node
 
 # Two tokens are halves of characters: "ab" spells "é", a half alone is no character.
@@ -147,6 +147,23 @@ def test_streamed_whole_and_searched_are_the_same(
         assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == said["choices"][0]["text"]
         assert chunks[-1]["choices"][0]["finish_reason"] == said["choices"][0]["finish_reason"]
         assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+
+    with_service(both)
+
+
+def test_null_is_what_an_option_says_where_it_may_be_none() -> None:
+    """`consensus` has a number by default, and None switches it off."""
+    strategy = DeepConf(warmup=1, budget=2, window=1, top=1, consensus=None, wave=1)
+    drawn = search(
+        [[65]], policy=FakePolicy(), scorer=FakeScorer(), strategy=strategy, steps=RULE, max_new_tokens=12, seed=1,
+        temperature=1.0,
+    )[0].usage.sampled_tokens  # fmt: skip
+
+    async def both(service: Service) -> None:
+        for guided in (guidance(strategy), guidance(replace(strategy, consensus=0.95))):
+            said = await answer(service, body(prm_guidance=guided, seed=1))
+            usage = said["usage"]["prm_search"]["sampled_tokens"]
+            assert (usage == drawn) == (guided["consensus"] is None)
 
     with_service(both)
 

@@ -35,7 +35,7 @@ def strategy_of(guide: GuidanceBody, limits: Limits) -> tuple[Strategy, float | 
             raise invalid(param, f"true or false is needed, got {value!r:.80}")
         if isinstance(value, int) and value > limits.children and names[option] not in TOKENS:
             raise too_large(param, f"{value}: at most {limits.children} here")
-        if value is not None:
+        if value is not None or "None" in str(fields[names[option]].type):  # null is a value of some options
             options[names[option]] = value
     strategy = named_within("prm_guidance", lambda: made(**options), {own: option for option, own in names.items()})
     most = children(strategy)
