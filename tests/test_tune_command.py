@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from records import lines, write
 from prm_search.cli import main
 from prm_search.demo.chains import answer, problems
 from prm_search.driver.guidance_file import read_guidance
+from prm_search.evaluation.tuning import run
+from prm_search.evaluation.tuning.pilot import scale_of
 
 ANSWER = "prm_search.demo.chains:answer"
 COMMAND = [
@@ -69,6 +72,16 @@ def test_several_budgets_in_tokens(folder, capsys):
     assert main([*COMMAND, "--budget", "48,24", "--limit", "4", "--bins", "1", "--out", "two"]) == 0
     assert Path("two/guidance.yaml").read_text() == Path("two/guidance-48-tokens.yaml").read_text()
     assert Path("two/guidance-24-tokens.yaml").is_file()
+
+
+def test_a_budget_in_seconds(folder, monkeypatch):
+    """The pilot is told what a token takes: an hour, which no machine comes near to. So 48 hours are 48 tokens."""
+    monkeypatch.setattr(run, "scale_of", lambda *pilot: replace(scale_of(*pilot), seconds=3600.0))
+    assert main([*COMMAND, "--budget-seconds", str(48 * 3600), "--limit", "4", "--bins", "1", "--out", "slow"]) == 0
+    card = json.loads(Path("slow/tune.json").read_text())
+    assert [verdict["budget"] for verdict in card["verdicts"]] == [{"tokens": None, "seconds": 48 * 3600}]
+    assert {line["strategy"]["name"] for line in card["tried"]} == {"best_of_n", "beam"}
+    assert read_guidance("slow/guidance.yaml").budget.seconds == 48 * 3600
 
 
 @pytest.mark.parametrize(

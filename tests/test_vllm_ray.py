@@ -28,7 +28,7 @@ def test_two_workers_with_an_engine_each(
     for name, seed in (("policy", 1), ("prm", 2)):
         llama(seed, **SHAPE).save_pretrained(name)
         byte_tokenizer().save_pretrained(name)
-    questions = [f"one two {i}" for i in range(4)]
+    questions = [f"sum {i}" for i in range(4)]
     write("data.jsonl", [{"question": question, "answer": "b"} for question in questions])
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process a worker, for the time that starting takes
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
@@ -52,5 +52,7 @@ def test_two_workers_with_an_engine_each(
         ids = start = tokenizer(questions[record["problem"]])["input_ids"]
         for _ in range(6):
             with torch.no_grad():
+                best, next_best = policy(torch.tensor([ids])).logits[0, -1].topk(2).values
                 ids = [*ids, int(policy(torch.tensor([ids])).logits[0, -1].argmax())]
+            assert best - next_best > 0.05  # no tie that the last bits of fp32 could break otherwise
         assert record["response"] == tokenizer.decode(ids[len(start) :])
